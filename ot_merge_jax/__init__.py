@@ -1,0 +1,1 @@
+"""Merge language models across architectures with optimal transport, in JAX."""

@@ -1,0 +1,40 @@
+"""Errors a user can mend, each with the exit code of the command line. Imports nothing.
+
+A message is one sentence: what is wrong, where, and what to do.
+"""
+
+
+class OtMergeError(Exception):
+    """Base of all errors that are the input's fault and not the program's."""
+
+    exit_code = 1
+
+
+class RecipeError(OtMergeError):
+    """A recipe, a flag or a combination of settings is not usable (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(OtMergeError):
+    """A model, a text or a folder is missing, damaged or unsupported (exit code 3)."""
+
+    exit_code = 3
+
+
+class ResourceError(OtMergeError):
+    """Not enough memory or disk (exit code 4)."""
+
+    exit_code = 4
+
+
+class NonFiniteError(OtMergeError):
+    """NaN or infinity appeared in a computation with finite inputs (exit code 5)."""
+
+    exit_code = 5
+
+
+class StrictError(OtMergeError):
+    """A warning that ``--strict`` turns into a failure (exit code 5)."""
+
+    exit_code = 5

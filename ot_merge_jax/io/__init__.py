@@ -1,0 +1,1 @@
+"""Files: safetensors, Hugging Face folders, run folders."""

@@ -1,0 +1,214 @@
+"""`ModelFolder`: a Hugging Face folder checked by its config, index and headers, before any weight is read.
+
+Checking is total: whatever is missing, extra, doubled, misshapen or of an unsupported dtype is listed
+at once. Imports models.families and models.specs, not flax.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import snapshot_download
+
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.io import safetensors
+from ot_merge_jax.models import families, specs
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
+# buffers that old exporters stored; transformers ignores them too
+_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_MAX_JSON_BYTES = {"config.json": 5_000_000, INDEX: 100_000_000}
+
+
+class ModelFolder(NamedTuple):
+    """A checked model folder; nothing but headers has been read.
+
+    Attributes:
+        path: The folder.
+        config: Its ``config.json``, parsed.
+        cfg: The same, understood.
+        files: Tensor name -> shard file name; empty for a folder without weights.
+        tensors: Tensor name -> dtype and shape.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    cfg: ModelConfig
+    files: dict[str, str]
+    tensors: dict[str, safetensors.TensorInfo]
+
+
+def resolve(path: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a model: a directory as it is, or the snapshot of a hub id at an explicit revision.
+
+    A path is never taken for a hub id: without a revision, what is not a directory is an error.
+
+    Args:
+        path: A directory, or a hub id when ``revision`` is given.
+        revision: Branch, tag or commit of the hub id.
+
+    Returns:
+        An existing directory.
+
+    Raises:
+        InputError: if there is no such directory, or the hub cannot provide the revision.
+    """
+    if revision is not None:
+        try:
+            return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors",
+                        "*.model", "*.txt", "*.jinja", "LICENSE*"]))  # fmt: skip
+        except Exception as error:
+            raise InputError(
+                f"The hub cannot provide {path} at revision {revision} ({type(error).__name__})."
+            ) from error
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(
+            f"There is no directory {path}; give the folder of a Hugging Face checkpoint."
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of bounded size; InputError names the file otherwise."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing; a Hugging Face folder has one.")
+    limit = _MAX_JSON_BYTES.get(path.name, 5_000_000)
+    if path.stat().st_size > limit:
+        raise InputError(f"{path} is larger than {limit} bytes; this is not a usable {path.name}.")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); download it again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object; download it again.")
+    return value
+
+
+def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
+    """Checks a model folder by its config, index and headers; reads no weights.
+
+    Args:
+        path: The folder.
+        needs_weights: Whether a folder without weights is an error.
+
+    Returns:
+        The checked folder.
+
+    Raises:
+        InputError: listing all problems of the tensors at once.
+    """
+    path = resolve(path)
+    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
+        raise InputError(f"{path} holds only an adapter; merge it into its base model first.")
+    config = read_json(path / "config.json")
+    cfg = families.read(config, where=str(path / "config.json"))
+    files, problems = _shards(path, needs_weights=needs_weights)
+    tensors: dict[str, safetensors.TensorInfo] = {}
+    owner: dict[str, str] = {}
+    for shard in sorted(set(files.values()) or ({SINGLE} if (path / SINGLE).exists() else ())):
+        try:
+            header = safetensors.read_header(path / shard)
+        except InputError as error:
+            problems.append(str(error).rstrip("."))
+            continue
+        for name, info in header.items():
+            if name in owner:
+                problems.append(f"{name} is in {owner[name]} and in {shard}")
+            elif files and files.get(name, shard) != shard:
+                problems.append(f"{name} is in {shard}, but the index says {files[name]}")
+            owner[name], tensors[name] = shard, info
+    if owner and not problems:
+        problems += [
+            f"{name} is listed in {INDEX} but is not in {shard}"
+            for name, shard in files.items()
+            if name not in owner
+        ]
+        problems += _tensor_problems(cfg, tensors)
+    if problems:
+        shown = "; ".join(problems[:12]) + (
+            f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        )
+        raise InputError(f"{path} cannot be used: {shown}.")
+    return ModelFolder(path, config, cfg, owner, tensors)
+
+
+def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[str]]:
+    """Tensor -> shard from the index ({} for a single file), and what is wrong with it."""
+    if not (path / INDEX).exists():
+        if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+            return {}, _escape(path, SINGLE)
+        if not needs_weights:
+            return {}, []
+        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
+            raise InputError(
+                f"{path} holds only pickled weights, which are never opened; convert them to safetensors."
+            )
+        if any(path.glob("*.gguf")):
+            raise InputError(
+                f"{path} holds quantised GGUF weights; use the unquantised parent it was made from."
+            )
+        raise InputError(f"{path} holds no weights ({SINGLE} or {INDEX}); download them.")
+    weight_map = read_json(path / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path / INDEX} has no weight_map; download it again.")
+    problems = []
+    for shard in sorted({str(value) for value in weight_map.values()}):
+        if not _SHARD_NAME.fullmatch(shard):
+            problems.append(
+                f"{INDEX} names {shard[:80]!r}, which is not a file name inside the folder"
+            )
+        elif not (path / shard).exists():
+            problems.append(f"{shard} is missing")
+        else:
+            problems += _escape(path, shard)
+    if problems:
+        raise InputError(f"{path} cannot be used: {'; '.join(problems)}; download it again.")
+    return weight_map, []
+
+
+def _escape(path: Path, shard: str) -> list[str]:
+    """Whether a shard links out of its folder; the blobs of a hub cache are part of it."""
+    root = path.resolve()
+    try:
+        real = (path / shard).resolve(strict=True)
+    except (OSError, RuntimeError):
+        return [f"{shard} is a broken link"]
+    inside = real.is_relative_to(root) or real.is_relative_to(root.parent.parent / "blobs")
+    return [] if inside else [f"{shard} is a link that leaves the folder"]
+
+
+def _is_spare(name: str, cfg: ModelConfig) -> bool:
+    """Whether an extra tensor may be ignored."""
+    return bool(_BUFFERS.fullmatch(name)) or (name == "lm_head.weight" and cfg.tie_word_embeddings)
+
+
+def _tensor_problems(cfg: ModelConfig, tensors: dict[str, safetensors.TensorInfo]) -> list[str]:
+    """Missing, extra, misshapen and unsupported tensors."""
+    expected = {
+        name: spec.tensor_shape() for spec in specs.param_specs(cfg) for name in spec.tensor_names()
+    }
+    problems = []
+    for name, shape in expected.items():
+        if name not in tensors:
+            hint = " (and tie_word_embeddings is false)" if name == "lm_head.weight" else ""
+            problems.append(f"{name} is missing{hint}")
+        elif tensors[name].shape != shape:
+            problems.append(
+                f"{name} has shape {list(tensors[name].shape)} where the config says {list(shape)}"
+            )
+        elif tensors[name].dtype not in safetensors.DTYPES:
+            problems.append(
+                f"{name} has dtype {tensors[name].dtype}; use the unquantised parent (F32, F16 or BF16)"
+            )
+    return problems + [
+        f"{name} is unexpected"
+        for name in tensors
+        if name not in expected and not _is_spare(name, cfg)
+    ]

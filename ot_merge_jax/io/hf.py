@@ -1,0 +1,278 @@
+"""Hugging Face folders in and out: `load_hf`, `save_hf`. Imports models.specs, not flax.
+
+Saving keeps the target's names, shapes, dtypes and shards, and never re-serialises its config or
+tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from ot_merge_jax import sharding
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError, NonFiniteError
+from ot_merge_jax.io import publish, safetensors
+from ot_merge_jax.io.folder import INDEX, ModelFolder, open_folder, resolve
+from ot_merge_jax.models import specs
+from ot_merge_jax.types import Params
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+#: Files of the target that travel to the output byte for byte, where they exist.
+SIDECARS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def load_hf(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: Any = None,
+) -> tuple[ModelConfig, Params]:
+    """Loads a Hugging Face folder.
+
+    Args:
+        path: A directory, or a hub id when ``revision`` is given.
+        revision: Branch, tag or commit of the hub id.
+        mesh: Where the parameters go, by the rules of `ot_merge_jax.sharding`; each process reads only its slices.
+            None: the default device.
+        dtype: Dtype of the parameters; None: the widest dtype of each leaf's tensors.
+
+    Returns:
+        The configuration and the parameters, nested, layers stacked, kernels ``[d_in, d_out]``.
+
+    Raises:
+        InputError: listing at once what is missing, extra, misshapen, unsupported or not finite.
+
+    Example:
+        >>> from ot_merge_jax import assets
+        >>> cfg, params = load_hf(assets.path("sibling"))
+        >>> cfg.family, params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == cfg.num_layers
+        ('llama', True)
+    """
+    folder = open_folder(resolve(path, revision=revision))
+    opened = {
+        shard: safetensors.TensorFile(folder.path / shard) for shard in set(folder.files.values())
+    }
+    broken: dict[str, int] = {}
+    leaves = {}
+    for spec in specs.param_specs(folder.cfg):
+        stored = [safetensors.DTYPES[folder.tensors[name].dtype] for name in spec.tensor_names()]
+        wanted = np.dtype(dtype) if dtype is not None else jnp.result_type(*stored)
+
+        def read(
+            index: tuple[slice, ...], spec: specs.ParamSpec = spec, wanted: Any = wanted
+        ) -> np.ndarray:
+            return _read_leaf(folder, opened, spec, index, wanted, broken)
+
+        if mesh is None:
+            leaves[spec.path] = jnp.asarray(read((slice(None),) * len(spec.shape)))
+        else:
+            place = sharding.leaf_sharding(mesh, spec.axes, spec.shape)
+            leaves[spec.path] = jax.make_array_from_callback(spec.shape, place, read)
+    if folder.cfg.tie_word_embeddings and "lm_head.weight" in folder.files:
+        table, head = (
+            opened[folder.files[n]].read(n) for n in ("model.embed_tokens.weight", "lm_head.weight")
+        )
+        if not np.array_equal(table, head):
+            raise InputError(
+                f"{folder.path} says tie_word_embeddings is true but holds another lm_head.weight; mend one."
+            )
+    if broken:
+        listed = ", ".join(f"{name} ({count} values)" for name, count in list(broken.items())[:12])
+        raise InputError(
+            f"{folder.path} holds NaN or infinite weights: {listed}; download it again."
+        )
+    return folder.cfg, specs.unflatten(leaves)
+
+
+def _read_leaf(
+    folder: ModelFolder,
+    opened: dict[str, safetensors.TensorFile],
+    spec: specs.ParamSpec,
+    index: tuple[slice, ...],
+    dtype: Any,
+    broken: dict[str, int],
+) -> np.ndarray:
+    """Reads the slice ``index`` of one leaf, in our orientation; notes tensors that are not finite."""
+    bounds = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
+    out = np.empty([len(bound) for bound in bounds], dtype)
+    names = spec.tensor_names()
+    inner = bounds[1:] if spec.is_stacked else bounds
+    wanted = tuple(
+        slice(bound.start, bound.stop) for bound in (inner[::-1] if spec.transpose else inner)
+    )
+    for place, layer in enumerate(bounds[0] if spec.is_stacked else [0]):
+        name = names[layer]
+        tensor = opened[folder.files[name]].read(name, wanted)
+        if bad := tensor.size - int(np.isfinite(tensor).sum()):
+            broken[name] = broken.get(name, 0) + bad
+        tensor = tensor.T if spec.transpose else tensor
+        if spec.is_stacked:
+            out[place] = tensor
+        else:
+            out[...] = tensor
+    return out
+
+
+def save_hf(
+    path: str | Path,
+    params: Params,
+    *,
+    cfg: ModelConfig,
+    like: str | Path,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes a complete Hugging Face folder, atomically: afterwards ``path`` is whole, or absent.
+
+    Args:
+        path: Does not exist yet.
+        params: Parameters of the shapes that ``cfg`` says.
+        cfg: The model; must be that of ``like``.
+        like: The target's folder: names, dtypes, shards, config, tokenizer and generation files come from it. If it
+            holds no weights, the parameter table and the config's dtype decide.
+        max_shard_bytes: Shard anew at this size; None keeps the target's shards.
+
+    Raises:
+        InputError: if ``path`` exists, or ``like`` is not a model folder with the configuration ``cfg``.
+        NonFiniteError: if a parameter is not finite after rounding to its dtype.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> from ot_merge_jax import assets
+        >>> cfg, params = load_hf(assets.path("sibling"))
+        >>> out = pathlib.Path(tempfile.mkdtemp()) / "copy"
+        >>> save_hf(out, params, cfg=cfg, like=assets.path("sibling"))
+        >>> (out / "model.safetensors").stat().st_size == (assets.path("sibling") / "model.safetensors").stat().st_size
+        True
+    """
+    with publish.atomic_folder(Path(path)) as partial:
+        write_model(partial, params, cfg=cfg, like=like, max_shard_bytes=max_shard_bytes)
+
+
+def write_model(
+    folder: Path,
+    params: Params,
+    *,
+    cfg: ModelConfig,
+    like: str | Path,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """`save_hf` into an existing empty folder, for callers that publish it themselves."""
+    model = open_folder(like, needs_weights=False)
+    if model.cfg != cfg:
+        raise InputError(f"{like} is not the folder of this model: its configuration differs.")
+    infos = {
+        name: model.tensors.get(
+            name, safetensors.TensorInfo(_DTYPE_NAMES[cfg.dtype], spec.tensor_shape())
+        )
+        for spec in specs.param_specs(cfg)
+        for name in spec.tensor_names()
+    }
+    shards = _plan_shards(infos, model, max_shard_bytes)
+    for shard, names in shards.items():
+        safetensors.write(folder / shard, dict(_tensors(params, cfg, infos, set(names))))
+    if len(shards) > 1:
+        sizes = {name: safetensors.nbytes(info) for name, info in infos.items()}
+        count = sum(
+            size // safetensors.DTYPES[infos[name].dtype].itemsize for name, size in sizes.items()
+        )
+        index = {
+            "metadata": {"total_size": sum(sizes.values()), "total_parameters": count},
+            "weight_map": dict(
+                sorted((name, shard) for shard, names in shards.items() for name in names)
+            ),
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(patched_config(model.config), indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    for source in [model.path / name for name in SIDECARS] + sorted(model.path.glob("LICENSE*")):
+        if source.is_file():
+            shutil.copyfile(source, folder / source.name)
+
+
+def _plan_shards(
+    infos: dict[str, safetensors.TensorInfo], model: ModelFolder, max_shard_bytes: int | None
+) -> dict[str, list[str]]:
+    """Shard file -> tensor names: the target's own grouping, or a new one."""
+    if max_shard_bytes is None and model.files:
+        shards: dict[str, list[str]] = {}
+        for name in infos:
+            shards.setdefault(model.files[name], []).append(name)
+        return shards
+    split = split_state_dict_into_shards_factory(
+        infos,  # pyright: ignore[reportArgumentType]
+        get_storage_size=safetensors.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes or DEFAULT_SHARD_BYTES,
+    )
+    return split.filename_to_tensors
+
+
+def _tensors(
+    params: Params, cfg: ModelConfig, infos: dict[str, safetensors.TensorInfo], names: set[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The named tensors, in the file's orientation and dtype."""
+    for spec in specs.param_specs(cfg):
+        wanted = [(place, name) for place, name in enumerate(spec.tensor_names()) if name in names]
+        leaf = np.asarray(specs.get(params, spec.path)) if wanted else np.empty(0)
+        if wanted and leaf.shape != spec.shape:
+            raise InputError(
+                f"{spec.path} has shape {leaf.shape} where the config says {spec.shape}."
+            )
+        for place, name in wanted:
+            tensor = leaf[place] if spec.is_stacked else leaf
+            tensor = (tensor.T if spec.transpose else tensor).astype(
+                safetensors.DTYPES[infos[name].dtype]
+            )
+            if not np.isfinite(tensor).all():
+                raise NonFiniteError(
+                    f"{name} is not finite after rounding to {infos[name].dtype}; nothing was written."
+                )
+            yield name, tensor
+
+
+def patched_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The target's ``config.json`` with the few keys that older and newer readers both need.
+
+    Both spellings of the dtype and of RoPE are written, where the target has one; the path it was saved from and
+    anything about remote code or quantisation go.
+    """
+    result = {
+        key: value
+        for key, value in config.items()
+        if key not in ("_name_or_path", "auto_map", "quantization_config")
+    }
+    if dtype := result.get("dtype") or result.get("torch_dtype"):
+        result |= {"dtype": dtype, "torch_dtype": dtype}
+    rope = result.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in result:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        result["rope_theta"] = rope["rope_theta"]
+        result.setdefault(
+            "rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling
+        )
+    return result

@@ -1,0 +1,1 @@
+"""The decoder, its parameter table and its families. The only package that imports flax."""

@@ -1,0 +1,201 @@
+"""`ParamSpec`: one row for each parameter, which drives init, load, save, sharding axes and fusion. No flax needed.
+
+The table is the only place that knows Hugging Face tensor names.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY
+from ot_merge_jax.types import Params
+
+
+class ParamSpec(NamedTuple):
+    """One parameter leaf.
+
+    Attributes:
+        path: Place in the parameters, ``/`` between keys; ``layers/...`` leaves are stacked.
+        name: Hugging Face tensor name; ``{layer}`` stands for the layer number.
+        shape: Our shape, the stacking axis included.
+        axes: A logical axis name (or None) for each dimension, for `ot_merge_jax.sharding`.
+        transpose: Whether the file holds the last two dimensions the other way round.
+        weight: Name in a recipe (``q``, ``embed``...) whose wiring this leaf follows; None: never moves.
+    """
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    transpose: bool
+    weight: str | None
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the leading axis runs over layers."""
+        return self.path.startswith("layers/")
+
+    def tensor_names(self) -> list[str]:
+        """The tensors of the file that make up this leaf, in stacking order."""
+        return (
+            [self.name.format(layer=i) for i in range(self.shape[0])]
+            if self.is_stacked
+            else [self.name]
+        )
+
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape of each of those tensors in the file."""
+        shape = self.shape[1:] if self.is_stacked else self.shape
+        return shape[::-1] if self.transpose else shape
+
+
+def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
+    """The parameter table of a model, in the order of the forward pass.
+
+    Args:
+        cfg: The model.
+
+    Returns:
+        One `ParamSpec` for each leaf.
+
+    Example:
+        >>> from ot_merge_jax.config import Rope
+        >>> cfg = ModelConfig("llama", 99, 64, 128, 2, 4, 1, 16, 512, 1e-5, Rope(1e4), True, False, "float32")
+        >>> spec = next(s for s in param_specs(cfg) if s.weight == "down")
+        >>> spec.path, spec.shape, spec.tensor_names()[1], spec.tensor_shape()
+        ('layers/mlp/down_proj/kernel', (2, 128, 64), 'model.layers.1.mlp.down_proj.weight', (64, 128))
+    """
+    hidden, inner, depth = cfg.hidden_size, cfg.intermediate_size, cfg.num_layers
+    heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    widths = {
+        "q": (hidden, heads, "heads"),
+        "k": (hidden, kv_heads, "kv_heads"),
+        "v": (hidden, kv_heads, "kv_heads"),
+        "o": (heads, hidden, "heads"),
+        "gate": (hidden, inner, "mlp"),
+        "up": (hidden, inner, "mlp"),
+        "down": (inner, hidden, "mlp"),
+    }
+    biased = {"q", "k", "v"} if cfg.qkv_bias else set()
+
+    def norm(path: str) -> ParamSpec:
+        name = f"model.{path.replace('layers/', 'layers.{layer}.')}.weight"
+        stack = (depth,) if path.startswith("layers/") else ()
+        axes = ("layers",) * len(stack) + (None,)
+        return ParamSpec(f"{path}/scale", name, (*stack, hidden), axes, False, None)
+
+    specs = [
+        ParamSpec(
+            VOCABULARY["embed"],
+            "model.embed_tokens.weight",
+            (cfg.vocab_size, hidden),
+            ("vocab", None),
+            False,
+            "embed",
+        ),
+        norm("layers/input_layernorm"),
+        norm("layers/post_attention_layernorm"),
+    ]
+    for weight, (d_in, d_out, axis) in widths.items():
+        path, masked = PROJECTIONS[weight].path, PROJECTIONS[weight].masked
+        name = f"model.{path.replace('layers/', 'layers.{layer}.').replace('/', '.')}"
+        axes = ("layers", None, axis) if masked == "out" else ("layers", axis, None)
+        specs.append(
+            ParamSpec(f"{path}/kernel", f"{name}.weight", (depth, d_in, d_out), axes, True, weight)
+        )
+        if weight in biased:
+            specs.append(
+                ParamSpec(
+                    f"{path}/bias", f"{name}.bias", (depth, d_out), ("layers", axis), False, weight
+                )
+            )
+    specs.append(norm("norm"))
+    if not cfg.tie_word_embeddings:
+        specs.append(
+            ParamSpec(
+                VOCABULARY["head"],
+                "lm_head.weight",
+                (hidden, cfg.vocab_size),
+                (None, "vocab"),
+                True,
+                "head",
+            )
+        )
+    return tuple(specs)
+
+
+def get(params: Params, path: str) -> Any:
+    """The leaf (or subtree) at a ``/`` path; KeyError if there is none."""
+    for key in path.split("/"):
+        params = params[key]
+    return params
+
+
+def has(params: Params, path: str) -> bool:
+    """Whether there is a leaf (or subtree) at a ``/`` path."""
+    try:
+        get(params, path)
+    except KeyError:
+        return False
+    return True
+
+
+def unflatten(leaves: dict[str, Any]) -> Params:
+    """Nested parameters from ``{path: leaf}``.
+
+    Example:
+        >>> unflatten({"norm/scale": 1, "embed_tokens/embedding": 2})
+        {'norm': {'scale': 1}, 'embed_tokens': {'embedding': 2}}
+    """
+    params: Params = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        node = params
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return params
+
+
+def abstract(cfg: ModelConfig, dtype: Any = jnp.float32) -> Params:
+    """Shapes and dtypes of all parameters, without memory."""
+    return unflatten(
+        {spec.path: jax.ShapeDtypeStruct(spec.shape, dtype) for spec in param_specs(cfg)}
+    )
+
+
+def count(cfg: ModelConfig) -> int:
+    """Number of parameters; a tied head counts once."""
+    return sum(math.prod(spec.shape) for spec in param_specs(cfg))
+
+
+def init(
+    key: jax.Array, cfg: ModelConfig, *, std: float = 0.02, dtype: Any = jnp.float32
+) -> Params:
+    """Random parameters as transformers makes them: normal weights, unit norms, zero biases.
+
+    Args:
+        key: PRNG key.
+        cfg: The model.
+        std: Standard deviation of the weights.
+        dtype: Dtype of every leaf.
+
+    Returns:
+        Nested parameters.
+    """
+    leaves = {}
+    for spec, leaf_key in zip(
+        param_specs(cfg), jax.random.split(key, len(param_specs(cfg))), strict=True
+    ):
+        if spec.path.endswith("scale"):
+            leaves[spec.path] = jnp.ones(spec.shape, dtype)
+        elif spec.path.endswith("bias"):
+            leaves[spec.path] = jnp.zeros(spec.shape, dtype)
+        else:
+            leaves[spec.path] = (std * jax.random.normal(leaf_key, spec.shape)).astype(dtype)
+    return unflatten(leaves)

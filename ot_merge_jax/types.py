@@ -1,0 +1,166 @@
+"""The glossary of letters, and the few types that travel between stages. No logic; imports JAX only.
+
+Letters, used in annotations, einsums and comments:
+
+=========  ==================================================================
+``l L``    a target layer, their number
+``m M``    a source layer, their number
+``b s``    batch, sequence position
+``r``      row (one sample of activations) inside a batch
+``t T``    rows (samples) over the whole calibration set
+``d``      features of a site; ``n`` target features, ``m`` source features in a plan
+``h k``    query heads, key/value heads
+``v``      vocabulary entries
+=========  ==================================================================
+
+A cost, a plan and a layer coupling are always ``[target, source]``. Kernels are stored ``[d_in, d_out]``
+(the transpose of the torch orientation that the papers' formulas use); stacked layers lead: ``[L, d_in, d_out]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Bool, Float, Int
+
+#: Nested dict of arrays; leaves under ``layers`` are stacked over the layers.
+Params = dict[str, Any]
+
+
+class Batch(NamedTuple):
+    """Padded token sequences of one model, and the rows of activations wanted from them.
+
+    Attributes:
+        tokens: Token ids, padded with any valid id.
+        mask: True where a token is real, False at padding (either side).
+        row_position: Token index each row is read at; ``-1``: the mean over the mask.
+        row_id: Place of the row in the whole calibration set; ``-1``: no row, ignored.
+    """
+
+    tokens: Int[jax.Array, "b s"]
+    mask: Bool[jax.Array, "b s"]
+    row_position: Int[jax.Array, "b r"]
+    row_id: Int[jax.Array, "b r"]
+
+
+class Activations(NamedTuple):
+    """Activations of one model, rows sorted by ``row_id`` so that two models' rows correspond.
+
+    Attributes:
+        values: For each site ``[layers, rows, d]`` float32.
+        row_id: ``[rows]`` ids, ascending.
+    """
+
+    values: dict[str, Float[jax.Array, "layers rows d"]]
+    row_id: Int[jax.Array, " rows"]
+
+
+class Potentials(NamedTuple):
+    """Dual solution of an entropic optimal transport problem with uniform marginals, or a batch of them.
+
+    The plan is ``exp((f_i + g_j - C_ij) / epsilon)``: the potentials include the marginals, so it sums to 1.
+
+    Attributes:
+        f: Target potential ``[..., n]``, in units of the cost.
+        g: Source potential ``[..., m]``, in units of the cost.
+        epsilon: Regularisation ``[...]``, in units of the cost.
+        cost: Transport cost ``<C, Q>``, without the entropy.
+        error: L1 error of the marginals of the plan.
+        iterations: Sinkhorn iterations spent.
+        converged: Whether the solver's error reached the threshold. Callers must look at it.
+    """
+
+    f: Float[jax.Array, "... n"]
+    g: Float[jax.Array, "... m"]
+    epsilon: Float[jax.Array, "..."]
+    cost: Float[jax.Array, "..."]
+    error: Float[jax.Array, "..."]
+    iterations: Int[jax.Array, "..."]
+    converged: Bool[jax.Array, "..."]
+
+
+class Coupling(NamedTuple):
+    """Which layer and which neuron of the source corresponds to which of the target, at every site.
+
+    Attributes:
+        layer: For each site the layer plan ``P [L, M]``, summing to 1.
+        feature: For each site the neuron potentials of all layer pairs, leading axes ``[L, M]``.
+        std_target: For each site the per-neuron standard deviation ``[L, d]``; 0 counts as 1.
+        std_source: The same for the source, ``[M, d]``.
+    """
+
+    layer: dict[str, Float[jax.Array, "L M"]]
+    feature: dict[str, Potentials]
+    std_target: dict[str, Float[jax.Array, "L d"]]
+    std_source: dict[str, Float[jax.Array, "M d"]]
+
+
+class VocabularyMatch(NamedTuple):
+    """Rows of two vocabularies that stand for the same token.
+
+    Attributes:
+        target_ids: Row in the target's table.
+        source_ids: The matching row in the source's table.
+        weights: Importance of each match when the map is fitted; None: all equal.
+    """
+
+    target_ids: Int[jax.Array, " v"]
+    source_ids: Int[jax.Array, " v"]
+    weights: Float[jax.Array, " v"] | None = None
+
+
+class HParams(NamedTuple):
+    """Numbers that trace: they sweep under ``vmap`` without a new compilation.
+
+    Attributes:
+        strength: alpha (``interpolate``, ``residual``) or lambda (``delta``); one number for all moved
+            weights, or one for each group: ``{"projections": ..., "vocabulary": ...}``.
+        epsilon: Entropic regularisation of the neuron plans, in cost units.
+        layer_epsilon: Entropic regularisation of the layer plan (the papers' eta).
+        threshold: L1 marginal error at which the solver stops.
+    """
+
+    strength: Any
+    epsilon: Any = 0.02
+    layer_epsilon: Any = 0.1
+    threshold: Any = 1e-6
+
+
+class WeightReport(NamedTuple):
+    """Diagnostics of one moved weight (SPEC section 13), an entry for each layer (one for a table).
+
+    Attributes:
+        ratio_transported: ``|W~| / |W|``, Frobenius over the selected entries.
+        ratio_change: ``|dW| / |W|``, Frobenius over the selected entries.
+        source_layer: The source layer with the largest weight; ``-1`` for a vocabulary table.
+        neighbours_out: Effective neighbours ``exp(H(row))`` of the output plan, mean over rows.
+        neighbours_in: The same of the input plan.
+        error: Largest L1 marginal error of the plans used.
+        iterations: Most Sinkhorn iterations of the plans used.
+        converged: Whether all plans used converged.
+    """
+
+    ratio_transported: Float[jax.Array, " L"]
+    ratio_change: Float[jax.Array, " L"]
+    source_layer: Int[jax.Array, " L"]
+    neighbours_out: Float[jax.Array, " L"]
+    neighbours_in: Float[jax.Array, " L"]
+    error: Float[jax.Array, " L"]
+    iterations: Int[jax.Array, " L"]
+    converged: Bool[jax.Array, " L"]
+
+
+class MergeReport(NamedTuple):
+    """What a merge leaves besides the parameters.
+
+    Attributes:
+        weights: For each moved weight (``q``, ``up``, ``embed``...) its diagnostics.
+        coupling: The coupling used; None when only the vocabulary moved.
+        rows: Number of activation rows used; 0 when only the vocabulary moved.
+    """
+
+    weights: Mapping[str, WeightReport]
+    coupling: Coupling | None
+    rows: int
