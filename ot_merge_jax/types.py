@@ -20,7 +20,7 @@ A cost, a plan and a layer coupling are always ``[target, source]``. Kernels are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Bool, Float, Int
@@ -126,6 +126,30 @@ class HParams(NamedTuple):
     epsilon: Any = 0.02
     layer_epsilon: Any = 0.1
     threshold: Any = 1e-6
+
+
+class MergeSpec(NamedTuple):
+    """Choices that fix the program; hashable, so they are static in jit. Made by `Recipe.spec`.
+
+    Attributes:
+        weights: What moves: names of `ot_merge_jax.spaces.PROJECTIONS` and ``VOCABULARY``.
+        form: ``joint`` or ``barycentric`` (SPEC section 5).
+        rule: ``interpolate``, ``residual`` or ``delta`` (SPEC section 7).
+        layers: ``soft`` or ``top1``.
+        layer_cost: ``plain`` or ``median``.
+        k: Neurons kept by the mask in each layer; None: all.
+        signed: Whether anti-correlated neurons may match, with their sign.
+        max_iterations: Of each neuron transport problem.
+    """
+
+    weights: tuple[str, ...] = ("gate", "up", "down")
+    form: Literal["joint", "barycentric"] = "barycentric"
+    rule: Literal["interpolate", "residual", "delta"] = "delta"
+    layers: Literal["soft", "top1"] = "top1"
+    layer_cost: Literal["plain", "median"] = "median"
+    k: int | None = None
+    signed: bool = False
+    max_iterations: int = 2000
 
 
 class WeightReport(NamedTuple):

@@ -1,4 +1,4 @@
-"""Prunes a model to a smaller one of the same family: the demo's sibling. Writes no index anywhere."""
+"""Prunes a model to a smaller one of its family: the demo's sibling. Writes no index anywhere."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from ot_merge_jax.types import Batch, Params
 
 
 def prune(
-    params: Params, tokens: np.ndarray, *, cfg: ModelConfig, small: ModelConfig, layers: Sequence[int]
+    params: Params,
+    tokens: np.ndarray,
+    *,
+    cfg: ModelConfig,
+    small: ModelConfig,
+    layers: Sequence[int],
 ) -> Params:
-    """Keeps some layers and the most active hidden channels, key/value groups and MLP neurons, order preserved.
+    """Keeps some layers and the most active channels, key/value groups and MLP neurons, in order.
 
-    Channels are chosen once for the whole residual stream; groups (with all their query heads) and neurons for each
-    layer. The score is mean absolute activation, times the norm of the weights that read it within the layer.
+    Channels are chosen once for the whole residual stream; groups (with all their query heads) and
+    neurons for each layer. The score of a channel is its mean absolute activation entering the MLP;
+    that of a group or neuron is the same times the norm of the weights that read it.
 
     Args:
         params: Parameters of ``cfg``.
@@ -34,20 +40,32 @@ def prune(
     """
     rows = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     batch = Batch(tokens, np.ones(tokens.shape, bool), rows, rows)
-    sites = decoder.forward(params, batch, cfg=cfg, capture=frozenset({"mlp_in", "o_in", "down_in"}))[1]
-    activity = {site: np.abs(np.asarray(values)).mean((1, 2)) for site, values in sites.items()}  # [L, d]
+    sites = decoder.forward(
+        params, batch, cfg=cfg, capture=frozenset({"mlp_in", "o_in", "down_in"})
+    )[1]
+    activity = {
+        site: np.abs(np.asarray(values)).mean((1, 2)) for site, values in sites.items()
+    }  # [L, d]
     group = cfg.num_heads // cfg.num_kv_heads * cfg.head_dim
     attention, mlp = params["layers"]["self_attn"], params["layers"]["mlp"]
     heads = activity["o_in"] * np.linalg.norm(attention["o_proj"]["kernel"], axis=-1)
     hidden = _top(activity["mlp_in"].mean(0), small.hidden_size)
     every = np.broadcast_to(hidden, (cfg.num_layers, small.hidden_size))
-    neurons = _top(activity["down_in"] * np.linalg.norm(mlp["down_proj"]["kernel"], axis=-1), small.intermediate_size)
+    neurons = _top(
+        activity["down_in"] * np.linalg.norm(mlp["down_proj"]["kernel"], axis=-1),
+        small.intermediate_size,
+    )
     groups = _top(heads.reshape(cfg.num_layers, -1, group).sum(-1), small.num_kv_heads)
     wide, narrow = _spread(groups, group), _spread(groups, cfg.head_dim)
     axes = {
-        "q_proj": (every, wide), "k_proj": (every, narrow), "v_proj": (every, narrow), "o_proj": (wide, every),
-        "gate_proj": (every, neurons), "up_proj": (every, neurons), "down_proj": (neurons, every),
-    }  # fmt: skip
+        "q_proj": (every, wide),
+        "k_proj": (every, narrow),
+        "v_proj": (every, narrow),
+        "o_proj": (wide, every),
+        "gate_proj": (every, neurons),
+        "up_proj": (every, neurons),
+        "down_proj": (neurons, every),
+    }
 
     def kept(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]

@@ -1,8 +1,8 @@
-"""Rebuilds the demo's assets from the running interpreter's standard library: four checkpoints and their texts.
+"""Rebuilds the demo's assets from the interpreter's own standard library: checkpoints and texts.
 
-``source-base`` learns general text; ``sibling`` is pruned from it and healed on general text; ``source`` is
-``source-base`` fine-tuned on the domain; ``stranger`` (another family and tokenizer) learns general text. About half
-an hour on 2 cores; ``--keep`` resumes after the last finished checkpoint.
+``source-base`` learns general text; ``sibling`` is pruned from it and healed on general text;
+``source`` is ``source-base`` fine-tuned on the domain; ``stranger`` (another family and tokenizer)
+learns general text. About 25 minutes on 2 cores; ``--keep`` resumes after the last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,19 +32,37 @@ from ot_merge_jax.types import Batch, Params
 _LOG = logging.getLogger("train_demo_models")
 _BLOCK, _BATCH, _LONGEST = 128, 16, 160  # tokens, blocks, tokens of a scored document
 _COMMON = {
-    "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
-}  # fmt: skip
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+}
 _FAMILY = {
-    "llama": {"architectures": ["LlamaForCausalLM"], "head_dim": 32, "attention_bias": False, "mlp_bias": False},
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "head_dim": 32,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
 }
-_SHAPE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+_SHAPE = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+]
 _KEPT_LAYERS = (0, 1, 3, 5)
 
 
 class Stage(NamedTuple):
-    """One checkpoint: its shape, the checkpoint it starts from (pruned if smaller), its text and its schedule."""
+    """One checkpoint: its shape, what it starts from (pruned if smaller), its text and schedule."""
 
     name: str
     family: str
@@ -57,7 +75,7 @@ class Stage(NamedTuple):
 
 STAGES = (
     Stage("source-base", "llama", (2048, 192, 512, 6, 6, 3), None, "general", 800, 3e-3),
-    Stage("sibling", "llama", (2048, 128, 320, 4, 4, 2), "source-base", "general", 300, 1.5e-3),
+    Stage("sibling", "llama", (2048, 128, 320, 4, 4, 2), "source-base", "general", 250, 1.5e-3),
     Stage("source", "llama", (2048, 192, 512, 6, 6, 3), "source-base", "domain", 250, 1e-3),
     Stage("stranger", "qwen2", (1536, 160, 416, 3, 5, 1), None, "general", 500, 3e-3),
 )
@@ -65,11 +83,19 @@ STAGES = (
 
 def main() -> None:
     """Builds the assets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     assets = Path(__file__).resolve().parent.parent / "ot_merge_jax" / "assets"
-    parser.add_argument("--out", type=Path, default=assets, help="folder to write (default: the package's assets)")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every number of training steps")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoints that are already there")
+    parser.add_argument(
+        "--out", type=Path, default=assets, help="folder to write (default: the package's assets)"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies every number of training steps"
+    )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the checkpoints that are already there"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     out, results = arguments.out, {}
@@ -82,17 +108,23 @@ def main() -> None:
         began = time.time()
         if not (arguments.keep and (out / stage.name).is_dir()):
             with tempfile.TemporaryDirectory() as skeleton:
-                build(stage, out, Path(skeleton), texts, steps=max(1, round(arguments.scale * stage.steps)))
+                steps = max(1, round(arguments.scale * stage.steps))
+                build(stage, out, Path(skeleton), texts, steps=steps)
         cfg, params = hf.load_hf(out / stage.name, dtype=jnp.float32)
         tokenizer = tokenizers.Tokenizer.from_file(str(out / stage.name / "tokenizer.json"))
         parts = ("heldout", "general_heldout")
-        results[stage.name] = {part: round(score(params, cfg, texts[part], tokenizer), 4) for part in parts}
-        _LOG.info("%s: %s nats per token, %.0f s", stage.name, results[stage.name], time.time() - began)
+        results[stage.name] = {
+            part: round(score(params, cfg, texts[part], tokenizer), 4) for part in parts
+        }
+        _LOG.info(
+            "%s: %s nats per token, %.0f s", stage.name, results[stage.name], time.time() - began
+        )
+    (out / "NOTICE.md").write_text(demo_texts.notice(results), encoding="utf-8")
     _LOG.info("nats per token: %s", json.dumps(results, indent=2))
 
 
 def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, steps: int) -> None:
-    """Trains one checkpoint and saves it in ``out``; ``skeleton`` takes its config and tokenizer meanwhile."""
+    """Trains one checkpoint into ``out``; ``skeleton`` takes its config and tokenizer meanwhile."""
     if stage.start is None:
         every = texts["general"] + texts["domain"]
         demo_texts.save_tokenizer(skeleton, every, vocab_size=stage.shape[0], family=stage.family)
@@ -103,11 +135,13 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": last}
     shape = dict(zip(_SHAPE, stage.shape, strict=True))
     config = {"model_type": stage.family, **_FAMILY[stage.family], **_COMMON, **shape, **ids}
-    for name, data in {"config.json": config, "generation_config.json": ids | {"pad_token_id": last}}.items():
+    generation = ids | {"pad_token_id": last}
+    for name, data in {"config.json": config, "generation_config.json": generation}.items():
         (skeleton / name).write_text(json.dumps(data, indent=2) + "\n")
     cfg = families.read(config)
     tokenizer = tokenizers.Tokenizer.from_file(str(skeleton / "tokenizer.json"))
-    documents = [texts[stage.text][i] for i in np.random.default_rng(0).permutation(len(texts[stage.text]))]
+    documents = list(texts[stage.text])
+    np.random.default_rng(0).shuffle(documents)
     encoded = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
     blocks = loop.pack([[0, *item.ids] for item in encoded], _BLOCK)
     if stage.start is None:
@@ -115,7 +149,9 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
     else:
         start_cfg, params = hf.load_hf(out / stage.start, dtype=jnp.float32)
         if start_cfg != cfg:
-            params = demo_pruning.prune(params, blocks[:_BATCH], cfg=start_cfg, small=cfg, layers=_KEPT_LAYERS)
+            params = demo_pruning.prune(
+                params, blocks[:_BATCH], cfg=start_cfg, small=cfg, layers=_KEPT_LAYERS
+            )
 
     def report(step: int, loss: float) -> None:
         if step % 25 == 0:
@@ -123,12 +159,16 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
 
     batches = loop.shuffled_batches(blocks, batch_size=_BATCH, seed=0)
     transform = loop.optimizer(learning_rate=stage.learning_rate, steps=steps)
-    params, _ = loop.train(params, batches, cfg=cfg, steps=steps, transform=transform, on_step=report)
+    params, _ = loop.train(
+        params, batches, cfg=cfg, steps=steps, transform=transform, on_step=report
+    )
     shutil.rmtree(out / stage.name, ignore_errors=True)
     hf.save_hf(out / stage.name, params, cfg=cfg, like=skeleton)
 
 
-def score(params: Params, cfg: ModelConfig, texts: list[str], tokenizer: tokenizers.Tokenizer) -> float:
+def score(
+    params: Params, cfg: ModelConfig, texts: list[str], tokenizer: tokenizers.Tokenizer
+) -> float:
     """Mean loss in nats per token, each document alone after its opening token."""
     rows = -(-len(texts) // _BATCH) * _BATCH
     tokens, mask = np.zeros((rows, _LONGEST), np.int32), np.zeros((rows, _LONGEST), bool)
@@ -140,7 +180,10 @@ def score(params: Params, cfg: ModelConfig, texts: list[str], tokenizer: tokeniz
     def sums(tokens: jax.Array, mask: jax.Array) -> list[jax.Array]:
         none = jnp.full((_BATCH, 1), -1, jnp.int32)
         batch = Batch(tokens, mask, none, none)
-        return [part.sum() for part in decoder.token_nll(decoder.forward(params, batch, cfg=cfg)[0], batch)]
+        return [
+            part.sum()
+            for part in decoder.token_nll(decoder.forward(params, batch, cfg=cfg)[0], batch)
+        ]
 
     parts = [sums(tokens[i : i + _BATCH], mask[i : i + _BATCH]) for i in range(0, rows, _BATCH)]
     loss, count = np.sum(np.asarray(parts), 0)

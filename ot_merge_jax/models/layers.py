@@ -31,7 +31,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows d_in"]) -> Float[Array, "*rows d_out"]:
         """Applies the map."""
         y = x @ self.kernel[...]
-        return y + self.bias[...] if hasattr(self, "bias") else y
+        return y + jnp.broadcast_to(self.bias[...], y.shape) if hasattr(self, "bias") else y
 
 
 class RMSNorm(nnx.Module):
@@ -46,7 +46,7 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return self.scale[...] * wide.astype(x.dtype)
+        return jnp.broadcast_to(self.scale[...], x.shape) * wide.astype(x.dtype)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
@@ -82,7 +82,7 @@ def rope_tables(
     positions: Int[Array, "b s"], rope: Rope, head_dim: int
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines ``[b, s, 1, head_dim]`` of the rotation at each position, float32."""
-    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, None]
     angle = jnp.concatenate([angle, angle], -1)[:, :, None, :]
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -1,0 +1,150 @@
+"""Which neurons move, and how far: masks and the three fusion rules (SPEC sections 6 and 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ot_merge_jax.errors import RecipeError
+from ot_merge_jax.models import specs
+from ot_merge_jax.spaces import GROUPS, PROJECTIONS, VOCABULARY
+from ot_merge_jax.types import Activations, MergeSpec, Params
+
+Leaves = Mapping[str, jax.Array]
+
+
+def top_k(values: Float[Array, "layers t d"], k: int | None) -> Float[Array, "layers d"]:
+    """1 at the ``k`` neurons of each layer with the largest mean absolute activation, else 0.
+
+    Args:
+        values: Target activations of one site.
+        k: How many neurons are kept; None, or more than there are: all.
+
+    Returns:
+        ``[layers, d]`` float32 of zeros and ones.
+
+    Example:
+        >>> top_k(jnp.array([[[1.0, -3.0, 2.0]]]), 2).tolist()
+        [[0.0, 1.0, 1.0]]
+
+    Source: Transport and Merge, A.5. Differs: nothing.
+    """
+    strength = jnp.abs(jnp.asarray(values, jnp.float32)).mean(1)
+    if k is None or k >= strength.shape[1]:
+        return jnp.ones_like(strength)
+    kept = jax.lax.top_k(strength, k)[1]
+    return jax.nn.one_hot(kept, strength.shape[1]).sum(1)
+
+
+def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array]:
+    """The masks of all projections that move, by parameter path, broadcastable to their leaves.
+
+    Rows of q, k, v, gate and up are masked by their output site; columns of o and down by their
+    INPUT site. A bias follows the rows of its weight; the biases of o and down move with ``k`` None
+    only.
+
+    Args:
+        target: Target activations; None if no projection moves.
+        spec: ``weights`` and ``k`` are used.
+
+    Returns:
+        Path -> ``[L, 1, d]`` or ``[L, d, 1]`` for kernels, ``[L, d]`` for biases.
+    """
+    found = {}
+    for name in spec.weights:
+        if name not in PROJECTIONS or target is None:
+            continue
+        wiring = PROJECTIONS[name]
+        chosen = top_k(jnp.asarray(target.values[wiring.masked_site]), spec.k)
+        is_row_mask = wiring.masked == "out"
+        found[f"{wiring.path}/kernel"] = chosen[:, None, :] if is_row_mask else chosen[:, :, None]
+        bias = chosen if is_row_mask else jnp.full((chosen.shape[0], 1), float(spec.k is None))
+        found[f"{wiring.path}/bias"] = bias
+    return found
+
+
+def strength_of(strength: Any, path: str) -> Any:
+    """The strength that applies to a parameter path: one for all, or that of its group.
+
+    Raises:
+        RecipeError: if a mapping has no strength for the path's group.
+    """
+    if not isinstance(strength, Mapping):
+        return strength
+    weight = next(
+        (name for name, where in VOCABULARY.items() if where == path),
+        next((n for n, p in PROJECTIONS.items() if path.startswith(p.path + "/")), None),
+    )
+    group = next((group for group, names in GROUPS.items() if weight in names), None)
+    if group not in strength:
+        raise RecipeError(f"There is no strength for {group} ({path}); give one for each group.")
+    return strength[group]
+
+
+def fuse(
+    target_params: Params, transported: Leaves, strength: Any, *, spec: MergeSpec, mask: Leaves
+) -> Params:
+    r"""Moves the target's weights towards, or by, the transported ones.
+
+    .. math:: W \leftarrow W + \alpha\, M \odot (\tilde W - W) \quad\text{(interpolate)}, \qquad
+        W \leftarrow W + \alpha\, M \odot \tilde W \quad\text{(residual, delta)}
+
+    Args:
+        target_params: Parameters of the target.
+        transported: Path -> transported weight, of the shape of the target's leaf.
+        strength: alpha or lambda: a number, one for each layer ``[L]``, or a mapping from group
+            (``projections``, ``vocabulary``) to either. Traced: it sweeps under ``vmap``.
+        spec: ``rule`` is used.
+        mask: Path -> mask, broadcastable to the leaf; a path without one moves whole.
+
+    Returns:
+        New parameters in the dtypes of the target's, rounded once; leaves that do not move are the
+        target's own buffers. Strength 0 returns the target bit for bit.
+
+    Raises:
+        ValueError: if a transported weight has not the shape of its leaf.
+
+    Example:
+        >>> params = {"norm": {"scale": jnp.ones(2)}, "embed_tokens": {"embedding": jnp.ones((2, 2))}}
+        >>> moved = {"embed_tokens/embedding": jnp.full((2, 2), 4.0)}
+        >>> rows = {"embed_tokens/embedding": jnp.array([[1.0], [0.0]])}
+        >>> fused = fuse(params, moved, 0.5, spec=MergeSpec(rule="delta"), mask=rows)
+        >>> fused["embed_tokens"]["embedding"].tolist()
+        [[3.0, 3.0], [1.0, 1.0]]
+
+    Source: Transport and Merge, eq. 14-18 and 22. Differs: ``delta`` is ours.
+    """
+    fused = jax.tree.map(lambda leaf: leaf, target_params)  # new dicts, same buffers
+    for path, moved in transported.items():
+        *parents, last = path.split("/")
+        parent = specs.get(fused, "/".join(parents))
+        weight = parent[last]
+        if moved.shape != weight.shape:
+            raise ValueError(f"{path} is {weight.shape}, but {moved.shape} was transported into it.")
+        parent[last] = _fuse_leaf(
+            weight, moved, strength_of(strength, path), mask.get(path), rule=spec.rule
+        )
+    return fused
+
+
+def update(weight: jax.Array, moved: jax.Array, mask: jax.Array | None, *, rule: str) -> jax.Array:
+    """What strength 1 would add to a weight, float32."""
+    step = moved - weight.astype(jnp.float32) if rule == "interpolate" else moved
+    return step if mask is None else mask * step
+
+
+def _fuse_leaf(
+    weight: jax.Array, moved: jax.Array, strength: Any, mask: jax.Array | None, *, rule: str
+) -> jax.Array:
+    """One leaf, accumulated in float32 and rounded once."""
+    strength = jnp.asarray(strength, jnp.float32)
+    strength = strength.reshape(strength.shape + (1,) * (moved.ndim - strength.ndim))
+    if strength.ndim != moved.ndim or strength.shape[0] not in (1, moved.shape[0]):
+        raise ValueError(f"A strength of shape {strength.shape} does not fit {moved.shape}.")
+    change = strength * update(weight, moved, mask, rule=rule)
+    summed = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+    return jnp.where(change == 0, weight, summed)  # adding 0 would turn -0.0 into 0.0

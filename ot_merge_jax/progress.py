@@ -1,0 +1,80 @@
+"""Progress of long loops: a rich bar on a terminal, a log line every few seconds elsewhere.
+
+Stages wrap their loops in `track`; nothing is shown unless a front end has entered `shown`, so a
+library user sees nothing and stages stay pure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import rich.console
+import rich.progress
+
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 10.0
+_console: contextvars.ContextVar[rich.console.Console | None] = contextvars.ContextVar(
+    "console", default=None
+)
+
+
+@contextlib.contextmanager
+def shown(console: rich.console.Console) -> Iterator[None]:
+    """Shows the progress of every `track` inside the block on this console (usually stderr)."""
+    token = _console.set(console)
+    try:
+        yield
+    finally:
+        _console.reset(token)
+
+
+def track(items: Sequence[T], description: str) -> Iterable[T]:
+    """Iterates, showing how far it is and how long it will take if a front end wants to know.
+
+    Args:
+        items: What to iterate; its length is the total.
+        description: What is done, e.g. ``gather (batches)``.
+
+    Returns:
+        The same items.
+
+    Example:
+        >>> list(track([1, 2], "nothing is shown without a front end"))
+        [1, 2]
+    """
+    console = _console.get()
+    if console is None:
+        return items
+    return _bar(items, description, console) if console.is_terminal else _lines(items, description)
+
+
+def _bar(items: Sequence[T], description: str, console: rich.console.Console) -> Iterator[T]:
+    """A bar with elapsed and remaining time; it vanishes when done."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        yield from bar.track(items, description=description)
+
+
+def _lines(items: Sequence[T], description: str) -> Iterator[T]:
+    """A log line at most every few seconds."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= _SECONDS_BETWEEN_LINES:
+            left = (now - start) / done * (len(items) - done)
+            _LOG.info("%s: %d of %d, about %.0f s left", description, done, len(items), left)
+            last = now
+        yield item

@@ -1,0 +1,1 @@
+"""Entropic optimal transport between neurons and layers. Imports neither models, io nor flax."""

@@ -1,0 +1,98 @@
+"""The cost of matching two neurons: how little their activations correlate. Imports JAX only."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# A column whose spread is within this many units in the last place of its largest entry is constant:
+# its variance is rounding noise, and dividing by it would invent correlations.
+_CONSTANT_ULPS = 8
+
+
+def centred(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:
+    """Columns minus their mean, and their standard deviations.
+
+    Args:
+        x: One row per sample. Any float dtype; statistics are taken in float32.
+
+    Returns:
+        Centred columns, exactly zero where a column is constant, and the population standard
+        deviations ``[n]`` in the units of ``x``, 0 where constant.
+    """
+    x = x.astype(jnp.float32)
+    low, high = x.min(0), x.max(0)
+    ulp = jnp.finfo(jnp.float32).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    is_constant = high - low <= _CONSTANT_ULPS * ulp
+    shifted = x - low  # exact for close values, so a large common offset costs no precision
+    centre = jnp.where(is_constant, 0.0, shifted - shifted.mean(0))
+    return centre, jnp.sqrt(jnp.mean(centre * centre, 0))
+
+
+def std(x: Float[Array, "t n"]) -> Float[Array, " n"]:
+    """Population standard deviation of each column; a constant column counts as 1 (SPEC section 2).
+
+    Example:
+        >>> std(jnp.array([[1.0, 5.0], [3.0, 5.0]])).tolist()
+        [1.0, 1.0]
+    """
+    deviation = centred(x)[1]
+    return jnp.where(deviation > 0, deviation, 1.0)
+
+
+def correlation(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, "n m"]:
+    """Pearson correlation of every column of ``x`` with every column of ``y``; 0 if one is constant.
+
+    Args:
+        x: Target activations, one row per sample.
+        y: Source activations; row ``k`` must come from the same sample as row ``k`` of ``x``.
+
+    Returns:
+        ``[n, m]`` in [-1, 1], float32.
+
+    Raises:
+        ValueError: if the sample counts differ or are below 2.
+    """
+    if x.shape[0] != y.shape[0] or x.shape[0] < 2:
+        raise ValueError(
+            f"Rows of the two models must correspond one to one and be at least 2, "
+            f"not {x.shape[0]} and {y.shape[0]}."
+        )
+
+    def unit(z: jax.Array) -> jax.Array:
+        centre, _ = centred(z)
+        norm = jnp.linalg.norm(centre, axis=0)
+        return centre / jnp.where(norm > 0, norm, 1.0)
+
+    rho = jnp.matmul(unit(x).T, unit(y), precision=jax.lax.Precision.HIGHEST)
+    return jnp.clip(rho, -1.0, 1.0)
+
+
+def correlation_cost(
+    x: Float[Array, "t n"], y: Float[Array, "t m"], *, signed: bool = False
+) -> Float[Array, "n m"]:
+    r"""Pearson correlation distance between the columns of two sample-aligned arrays.
+
+    .. math:: C_{ij} = 1 - \rho(x_{:,i},\, y_{:,j}) \in [0, 2]
+
+    Args:
+        x: Target activations, one row per sample. Any float dtype; statistics are in float32.
+        y: Source activations; row ``k`` must come from the same sample as row ``k`` of ``x``.
+        signed: Use :math:`1 - |\rho|` in [0, 1], so that a neuron may match its negative.
+
+    Returns:
+        ``[n, m]`` cost, dimensionless. Columns with zero variance get cost 1 (uncorrelated).
+
+    Raises:
+        ValueError: if the sample counts differ or are below 2.
+
+    Example:
+        >>> correlation_cost(jnp.array([[0.0], [1.0]]), jnp.array([[1.0], [0.0]]))
+        Array([[2.]], dtype=float32)
+
+    Source: Transport and Merge, arXiv 2602.05495, eq. 7. Differs: constant columns are defined, and
+    ``signed`` is ours.
+    """
+    rho = correlation(x, y)
+    return 1.0 - (jnp.abs(rho) if signed else rho)

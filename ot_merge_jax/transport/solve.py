@@ -1,0 +1,137 @@
+"""Entropic optimal transport with uniform marginals, by ott-jax: cost -> `Potentials`.
+
+Potentials are kept, plans are rebuilt: ``plan(cost, potentials)``. The log form of Sinkhorn is
+used throughout: it is safe at every epsilon and, in ott-jax on CPU, faster than the kernel form.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ott.geometry import geometry
+from ott.problems.linear import linear_problem
+from ott.solvers.linear import sinkhorn
+
+from ot_merge_jax.types import Potentials
+
+#: Entries of the cost matrices that are solved side by side; more lanes wait for the slowest.
+_ENTRIES_AT_ONCE = 2**18
+_CHECK_EVERY = 10
+
+
+def pairs_at_once(n: int, m: int) -> int:
+    """How many ``[n, m]`` problems to solve side by side.
+
+    Example:
+        >>> pairs_at_once(128, 192), pairs_at_once(2048, 4096)
+        (10, 1)
+    """
+    return max(1, min(64, _ENTRIES_AT_ONCE // (n * m)))
+
+
+def solve(
+    cost: Float[Array, "n m"] | Float[Array, "batch n m"],
+    *,
+    epsilon: Any,
+    max_iterations: int = 2000,
+    threshold: Any = 1e-6,
+) -> Potentials:
+    r"""Solves one entropic transport problem with uniform marginals, or a batch of them.
+
+    .. math:: \min_Q \langle C, Q\rangle - \epsilon H(Q), \quad Q 1 = 1/n,\; Q^\top 1 = 1/m
+
+    Args:
+        cost: ``[n, m]`` or ``[batch, n, m]``, target by source.
+        epsilon: Positive, in cost units; a number, or ``[batch]``.
+        max_iterations: Sinkhorn iterations at most; static.
+        threshold: L1 marginal error at which to stop.
+
+    Returns:
+        Potentials with the batch axis leading, if there is one. ``converged`` must be looked at:
+        failure to converge, and a cost that is not finite, are data and not exceptions.
+
+    Raises:
+        ValueError: if ``epsilon`` is not positive and finite, ``max_iterations`` is below 1 or
+            ``cost`` has not two or three axes.
+
+    Example:
+        >>> potentials = solve(jnp.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
+        >>> bool(potentials.converged), plan(jnp.array([[0.0, 1.0], [1.0, 0.0]]), potentials).round(3)
+        (True, Array([[0.5, 0. ], [0. , 0.5]], dtype=float32))
+
+    Source: Transport and Merge, eq. 8; ott-jax `Sinkhorn`. Differs: the tolerance is the L1 marginal
+    error, not the change of a scaling vector.
+    """
+    if cost.ndim not in (2, 3):
+        raise ValueError(f"A cost has axes [n, m] or [batch, n, m], not {cost.shape}.")
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, not {max_iterations}.")
+    if not isinstance(epsilon, jax.core.Tracer):
+        values = [float(one) for one in jnp.ravel(jnp.asarray(epsilon))]
+        if not all(math.isfinite(one) and one > 0 for one in values):
+            raise ValueError(f"epsilon must be positive and finite, not {epsilon}.")
+    return _solve(cost, epsilon, threshold, max_iterations=max_iterations)
+
+
+@functools.partial(jax.jit, static_argnames=("max_iterations",))
+def _solve(cost: jax.Array, epsilon: Any, threshold: Any, *, max_iterations: int) -> Potentials:
+    """`solve` without checks, one compilation for each shape."""
+    epsilon = jnp.asarray(epsilon, jnp.float32)
+    if cost.ndim == 2:
+        return _solve_one(cost, epsilon, threshold, max_iterations)
+    epsilon = jnp.broadcast_to(epsilon, cost.shape[:1])
+    return jax.lax.map(
+        lambda one: _solve_one(one[0], one[1], threshold, max_iterations),
+        (cost, epsilon),
+        batch_size=pairs_at_once(*cost.shape[1:]),
+    )
+
+
+def _solve_one(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: int) -> Potentials:
+    """One problem, in float32 at the highest matmul precision."""
+    cost = cost.astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        solver = sinkhorn.Sinkhorn(
+            lse_mode=True,
+            threshold=threshold,
+            norm_error=1,
+            inner_iterations=min(_CHECK_EVERY, max_iterations),
+            max_iterations=max_iterations,
+            implicit_diff=None,
+        )
+        output = solver(linear_problem.LinearProblem(geometry.Geometry(cost, epsilon=epsilon)))
+    found = Potentials(
+        f=output.f,
+        g=output.g,
+        epsilon=epsilon,
+        cost=jnp.zeros(()),
+        error=jnp.zeros(()),
+        iterations=jnp.asarray(output.n_iters, jnp.int32),
+        converged=jnp.asarray(output.converged),
+    )
+    coupled = plan(cost, found)
+    n, m = cost.shape
+    error = jnp.abs(coupled.sum(1) - 1 / n).sum() + jnp.abs(coupled.sum(0) - 1 / m).sum()
+    finite = jnp.isfinite(error)
+    return found._replace(
+        cost=jnp.sum(coupled * cost), error=error, converged=found.converged & finite
+    )
+
+
+def plan(cost: Float[Array, "n m"], potentials: Potentials) -> Float[Array, "n m"]:
+    """The transport plan of one problem, rebuilt from its potentials.
+
+    Args:
+        cost: ``[n, m]``, the cost that was solved.
+        potentials: Its potentials, without batch axes.
+
+    Returns:
+        ``[n, m]`` non-negative, summing to 1.
+    """
+    exponent = potentials.f[:, None] + potentials.g[None, :] - cost
+    return jnp.exp(exponent / potentials.epsilon)

@@ -1,0 +1,391 @@
+"""What every test shares: a strict, offline, eight-device CPU run, and tiny random checkpoints.
+
+Fixtures
+========
+``rng``
+    NumPy generator seeded from the test's own name.
+``strict``
+    ``with strict(): ...`` makes dtype promotion strict and rank promotion an error. Put it around OUR functions in
+    float32 only: ott-jax, optax and `jax.nn.dot_product_attention` in bfloat16 break under it.
+``texts``, ``text_file``
+    Small multilingual documents, and a ``.txt`` of them (one document a line).
+``config_dict``
+    ``config_dict(family="llama", *, tied=False, kv_heads=2, ...)`` -> the dict of a tiny ``config.json``.
+``tiny_checkpoint``
+    ``tiny_checkpoint(family="llama", *, tied=False, kv_heads=2, head_dim=8, layers=3, seed=0, ...)`` -> folder of a
+    random checkpoint with tokenizer, made without torch by our own writer. Cached for the session: READ-ONLY.
+``writable_copy``
+    ``writable_copy(folder)`` -> a copy under ``tmp_path`` that the test may damage.
+``torch_checkpoint``
+    ``torch_checkpoint(family="llama", ...)`` -> (folder, torch model in float32 with eager attention), made by
+    transformers alone: the independent side of parity. Cached for the session: READ-ONLY. Mark the test ``torch``.
+``random_batch``
+    ``random_batch(cfg, padding="none"|"left"|"right", ...)`` -> `Batch` with rows of different lengths.
+
+The default sizes are all different, so that nothing passes because a matrix happens to be square: hidden 24,
+4 heads of 8 (q width 32), 2 kv heads (k width 16), MLP 40, 3 layers, and more vocabulary rows than tokens.
+"""
+
+import contextlib
+import json
+import os
+import pkgutil
+import shutil
+import zlib
+from pathlib import Path
+
+# before anything imports jax, transformers or the hub client
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+_PACKAGE = Path(__file__).parents[1] / "ot_merge_jax"
+
+#: Top-level modules whose annotations are not checked at run time, each with the reason.
+UNCHECKED: dict[str, str] = {}
+
+install_import_hook(
+    [
+        f"ot_merge_jax.{module.name}"
+        for module in pkgutil.iter_modules([str(_PACKAGE)])
+        if module.name not in UNCHECKED
+    ],
+    "beartype.beartype",
+)
+
+#: Warnings that are not ours to mend, each with the reason. Everything else is an error.
+ALLOWED_WARNINGS: dict[str, str] = {}
+
+
+def pytest_configure(config):
+    """Makes every warning an error, except the listed ones."""
+    config.addinivalue_line("filterwarnings", "error")
+    for pattern in ALLOWED_WARNINGS:
+        config.addinivalue_line("filterwarnings", pattern)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves ``slow`` and ``network`` tests out unless ``-m`` says something about markers."""
+    if config.option.markexpr:
+        return
+    out = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("network")]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
+
+
+@pytest.fixture
+def rng(request):
+    """A generator that is the same in every run and different in every test."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def strict():
+    """A context manager under which implicit dtype and rank promotion raise."""
+    import jax
+
+    @contextlib.contextmanager
+    def context():
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            yield
+
+    return context
+
+
+# ------------------------------------------------------------------------------------------------ texts, tokenizers
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Sixty short documents, several scripts, seeded."""
+    words = (
+        "the small target model receives what a larger source model learned from text about rivers mountains "
+        "harbours markets and old songs while nobody counts hours perbualan bahasa sungai gunung rumah "
+        "naïve café übung 河流 山 市場 песня река 1984 3.14 don't"
+    ).split()
+    rng = np.random.default_rng(7)
+    return [
+        " ".join(rng.choice(words, size=int(rng.integers(6, 30)))) + rng.choice([".", "?", "!"])
+        for _ in range(60)
+    ]
+
+
+@pytest.fixture
+def text_file(tmp_path, texts):
+    """A ``.txt`` file, one document a line."""
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return path
+
+
+#: Kind -> (tokens, whether encoding starts with a BOS).
+TOKENIZERS = {"bpe": (300, True), "bpe-large": (360, False), "metaspace": (370, True)}
+_BOS, _EOS = "<|begin|>", "<|end|>"
+
+
+def _train_tokenizer(kind, texts):
+    """A real tokenizer of the kind: byte-level BPE (small, or larger without a BOS), or sentence-piece-like."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    size, has_bos = TOKENIZERS[kind]
+    if kind == "metaspace":
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        special = ["<unk>", _BOS, _EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
+        alphabet = []
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special, alphabet = [_BOS, _EOS], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if kind == "metaspace":  # byte tokens must be ordinary tokens, or decoding skips them
+        state = json.loads(tokenizer.to_str())
+        state["added_tokens"] = [one for one in state["added_tokens"] if not one["content"].startswith("<0x")]
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+    if has_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory, texts):
+    """``tokenizer_folder(kind)`` -> folder with the tokenizer files of a kind of `TOKENIZERS`; read-only."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(f"tokenizer-{kind}")
+            _train_tokenizer(kind, texts).save(str(folder / "tokenizer.json"))
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": _BOS,
+                "eos_token": _EOS,
+                "model_max_length": 512,
+                "clean_up_tokenization_spaces": False,
+            }
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+            (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": _BOS, "eos_token": _EOS}))
+            (folder / "chat_template.jinja").write_bytes(b"{{ messages[0]['content'] }}\r\n\n")
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+# ------------------------------------------------------------------------------------------------ tiny checkpoints
+
+
+@pytest.fixture(scope="session")
+def config_dict():
+    """Factory of the dict of a tiny ``config.json``, as files on the hub look."""
+
+    def make(
+        family="llama",
+        *,
+        tied=False,
+        kv_heads=2,
+        head_dim=8,
+        heads=4,
+        hidden=24,
+        intermediate=40,
+        layers=3,
+        vocab_size=None,
+        dtype="float32",
+        tokenizer="bpe",
+        **more,
+    ):
+        """``head_dim=None`` leaves the key out; ``more`` are further keys of the file (None removes one)."""
+        tokens = TOKENIZERS[tokenizer][0]
+        first = 1 if tokenizer == "metaspace" else 0
+        config = {
+            "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
+            "attention_dropout": 0.0,
+            "bos_token_id": first,
+            "dtype": dtype,
+            "eos_token_id": first + 1,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "hidden_size": hidden,
+            "initializer_range": 0.02,
+            "intermediate_size": intermediate,
+            "max_position_embeddings": 512,
+            "model_type": family,
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads,
+            "rms_norm_eps": {"llama": 1e-5, "qwen2": 1e-6}[family],
+            "rope_parameters": {"rope_theta": {"llama": 10000.0, "qwen2": 1e6}[family], "rope_type": "default"},
+            "tie_word_embeddings": tied,
+            "transformers_version": "5.23.0",
+            "use_cache": True,
+            "vocab_size": vocab_size or (tokens // 16 + 1) * 16,  # padded: more rows than tokens
+        }
+        config |= more
+        return {key: value for key, value in config.items() if value is not None}
+
+    return make
+
+
+def _lively(params, seed):
+    """Norms and biases that are not the identity, so that leaving one out is seen."""
+    import jax
+
+    rng = np.random.default_rng(seed)
+
+    def change(path, leaf):
+        kind = path[-1].key
+        if kind not in ("scale", "bias"):
+            return leaf
+        noise = 0.3 * rng.standard_normal(leaf.shape).astype("float32")
+        return (leaf.astype("float32") + noise).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(change, params)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
+    """Factory of tiny random checkpoints on disk, torch-free; the folder is shared, so do not write into it."""
+    made = {}
+
+    def make(family="llama", *, seed=0, std=0.3, drift=0.0, max_shard_bytes=None, tokenizer="bpe", **config):
+        """Makes (or finds) a checkpoint.
+
+        Args:
+            family: ``llama`` or ``qwen2``.
+            seed: Of the weights.
+            std: Standard deviation of weights (embedding too); 0.3 gives activations of order one.
+            drift: Adds ``drift * N(0, std)`` of another stream to the weights: with the same seed and sizes, a
+                "fine-tuned" copy of the ``drift=0`` checkpoint.
+            max_shard_bytes: Size of a shard; None: one file.
+            tokenizer: ``bpe`` (300 tokens, BOS), ``bpe-large`` (360, no BOS), ``metaspace`` (370, BOS).
+            **config: See ``config_dict``: tied, kv_heads, head_dim, heads, hidden, intermediate, layers, dtype, ...
+
+        Returns:
+            Folder with config, generation config, tokenizer files, chat template, LICENSE and weights.
+        """
+        key = json.dumps([family, seed, std, drift, max_shard_bytes, tokenizer, config], sort_keys=True)
+        if key in made:
+            return made[key]
+        import jax
+
+        from ot_merge_jax.io import hf
+        from ot_merge_jax.models import families, specs
+
+        files = config_dict(family, tokenizer=tokenizer, **config)
+        like = tmp_path_factory.mktemp("like")
+        (like / "config.json").write_text(json.dumps(files, indent=2) + "\n")
+        stop = {"bos_token_id": files["bos_token_id"], "eos_token_id": files["eos_token_id"]}
+        (like / "generation_config.json").write_text(json.dumps(stop, indent=2) + "\n")
+        (like / "LICENSE").write_text("Made by the tests.\n")
+        for file in tokenizer_folder(tokenizer).iterdir():
+            shutil.copyfile(file, like / file.name)
+        cfg = families.read(files, where="tiny")
+        params = _lively(specs.init(jax.random.key(seed), cfg, std=std), seed)
+        if drift:
+            other = specs.init(jax.random.key(1000 + seed), cfg, std=std)
+            params = jax.tree.map(lambda leaf, noise: leaf + drift * noise, params, other)
+        folder = tmp_path_factory.mktemp(f"tiny-{family}")
+        hf.write_model(folder, params, cfg=cfg, like=like, max_shard_bytes=max_shard_bytes)
+        made[key] = folder
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def writable_copy(tmp_path):
+    """Factory of copies of a folder that the test may change."""
+
+    def make(folder, name="model"):
+        return Path(shutil.copytree(folder, tmp_path / name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def torch_checkpoint(tmp_path_factory, config_dict):
+    """Factory of (folder, torch model), made and saved by transformers alone."""
+    made = {}
+
+    def make(family="llama", *, seed=0, std=0.3, **config):
+        """See ``config_dict`` for the keywords; the weights are ``N(0, std)``, norms and biases lively."""
+        torch = pytest.importorskip("torch")
+        import transformers
+
+        torch.set_num_threads(1)
+        key = json.dumps([family, seed, std, config], sort_keys=True)
+        if key in made:
+            return made[key]
+        files = config_dict(family, **config)
+        architecture = files.pop("architectures")[0]
+        kind = transformers.AutoConfig.for_model(files.pop("model_type"), **files)
+        model = getattr(transformers, architecture)._from_config(kind, attn_implementation="eager")
+        model = model.to(torch.float32).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        for name, tensor in model.named_parameters():
+            noise = torch.randn(tensor.shape, generator=generator)
+            is_norm = "norm" in name
+            tensor.copy_(1.0 + 0.3 * noise if is_norm else std * noise)
+        folder = tmp_path_factory.mktemp(f"torch-{family}")
+        model.save_pretrained(folder)
+        made[key] = (folder, model)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_batch():
+    """Factory of batches of random tokens."""
+
+    def make(cfg, *, padding="none", lengths=(7, 4, 6), rows=2, seed=0):
+        """Makes a batch.
+
+        Args:
+            cfg: The model, for its vocabulary.
+            padding: Side of the padding; ``none`` makes every sequence as long as the longest.
+            lengths: Real tokens of each sequence.
+            rows: Rows of each sequence; their positions are real tokens, the last row is the mean.
+            seed: Of the tokens.
+        """
+        import jax.numpy as jnp
+
+        from ot_merge_jax.types import Batch
+
+        rng = np.random.default_rng(seed)
+        width = max(lengths)
+        tokens = rng.integers(0, cfg.vocab_size, (len(lengths), width))
+        mask = np.ones((len(lengths), width), bool)
+        if padding != "none":
+            for row, length in enumerate(lengths):
+                mask[row, : width - length] = padding != "left"
+                mask[row, length:] &= padding != "right"
+        position = np.stack([rng.choice(np.flatnonzero(row), rows) for row in mask])
+        position[:, -1] = -1
+        row_id = np.arange(len(lengths) * rows).reshape(len(lengths), rows)
+        return Batch(
+            jnp.asarray(tokens, jnp.int32),
+            jnp.asarray(mask),
+            jnp.asarray(position, jnp.int32),
+            jnp.asarray(row_id, jnp.int32),
+        )
+
+    return make
