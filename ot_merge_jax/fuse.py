@@ -124,7 +124,9 @@ def fuse(
         parent = specs.get(fused, "/".join(parents))
         weight = parent[last]
         if moved.shape != weight.shape:
-            raise ValueError(f"{path} is {weight.shape}, but {moved.shape} was transported into it.")
+            raise ValueError(
+                f"{path} is {weight.shape}, but {moved.shape} was transported into it."
+            )
         parent[last] = _fuse_leaf(
             weight, moved, strength_of(strength, path), mask.get(path), rule=spec.rule
         )

@@ -127,62 +127,94 @@ def text_file(tmp_path, texts):
     return path
 
 
-#: Kind -> (tokens, whether encoding starts with a BOS).
-TOKENIZERS = {"bpe": (300, True), "bpe-large": (360, False), "metaspace": (370, True)}
-_BOS, _EOS = "<|begin|>", "<|end|>"
+#: Kind -> (tokens, BOS or None, EOS). The ids of BOS and EOS follow from the order of the special tokens.
+TOKENIZERS = {
+    "bpe": (300, "<|begin|>", "<|end|>"),  # byte level, as Llama 3
+    "qwen": (360, None, "<|endoftext|>"),  # byte level with the pre-tokenizer that transformers forces on qwen2
+    "metaspace": (370, "<s>", "</s>"),  # sentence-piece marks and byte fallback, as Llama 2
+}
+_OF_FAMILY = {"llama": "bpe", "qwen2": "qwen"}
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _special_tokens(kind):
+    """The special tokens of a kind, in the order of their ids."""
+    _, bos, eos = TOKENIZERS[kind]
+    return [token for token in ("<unk>" if kind == "metaspace" else None, bos, eos) if token]
 
 
 def _train_tokenizer(kind, texts):
-    """A real tokenizer of the kind: byte-level BPE (small, or larger without a BOS), or sentence-piece-like."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """A real tokenizer of the kind, trained on the texts."""
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
-    size, has_bos = TOKENIZERS[kind]
+    size, bos, _ = TOKENIZERS[kind]
+    special = _special_tokens(kind)
     if kind == "metaspace":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
-        special = ["<unk>", _BOS, _EOS, *(f"<0x{byte:02X}>" for byte in range(256))]
-        alphabet = []
+        first, alphabet = [*special, *(f"<0x{byte:02X}>" for byte in range(256))], []
     else:
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if kind == "qwen":
+            tokenizer.normalizer = normalizers.NFC()
+            pieces = pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(_QWEN_SPLIT), behavior="isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            )
+        tokenizer.pre_tokenizer = pieces
         tokenizer.decoder = decoders.ByteLevel()
-        special, alphabet = [_BOS, _EOS], pre_tokenizers.ByteLevel.alphabet()
+        first, alphabet = special, pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     if kind == "metaspace":  # byte tokens must be ordinary tokens, or decoding skips them
         state = json.loads(tokenizer.to_str())
-        state["added_tokens"] = [one for one in state["added_tokens"] if not one["content"].startswith("<0x")]
+        state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] in special]
         tokenizer = Tokenizer.from_str(json.dumps(state))
-    if has_bos:
+    if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{_BOS} $A", pair=f"{_BOS} $A $B", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
     return tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory, texts):
-    """``tokenizer_folder(kind)`` -> folder with the tokenizer files of a kind of `TOKENIZERS`; read-only."""
+    """``tokenizer_folder(kind)`` -> folder with the files of a kind of `TOKENIZERS`; read-only."""
     made = {}
 
     def make(kind):
         if kind not in made:
             folder = tmp_path_factory.mktemp(f"tokenizer-{kind}")
             _train_tokenizer(kind, texts).save(str(folder / "tokenizer.json"))
+            _, bos, eos = TOKENIZERS[kind]
             settings = {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": _BOS,
-                "eos_token": _EOS,
+                "tokenizer_class": "Qwen2TokenizerFast" if kind == "qwen" else "PreTrainedTokenizerFast",
+                "bos_token": bos,
+                "eos_token": eos,
                 "model_max_length": 512,
                 "clean_up_tokenization_spaces": False,
             }
             (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-            (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": _BOS, "eos_token": _EOS}))
+            (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": eos}))
             (folder / "chat_template.jinja").write_bytes(b"{{ messages[0]['content'] }}\r\n\n")
             made[kind] = folder
         return made[kind]
@@ -209,18 +241,19 @@ def config_dict():
         layers=3,
         vocab_size=None,
         dtype="float32",
-        tokenizer="bpe",
+        tokenizer=None,
         **more,
     ):
         """``head_dim=None`` leaves the key out; ``more`` are further keys of the file (None removes one)."""
-        tokens = TOKENIZERS[tokenizer][0]
-        first = 1 if tokenizer == "metaspace" else 0
+        kind = tokenizer or _OF_FAMILY[family]
+        tokens, bos, eos = TOKENIZERS[kind]
+        ids = {token: place for place, token in enumerate(_special_tokens(kind))}
         config = {
             "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
             "attention_dropout": 0.0,
-            "bos_token_id": first,
+            "bos_token_id": ids.get(bos),
             "dtype": dtype,
-            "eos_token_id": first + 1,
+            "eos_token_id": ids[eos],
             "head_dim": head_dim,
             "hidden_act": "silu",
             "hidden_size": hidden,
@@ -265,7 +298,7 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
     """Factory of tiny random checkpoints on disk, torch-free; the folder is shared, so do not write into it."""
     made = {}
 
-    def make(family="llama", *, seed=0, std=0.3, drift=0.0, max_shard_bytes=None, tokenizer="bpe", **config):
+    def make(family="llama", *, seed=0, std=0.3, drift=0.0, max_shard_bytes=None, tokenizer=None, **config):
         """Makes (or finds) a checkpoint.
 
         Args:
@@ -275,7 +308,8 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
             drift: Adds ``drift * N(0, std)`` of another stream to the weights: with the same seed and sizes, a
                 "fine-tuned" copy of the ``drift=0`` checkpoint.
             max_shard_bytes: Size of a shard; None: one file.
-            tokenizer: ``bpe`` (300 tokens, BOS), ``bpe-large`` (360, no BOS), ``metaspace`` (370, BOS).
+            tokenizer: A kind of `TOKENIZERS`; None: ``bpe`` for llama, ``qwen`` for qwen2 (the only one that
+                transformers leaves alone there).
             **config: See ``config_dict``: tied, kv_heads, head_dim, heads, hidden, intermediate, layers, dtype, ...
 
         Returns:
@@ -289,13 +323,14 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
         from ot_merge_jax.io import hf
         from ot_merge_jax.models import families, specs
 
-        files = config_dict(family, tokenizer=tokenizer, **config)
+        kind = tokenizer or _OF_FAMILY[family]
+        files = config_dict(family, tokenizer=kind, **config)
         like = tmp_path_factory.mktemp("like")
         (like / "config.json").write_text(json.dumps(files, indent=2) + "\n")
-        stop = {"bos_token_id": files["bos_token_id"], "eos_token_id": files["eos_token_id"]}
+        stop = {key: files[key] for key in ("bos_token_id", "eos_token_id") if key in files}
         (like / "generation_config.json").write_text(json.dumps(stop, indent=2) + "\n")
         (like / "LICENSE").write_text("Made by the tests.\n")
-        for file in tokenizer_folder(tokenizer).iterdir():
+        for file in tokenizer_folder(kind).iterdir():
             shutil.copyfile(file, like / file.name)
         cfg = families.read(files, where="tiny")
         params = _lively(specs.init(jax.random.key(seed), cfg, std=std), seed)

@@ -189,25 +189,3 @@ def rebuild(
     rho = cost.correlation(x, y)
     found = solve.plan(1.0 - (jnp.abs(rho) if signed else rho), potentials)
     return found * jnp.sign(rho) if signed else found
-
-
-def effective_neighbours(plan: Float[Array, "n m"]) -> Float[Array, ""]:
-    """Mean over rows of ``exp(entropy)`` of the row-normalised plan: 1 is a hard match.
-
-    Example:
-        >>> effective_neighbours(jnp.array([[0.25, 0.25], [0.0, 0.5]])).round(3)
-        Array(1.5, dtype=float32)
-    """
-    weight = jnp.abs(plan)
-    weight = weight / jnp.maximum(weight.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    entropy = -jnp.sum(jnp.where(weight > 0, weight * jnp.log(jnp.maximum(weight, 1e-38)), 0), 1)
-    return jnp.exp(entropy).mean()
-
-
-def mass_curve(plan: Float[Array, "n m"], ks: tuple[int, ...]) -> Float[Array, " ks"]:
-    """Share of the plan's mass in its ``k`` largest entries, for each ``k``.
-
-    Source: Transport and Merge, Fig. 3.
-    """
-    ordered = jnp.cumsum(jnp.sort(jnp.abs(plan).ravel())[::-1])
-    return jnp.stack([ordered[min(k, len(ordered)) - 1] for k in ks]) / ordered[-1]

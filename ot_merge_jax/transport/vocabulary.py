@@ -39,7 +39,9 @@ def match(target_tokens: Tokens, source_tokens: Tokens) -> VocabularyMatch:
 
     source_rows = rows(source_tokens)
     pairs = sorted(
-        (row, source_rows[token]) for token, row in rows(target_tokens).items() if token in source_rows
+        (row, source_rows[token])
+        for token, row in rows(target_tokens).items()
+        if token in source_rows
     )
     if not pairs:
         raise ValueError("The two vocabularies share no token.")

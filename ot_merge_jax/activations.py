@@ -1,0 +1,86 @@
+"""`gather`: the activations of one model at the sites asked for, row by row. Imports models."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+
+from ot_merge_jax import progress, sharding
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import NonFiniteError
+from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.spaces import site_width
+from ot_merge_jax.types import Activations, Batch, Params
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "sites"))
+def _step(
+    params: Params, batch: Batch, *, cfg: ModelConfig, sites: frozenset[str]
+) -> dict[str, jax.Array]:
+    """The captured rows of one batch; the logits are never computed."""
+    return forward(params, batch, cfg=cfg, capture=sites)[1]
+
+
+def gather(
+    params: Params,
+    batches: Sequence[Batch],
+    *,
+    cfg: ModelConfig,
+    sites: Iterable[str],
+    mesh: jax.sharding.Mesh | None = None,
+) -> Activations:
+    """Runs a model over batches and keeps the wanted rows of the wanted sites.
+
+    Rows are picked, or pooled over tokens, inside the jitted step, which compiles once for each
+    shape of batch.
+
+    Args:
+        params: Parameters, in the dtype to compute in.
+        batches: From `ot_merge_jax.calibration`.
+        cfg: The model.
+        sites: Names of `ot_merge_jax.spaces.SITES`.
+        mesh: Splits each batch along its ``data`` axis; None: one device.
+
+    Returns:
+        Activations on the host, rows sorted by ``row_id``.
+
+    Raises:
+        NonFiniteError: naming the site and the layer, if an activation is NaN or infinite.
+        ValueError: if two rows have the same id.
+
+    Source: Transport and Merge, arXiv 2602.05495, section 4, eq. 6. Differs: rows may be tokens.
+    """
+    sites = frozenset(sites)
+    row_id = np.concatenate([np.asarray(batch.row_id).ravel() for batch in batches] or [[]])
+    row_id = np.sort(row_id[row_id >= 0]).astype(np.int32)
+    if len(np.unique(row_id)) != len(row_id):
+        raise ValueError(
+            "Two rows have the same row_id; each row of the calibration set needs its own."
+        )
+    values = {
+        site: np.empty((cfg.num_layers, len(row_id), site_width(site, cfg)), np.float32)
+        for site in sorted(sites)
+    }
+    for batch in progress.track(batches, "gather activations (batches)"):
+        ids = np.asarray(batch.row_id)
+        if mesh is not None:
+            batch = jax.tree.map(
+                lambda x: jax.device_put(x, sharding.leaf_sharding(mesh, ("batch", None), x.shape)),
+                batch,
+            )
+        captured = _step(params, batch, cfg=cfg, sites=sites)
+        wanted = ids >= 0
+        places = np.searchsorted(row_id, ids[wanted])
+        for site, rows in captured.items():
+            values[site][:, places] = np.asarray(rows)[:, wanted]
+    for site, rows in values.items():
+        for layer, one in enumerate(rows):
+            if not np.isfinite(one).all():
+                raise NonFiniteError(
+                    f"Activations at site {site}, layer {layer}, are not finite; "
+                    f"the weights overflow there, so check the checkpoint or compute in float32."
+                )
+    return Activations(values, row_id)  # pyright: ignore[reportArgumentType]

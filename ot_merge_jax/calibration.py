@@ -1,0 +1,325 @@
+"""Texts to row-aligned batches: reading, sampling, tokenising, padding. Imports types, errors.
+
+The rows of the two models correspond by ``row_id``; a text dropped for one is dropped for both.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.types import Batch
+
+#: Fraction of the documents that choose the strength and are never used for rows (SPEC section 9).
+DEV_FRACTION = 0.2
+_TOKENS_PER_BATCH = 4096
+_SHORTEST = 16
+
+
+class Encoded(NamedTuple):
+    """One tokenised document.
+
+    Attributes:
+        ids: Token ids, special tokens included.
+        is_special: True where the tokenizer added a special token.
+    """
+
+    ids: list[int]
+    is_special: list[bool]
+
+
+class Calibration(NamedTuple):
+    """Row-aligned batches of both models.
+
+    Attributes:
+        target: Batches of the target.
+        source: Batches of the source (and of its base, which shares its tokenizer).
+        documents: Texts used.
+        target_tokens: Tokens the target reads.
+        source_tokens: Tokens the source reads.
+        rows: Rows of activations.
+    """
+
+    target: list[Batch]
+    source: list[Batch]
+    documents: int
+    target_tokens: int
+    source_tokens: int
+    rows: int
+
+
+def read_documents(path: Path, *, field: str = "text", encoding: str = "utf-8") -> Iterator[str]:
+    """Yields the documents of a file, one after the other; blank ones are skipped.
+
+    Args:
+        path: ``.jsonl`` (one JSON object a line) or a text file (one document a line).
+        field: Which field of a JSON object holds the text.
+        encoding: Of the file; a byte order mark is dropped.
+
+    Yields:
+        Texts.
+
+    Raises:
+        InputError: if there is no such file, or naming the byte or line that cannot be read.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no text file {path}; give a .txt or .jsonl file.")
+    try:
+        name = codecs.lookup(encoding).name
+    except LookupError as error:
+        raise InputError(
+            f"There is no encoding {encoding!r}; give one that Python knows."
+        ) from error
+    try:
+        with path.open(encoding="utf-8-sig" if name == "utf-8" else encoding) as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if "\0" in line:
+                    raise InputError(f"{path}, line {number}, holds a NUL byte; this is not text.")
+                is_json = path.suffix == ".jsonl"
+                text = _field(path, number, line, field) if is_json else line.strip()
+                if text.strip():
+                    yield text
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not {encoding} {_first_bad_byte(path, encoding)}; pass --encoding."
+        ) from error
+
+
+def _field(path: Path, number: int, line: str, field: str) -> str:
+    """The text of one line of JSON."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}, is not JSON ({error}); mend the line.") from error
+    if not isinstance(value, dict) or field not in value:
+        raise InputError(
+            f"{path}, line {number}, has no field {field!r}; name the field that holds the text."
+        )
+    if not isinstance(value[field], str):
+        raise InputError(f"{path}, line {number}: field {field!r} is not a string; mend the line.")
+    return value[field]
+
+
+def _first_bad_byte(path: Path, encoding: str) -> str:
+    """Where a file stops being text in this encoding."""
+    content = path.read_bytes()
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError as error:
+        return f"at byte {error.start} (line {content[: error.start].count(bytes([10])) + 1})"
+    return "text"
+
+
+def sample(documents: Iterator[str], *, count: int, seed: int) -> list[str]:
+    """A seeded uniform sample of at most ``count`` documents, in file order, in one pass.
+
+    Example:
+        >>> sample(iter("abcdef"), count=3, seed=0) == sample(iter("abcdef"), count=3, seed=0)
+        True
+    """
+    rng = random.Random(seed)
+    kept: list[tuple[int, str]] = []
+    for index, document in enumerate(documents):
+        if len(kept) < count:
+            kept.append((index, document))
+        elif (place := rng.randrange(index + 1)) < count:
+            kept[place] = (index, document)
+    return [document for _, document in sorted(kept)]
+
+
+def split(documents: Sequence[str], *, seed: int) -> tuple[list[str], list[str]]:
+    """Splits documents into those that give rows and the dev split; one document gives no dev split.
+
+    Example:
+        >>> rows, dev = split([str(i) for i in range(10)], seed=0)
+        >>> len(rows), len(dev), set(rows) & set(dev)
+        (8, 2, set())
+    """
+    is_dev = np.zeros(len(documents), bool)
+    count = round(DEV_FRACTION * len(documents))
+    is_dev[np.random.default_rng(seed).permutation(len(documents))[:count]] = True
+    train = [document for document, dev in zip(documents, is_dev, strict=True) if not dev]
+    return train, [document for document, dev in zip(documents, is_dev, strict=True) if dev]
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, by transformers; no code of the folder is ever run.
+
+    Raises:
+        InputError: if the folder has none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer  # takes seconds to import; `--help` should not wait
+
+    if not any(
+        (path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        raise InputError(f"{path} has no tokenizer; copy the tokenizer files of the model into it.")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the libraries behind it raise anything
+        first = str(error).strip().split("\n")[0]
+        raise InputError(f"The tokenizer of {path} cannot be loaded ({first}).") from error
+
+
+def is_same_tokenizer(target: Any, source: Any, documents: Sequence[str]) -> bool:
+    """Whether two tokenizers have one vocabulary and cut these documents alike."""
+    if target.get_vocab() != source.get_vocab():
+        return False
+    return all(target(text)["input_ids"] == source(text)["input_ids"] for text in documents)
+
+
+def vocabulary(tokenizer: Any, *, size: int) -> dict[str, int]:
+    """Token -> row of a tokenizer, special tokens and rows beyond ``size`` left out."""
+    special = set(tokenizer.all_special_ids)
+    return {
+        token: row
+        for token, row in tokenizer.get_vocab().items()
+        if row < size and row not in special
+    }
+
+
+def encode(tokenizer: Any, documents: Sequence[str], *, max_length: int) -> list[Encoded]:
+    """Tokenises documents as the model was trained to see them, cut at ``max_length`` tokens."""
+    encoded = []
+    for text in documents:
+        one = tokenizer(
+            text, truncation=True, max_length=max_length, return_special_tokens_mask=True
+        )
+        encoded.append(Encoded(one["input_ids"], [bool(x) for x in one["special_tokens_mask"]]))
+    return encoded
+
+
+def align(
+    documents: Sequence[str],
+    target_tokenizer: Any,
+    source_tokenizer: Any,
+    *,
+    rows: Literal["sample", "token"],
+    max_rows: int = 8192,
+    max_length: int = 512,
+    seed: int = 0,
+) -> Calibration:
+    """Tokenises documents for both models and says which rows of activations correspond.
+
+    Args:
+        documents: Texts.
+        target_tokenizer: Of the target.
+        source_tokenizer: Of the source.
+        rows: ``sample``: one row a document, the mean over its tokens, special ones included.
+            ``token``: one row a token that is not special; needs identical tokenizers.
+        max_rows: Rows kept for ``token``, a seeded subsample.
+        max_length: Tokens of a document that are read.
+        seed: Of the subsample.
+
+    Returns:
+        Batches whose rows correspond by ``row_id``.
+
+    Raises:
+        InputError: if fewer than 2 rows remain, or tokenizers differ where they must not.
+
+    Source: SPEC section 2.
+    """
+    if rows == "token" and not is_same_tokenizer(target_tokenizer, source_tokenizer, documents):
+        raise InputError(
+            "rows: token needs identical tokenizers, and those of target and source differ; use rows: sample."
+        )
+    both = [
+        (t, s)
+        for t, s in zip(
+            encode(target_tokenizer, documents, max_length=max_length),
+            encode(source_tokenizer, documents, max_length=max_length),
+            strict=True,
+        )
+        if not all(t.is_special) and not all(s.is_special)
+    ]
+    if rows == "sample":
+        places = [([-1], [row]) for row in range(len(both))]
+        total = len(both)
+    else:
+        places, total = _token_rows([t for t, _ in both], max_rows, seed)
+    if total < 2:
+        raise InputError(
+            f"The calibration text gives {total} usable rows, and at least 2 are needed; add text."
+        )
+    return Calibration(
+        target=batches([t.ids for t, _ in both], places),
+        source=batches([s.ids for _, s in both], places),
+        documents=len(both),
+        target_tokens=sum(len(t.ids) for t, _ in both),
+        source_tokens=sum(len(s.ids) for _, s in both),
+        rows=total,
+    )
+
+
+def _token_rows(
+    encoded: Sequence[Encoded], max_rows: int, seed: int
+) -> tuple[list[tuple[list[int], list[int]]], int]:
+    """For each document the token positions of its rows and their ids."""
+    real = [[i for i, special in enumerate(one.is_special) if not special] for one in encoded]
+    count = sum(map(len, real))
+    keep = np.ones(count, bool)
+    if count > max_rows:
+        keep[:] = False
+        keep[np.random.default_rng(seed).permutation(count)[:max_rows]] = True
+    places, seen, row = [], 0, 0
+    for positions in real:
+        kept = [p for p, k in zip(positions, keep[seen : seen + len(positions)], strict=True) if k]
+        places.append((kept, list(range(row, row + len(kept)))))
+        seen, row = seen + len(positions), row + len(kept)
+    return places, row
+
+
+def batches(
+    sequences: Sequence[Sequence[int]], rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[Batch]:
+    """Pads token sequences into batches of few shapes; sequences without rows are left out.
+
+    Args:
+        sequences: Token ids of each document.
+        rows: For each document the positions of its rows (-1: the mean) and their row ids.
+
+    Returns:
+        Right-padded batches; the last of each length is filled up with empty sequences.
+
+    Example:
+        >>> [batch] = batches([[5, 6, 7], [8]], [([0, 2], [0, 1]), ([-1], [2])])
+        >>> batch.tokens.shape, batch.mask.sum(1).tolist(), batch.row_id.tolist()
+        ((2, 16), [3, 1], [[0, 1], [2, -1]])
+    """
+    buckets: dict[int, list[int]] = defaultdict(list)
+    for index, (tokens, (_, ids)) in enumerate(zip(sequences, rows, strict=True)):
+        if ids:
+            buckets[_power_of_two(max(len(tokens), _SHORTEST))].append(index)
+    made = []
+    for length, members in sorted(buckets.items()):
+        size = min(max(1, _TOKENS_PER_BATCH // length), _power_of_two(len(members)))
+        width = _power_of_two(max(len(rows[index][1]) for index in members))
+        for start in range(0, len(members), size):
+            tokens = np.zeros((size, length), np.int32)
+            mask = np.zeros((size, length), bool)
+            position, row_id = (
+                np.zeros((size, width), np.int32),
+                np.full((size, width), -1, np.int32),
+            )
+            for place, index in enumerate(members[start : start + size]):
+                positions, ids = rows[index]
+                tokens[place, : len(sequences[index])] = sequences[index]
+                mask[place, : len(sequences[index])] = True
+                position[place, : len(ids)], row_id[place, : len(ids)] = positions, ids
+            made.append(Batch(tokens, mask, position, row_id))  # pyright: ignore[reportArgumentType]
+    return made
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size``."""
+    return 1 << max(0, size - 1).bit_length()

@@ -1,0 +1,1 @@
+"""Held-out loss of models, and how sure a difference is."""

@@ -1,0 +1,167 @@
+"""Loss and bits per byte of documents, each scored alone. Imports models.
+
+A document is scored after one prefix token (BOS, else EOS) that is not scored itself, so every
+token and every byte of it counts. Documents longer than the context are read in windows that
+overlap by half; every token is counted once.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import progress
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError, NonFiniteError
+from ot_merge_jax.models.decoder import forward, token_nll
+from ot_merge_jax.types import Batch, Params
+
+_TOKENS_PER_BATCH = 4096
+
+
+class Scores(NamedTuple):
+    """What one model makes of a set of documents, an entry for each document.
+
+    Attributes:
+        nll: Sum of the negative log-likelihood of its tokens, in nats.
+        tokens: How many tokens that are.
+        bytes: Length of its UTF-8 text.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    @property
+    def nll_per_token(self) -> float:
+        """Mean over all tokens of all documents, in nats."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return float(self.nll.sum() / self.bytes.sum() / math.log(2))
+
+
+class Windows(NamedTuple):
+    """Documents cut into padded windows, ready to be scored many times.
+
+    Attributes:
+        batches: Tokens and masks.
+        scored: For each batch ``[b, s - 1]``: 1 where the next token counts.
+        document: For each batch ``[b]``: which document a sequence belongs to.
+        tokens: Tokens of each document.
+        bytes: Bytes of each document.
+    """
+
+    batches: list[Batch]
+    scored: list[np.ndarray]
+    document: list[np.ndarray]
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+
+def windows(documents: Sequence[str], tokenizer: Any, *, max_positions: int) -> Windows:
+    """Tokenises documents for `score`.
+
+    Args:
+        documents: Texts.
+        tokenizer: Of the model.
+        max_positions: The model's context, in tokens.
+
+    Returns:
+        Padded windows of few shapes.
+
+    Raises:
+        InputError: if there is no document, or the tokenizer has neither BOS nor EOS.
+    """
+    prefix = (
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    )
+    if prefix is None:
+        raise InputError(
+            "The tokenizer has neither a BOS nor an EOS token, so no text can be scored."
+        )
+    cut: dict[int, list[tuple[int, list[int], int]]] = defaultdict(list)
+    counts = []
+    for index, text in enumerate(documents):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        counts.append(len(ids))
+        for start, stop, context in _spans(len(ids), max_positions):
+            sequence = [prefix, *ids[context:stop]] if context == 0 else ids[context:stop]
+            scored = stop - start
+            cut[min(max_positions, max(16, 1 << (len(sequence) - 1).bit_length()))].append(
+                (index, sequence, scored)
+            )
+    if not counts or not sum(counts):
+        raise InputError("The evaluation text has 0 documents with tokens; add text.")
+    made = Windows([], [], [], np.array(counts), np.array([len(t.encode()) for t in documents]))
+    for length, members in sorted(cut.items()):
+        size = min(max(1, _TOKENS_PER_BATCH // length), len(members))
+        for first in range(0, len(members), size):
+            tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+            counted, owner = np.zeros((size, length - 1), np.float32), np.zeros(size, np.int32)
+            for place, (index, sequence, scored) in enumerate(members[first : first + size]):
+                tokens[place, : len(sequence)], mask[place, : len(sequence)] = sequence, True
+                counted[place, len(sequence) - 1 - scored : len(sequence) - 1] = 1
+                owner[place] = index
+            no_rows = np.zeros((size, 1), np.int32)
+            made.batches.append(Batch(tokens, mask, no_rows, no_rows - 1))  # pyright: ignore[reportArgumentType]
+            made.scored.append(counted)
+            made.document.append(owner)
+    return made
+
+
+def _spans(length: int, max_positions: int) -> list[tuple[int, int, int]]:
+    """(first scored token, end, first token of context) of the windows of one document."""
+    spans, start = [], 0
+    while start < length:
+        # the first window spends a position on the prefix; later ones keep half a context before them
+        context = 0 if start == 0 else start - max_positions // 2
+        stop = min(length, context + max_positions - (context == 0))
+        spans.append((start, stop, context))
+        start = stop
+    return spans
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _sequence_nll(
+    params: Params, batch: Batch, scored: jax.Array, *, cfg: ModelConfig
+) -> jax.Array:
+    """Summed loss of the scored positions of each sequence ``[b]``."""
+    losses, _ = token_nll(forward(params, batch, cfg=cfg)[0], batch)
+    return jnp.sum(losses * scored, -1)
+
+
+def score(params: Params, cut: Windows, *, cfg: ModelConfig) -> Scores:
+    """Scores every document.
+
+    Args:
+        params: Parameters, in the dtype to compute in.
+        cut: From `windows`.
+        cfg: The model.
+
+    Returns:
+        Loss, tokens and bytes of each document.
+
+    Raises:
+        NonFiniteError: if a loss is not finite.
+    """
+    nll = np.zeros(len(cut.tokens))
+    parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
+    for batch, scored, document in progress.track(parts, "score held-out text (batches)"):
+        np.add.at(
+            nll, document, np.asarray(_sequence_nll(params, batch, scored, cfg=cfg), np.float64)
+        )
+    if not np.isfinite(nll).all():
+        raise NonFiniteError(
+            f"The loss of document {int(np.argmin(np.isfinite(nll)))} is not finite."
+        )
+    return Scores(nll, cut.tokens, cut.bytes)

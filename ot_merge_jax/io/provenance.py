@@ -1,0 +1,137 @@
+"""Where a merged model comes from: the model card and the side file with every hash."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from huggingface_hub import ModelCard, ModelCardData
+
+_PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "orbax-checkpoint",
+             "safetensors", "transformers", "huggingface-hub", "numpy")  # fmt: skip
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of the files of a folder that match, by name."""
+    names = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return {path.name: sha256(path) for path in names if path.is_file()}
+
+
+def without_home(text: str) -> str:
+    """A text with the user's home folder written as ``~``."""
+    return text.replace(str(Path.home()), "~")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and peak memory so far; no user or host names."""
+    return {
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "devices": [f"{device.platform}:{device.device_kind}" for device in jax.devices()],
+        "precision": "float32, transport and fusion at highest matmul precision",
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence a model's own card states, or None."""
+    try:
+        value = ModelCard.load(folder / "README.md").data.get("license")
+    except Exception:  # a card is somebody's text: anything may be wrong with it
+        return None
+    return value if isinstance(value, str) else None
+
+
+def fenced(text: str) -> str:
+    """A code block that its own content cannot end."""
+    longest = run = 0
+    for character in text:
+        run = run + 1 if character == "`" else 0
+        longest = max(longest, run)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def model_card(
+    *,
+    name: str,
+    models: Mapping[str, Path],
+    verdict: str,
+    evaluation: Sequence[tuple[str, float, float]],
+    command: str,
+    recipe: str,
+) -> str:
+    """The README.md of a merged model.
+
+    Args:
+        name: Title.
+        models: Role (``target``, ``source``, ``source base``) -> folder.
+        verdict: One sentence.
+        evaluation: (model, nats per token, bits per byte) on the held-out text.
+        command: The exact command.
+        recipe: The resolved recipe.
+
+    Returns:
+        Markdown with front matter. A licence is stated only if all models agree on one.
+
+    Example:
+        >>> card = model_card(name="m", models={"target": Path("a"), "source": Path("b")}, verdict="v.",
+        ...                   evaluation=[], command="ot-merge run", recipe="rule: delta")
+        >>> "base_model_relation: merge" in card, "license: other" in card
+        (True, True)
+    """
+    licences = {role: licence_of(folder) for role, folder in models.items()}
+    stated = set(licences.values())
+    agreed = stated.pop() if len(stated) == 1 else None
+    data = ModelCardData(
+        base_model=[_plain(folder.name) for folder in models.values()],
+        base_model_relation="merge",
+        tags=["merge", "ot-merge", "optimal-transport"],
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=agreed or "other",
+    )
+    lines = ["---", data.to_yaml(), "---", "", f"# {_plain(name)}", "", _plain(verdict), ""]
+    lines += ["| role | model | licence stated in its card |", "|---|---|---|"]
+    lines += [
+        f"| {role} | {_plain(folder.name)} | {_plain(licences[role] or 'unknown')} |"
+        for role, folder in models.items()
+    ]
+    if evaluation:
+        lines += ["", "Held-out text (see `ot_merge/report.json`):", ""]
+        lines += ["| model | nats per token | bits per byte |", "|---|---|---|"]
+        lines += [f"| {_plain(who)} | {loss:.4f} | {bits:.4f} |" for who, loss, bits in evaluation]
+    lines += [
+        "",
+        "Merged across architectures with `ot_merge_jax`, after Transport and Merge "
+        "([arXiv:2602.05495](https://arxiv.org/abs/2602.05495)).",
+        "",
+        fenced(command),
+        "",
+        fenced(recipe.rstrip()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _plain(text: str) -> str:
+    """Text that cannot break out of a table cell or start Markdown or HTML."""
+    kept = "".join(c if c.isprintable() else " " for c in text)
+    for character in "\\`*_[]<>|#&":
+        kept = kept.replace(character, f"\\{character}" if character not in "<>&" else " ")
+    return kept

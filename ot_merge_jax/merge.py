@@ -1,0 +1,334 @@
+"""The stages composed: activations -> coupling -> transported weights -> fused parameters.
+
+`merge` is the one call; `prepare` is everything before the strength matters, so that strengths can
+be swept without doing it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ot_merge_jax import fuse
+from ot_merge_jax.activations import gather
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError, RecipeError
+from ot_merge_jax.models import specs
+from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, sites_of
+from ot_merge_jax.transport import coupling as couplings
+from ot_merge_jax.transport import diagnostics, operator
+from ot_merge_jax.transport import vocabulary as vocabularies
+from ot_merge_jax.types import (
+    Activations,
+    Batch,
+    Coupling,
+    HParams,
+    MergeReport,
+    MergeSpec,
+    Params,
+    VocabularyMatch,
+    WeightReport,
+)
+
+Model = tuple[ModelConfig, Params]
+
+
+class Prepared(NamedTuple):
+    """A merge up to the strength.
+
+    Attributes:
+        moved: Parameter path -> transported weight (of the delta, for rule ``delta``).
+        masks: Parameter path -> mask.
+        coupling: None when only the vocabulary moves.
+        target: Activations of the target; None when only the vocabulary moves.
+        source: Activations the coupling was made with; None when only the vocabulary moves.
+    """
+
+    moved: dict[str, jax.Array]
+    masks: dict[str, jax.Array]
+    coupling: Coupling | None
+    target: Activations | None
+    source: Activations | None
+
+
+def merge(
+    target: Model,
+    source: Model,
+    batches: tuple[Sequence[Batch], Sequence[Batch]],
+    hparams: HParams,
+    *,
+    spec: MergeSpec,
+    source_base: Model | None = None,
+    vocabulary: VocabularyMatch | None = None,
+) -> tuple[Params, MergeReport]:
+    """Merges the source into the target.
+
+    Args:
+        target: Configuration and parameters of the target; its shapes are the result's.
+        source: The same of the source, of any other width, depth or family.
+        batches: Row-aligned batches of target and source (`calibration.align`).
+        hparams: Strength, epsilons and threshold; its numbers may be traced.
+        spec: What moves and how.
+        source_base: What the source was fine-tuned from; needed by rule ``delta``, and if given,
+            what the source is aligned by.
+        vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
+
+    Returns:
+        The fused parameters, in the target's dtypes, and the diagnostics.
+
+    Raises:
+        RecipeError: if the spec needs a source base or a vocabulary that is not given.
+        InputError: if source and source base have different shapes.
+        NonFiniteError: if activations are not finite.
+
+    Example:
+        >>> from ot_merge_jax import assets, calibration
+        >>> from ot_merge_jax.io.hf import load_hf
+        >>> target, source, base = (load_hf(assets.path(n)) for n in ("sibling", "source", "source-base"))
+        >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
+        >>> texts = list(calibration.read_documents(assets.path("calibration.jsonl")))[:8]
+        >>> data = calibration.align(texts, tokenizer, tokenizer, rows="token", max_rows=100)
+        >>> params, report = merge(target, source, (data.target, data.source), HParams(0.8),
+        ...                        spec=MergeSpec(weights=("down",)), source_base=base)
+        >>> report.weights["down"].source_layer.shape == (target[0].num_layers,)
+        True
+
+    Source: Transport and Merge, arXiv 2602.05495, sections 4 and 5. Differs: see `MergeSpec`.
+    """
+    prepared = prepare(
+        target,
+        source,
+        batches,
+        hparams,
+        spec=spec,
+        source_base=source_base,
+        vocabulary=vocabulary,
+    )
+    fused = fuse.fuse(target[1], prepared.moved, hparams.strength, spec=spec, mask=prepared.masks)
+    return fused, describe(target, prepared, hparams, spec=spec)
+
+
+def prepare(
+    target: Model,
+    source: Model,
+    batches: tuple[Sequence[Batch], Sequence[Batch]],
+    hparams: HParams,
+    *,
+    spec: MergeSpec,
+    source_base: Model | None = None,
+    vocabulary: VocabularyMatch | None = None,
+) -> Prepared:
+    """Everything of `merge` that does not depend on the strength; same arguments."""
+    if spec.rule == "delta" and source_base is None:
+        raise RecipeError(
+            "rule: delta needs source_base, the checkpoint the source was fine-tuned from; "
+            "give it or choose the preset barycentric."
+        )
+    check_base(source, source_base)
+    reference = source_base or source
+    carried = source[1]
+    if spec.rule == "delta":
+        carried = jax.tree.map(
+            lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), source[1], reference[1]
+        )
+    moved: dict[str, jax.Array] = {}
+    masks: dict[str, jax.Array] = {}
+    found = rows_target = rows_source = None
+    if sites := sites_of(spec.weights):
+        rows_target = gather(target[1], batches[0], cfg=target[0], sites=sites)
+        rows_source = gather(reference[1], batches[1], cfg=reference[0], sites=sites)
+        found = couplings.couple(rows_target, rows_source, hparams, spec=spec)
+        moved = _projections(target[1], carried, found, rows_target, rows_source, spec=spec)
+        masks = fuse.masks(rows_target, spec=spec)
+    if set(spec.weights) & set(VOCABULARY):
+        if vocabulary is None:
+            raise RecipeError(
+                "Moving embed or head needs the matched tokens of the two vocabularies."
+            )
+        tables, rows = _tables(target, (source[0], carried), reference, vocabulary, spec=spec)
+        moved, masks = moved | tables, masks | rows
+    return Prepared(moved, masks, found, rows_target, rows_source)
+
+
+def check_base(source: Model, source_base: Model | None) -> None:
+    """Refuses a source base that is not of the source's shapes."""
+    if source_base is None:
+        return
+    shapes = [
+        {spec.path: spec.shape for spec in specs.param_specs(cfg)}
+        for cfg, _ in (source, source_base)
+    ]
+    if shapes[0] != shapes[1]:
+        differing = sorted(path for path in shapes[0].keys() | shapes[1].keys()
+                           if shapes[0].get(path) != shapes[1].get(path))  # fmt: skip
+        raise InputError(
+            f"The source base is not what the source was fine-tuned from: "
+            f"{', '.join(differing[:4])} differ in shape; give the right checkpoint."
+        )
+
+
+def _projections(
+    target: Params,
+    carried: Params,
+    found: Coupling,
+    rows_target: Activations,
+    rows_source: Activations,
+    *,
+    spec: MergeSpec,
+) -> dict[str, jax.Array]:
+    """Transported kernels and, where both models have them, biases."""
+    moved = {}
+    for name, wiring in PROJECTIONS.items():
+        if name not in spec.weights:
+            continue
+        sites = {"in_site": wiring.in_site, "out_site": wiring.out_site}
+        leaves = specs.get(carried, wiring.path)
+        moved[f"{wiring.path}/kernel"] = operator.transported(
+            leaves["kernel"], found, rows_target, rows_source, **sites, spec=spec
+        )
+        if "bias" in leaves and "bias" in specs.get(target, wiring.path):
+            moved[f"{wiring.path}/bias"] = operator.transported_bias(
+                leaves["bias"], found, rows_target, rows_source, **sites, spec=spec
+            )
+    return moved
+
+
+def _tables(
+    target: Model, carried: Model, reference: Model, matched: VocabularyMatch, *, spec: MergeSpec
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Moved vocabulary tables and the masks of their matched rows.
+
+    A tied target's one table plays the head's role: it moves once, by the head's map and delta.
+    """
+    moved, masks = {}, {}
+    is_tied = target[0].tie_word_embeddings
+    roles = {"head" if is_tied else name for name in spec.weights if name in VOCABULARY}
+    for role in sorted(roles):
+        aim = _table(target, role)
+        rotation = vocabularies.procrustes(
+            _table(reference, role)[matched.source_ids],
+            aim[matched.target_ids],
+            weights=matched.weights,
+        )
+        table, mask = vocabularies.moved_rows(
+            _table(carried, role), rotation, matched, size=aim.shape[0]
+        )
+        is_head = role == "head" and not is_tied
+        path = VOCABULARY["head" if is_head else "embed"]
+        moved[path], masks[path] = (table.T, mask.T) if is_head else (table, mask)
+    return moved, masks
+
+
+def _table(model: Model, role: str) -> jax.Array:
+    """The table ``[v, d]`` that plays a role; a tied table plays both."""
+    cfg, params = model
+    if role == "head" and not cfg.tie_word_embeddings:
+        return specs.get(params, VOCABULARY["head"]).T
+    return specs.get(params, VOCABULARY["embed"])
+
+
+def describe(
+    target: Model, prepared: Prepared, hparams: HParams, *, spec: MergeSpec
+) -> MergeReport:
+    """The diagnostics of SPEC section 13, for a strength.
+
+    Args:
+        target: Configuration and parameters of the target before the merge.
+        prepared: From `prepare`.
+        hparams: The strength used.
+        spec: What moved and how.
+
+    Returns:
+        Norm ratios over the selected entries, and how sharp and how converged the plans were.
+    """
+    weights = {}
+    for name in spec.weights:
+        path = f"{PROJECTIONS[name].path}/kernel" if name in PROJECTIONS else VOCABULARY[name]
+        if path not in prepared.moved:
+            path = VOCABULARY["embed"]  # a tied target's head is its embedding table
+        kernel, moved = specs.get(target[1], path), prepared.moved[path]
+        mask = prepared.masks.get(path)
+        selected = jnp.ones(()) if mask is None else mask
+        strength = jnp.asarray(fuse.strength_of(hparams.strength, path), jnp.float32)
+        strength = strength.reshape(strength.shape + (1,) * (moved.ndim - strength.ndim))
+        change = strength * fuse.update(kernel, moved, mask, rule=spec.rule)
+
+        is_stacked = name in PROJECTIONS
+
+        def norms(x: jax.Array, is_stacked: bool = is_stacked) -> jax.Array:
+            x = x.astype(jnp.float32)
+            return jnp.sqrt((x * x).sum((-2, -1))) if is_stacked else jnp.linalg.norm(x)[None]
+
+        size = norms(selected * kernel.astype(jnp.float32))
+        size = jnp.where(size > 0, size, 1.0)
+        plans = _plan_facts(name, prepared, spec) if is_stacked else _no_plan_facts()
+        weights[name] = WeightReport(norms(selected * moved) / size, norms(change) / size, *plans)
+    rows = 0 if prepared.target is None else len(prepared.target.row_id)
+    return MergeReport(weights, prepared.coupling, rows)
+
+
+def _plan_facts(name: str, prepared: Prepared, spec: MergeSpec) -> tuple[jax.Array, ...]:
+    """Source layer, sharpness and convergence of the plans of one projection, for each layer."""
+    found, wiring = prepared.coupling, PROJECTIONS[name]
+    assert found is not None and prepared.target is not None and prepared.source is not None
+    share = operator.layer_weights(
+        found, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
+    )
+    best = share.argmax(1)
+    sharpness, error, iterations, converged = [], [], [], []
+    for site in (wiring.out_site, wiring.in_site):
+        potentials = found.feature[site]
+        xs, ys = (
+            jnp.asarray(prepared.target.values[site]),
+            jnp.asarray(prepared.source.values[site]),
+        )
+        layers = jnp.arange(len(share))
+        used = jax.tree.map(lambda leaf: leaf[layers, best], potentials)  # noqa: B023
+        sharpness.append(_neighbours(xs, ys[best], used, signed=spec.signed))
+        is_used = share > 0
+        error.append(jnp.where(is_used, potentials.error, 0).max(1))
+        iterations.append(jnp.where(is_used, potentials.iterations, 0).max(1))
+        converged.append((potentials.converged | ~is_used).all(1))
+    return (
+        best,
+        *sharpness,
+        jnp.maximum(*error),
+        jnp.maximum(*iterations),
+        converged[0] & converged[1],
+    )
+
+
+@jax.jit(static_argnames="signed")
+def _neighbours(xs: jax.Array, ys: jax.Array, potentials: object, *, signed: bool) -> jax.Array:
+    """Effective neighbours of one plan for each layer."""
+
+    def one(args: tuple) -> jax.Array:
+        return diagnostics.effective_neighbours(couplings.rebuild(*args, signed=signed))
+
+    return jax.lax.map(one, (xs, ys, potentials))
+
+
+def _no_plan_facts() -> tuple[jax.Array, ...]:
+    """What stands in for plans where tokens are matched one to one."""
+    one = jnp.ones((1,))
+    return (
+        jnp.full((1,), -1),
+        one,
+        one,
+        jnp.zeros((1,)),
+        jnp.zeros((1,), jnp.int32),
+        jnp.ones((1,), bool),
+    )
+
+
+def is_nothing_transferred(report: MergeReport, hparams: HParams) -> bool:
+    """Whether the largest ``|strength W~| / |W|`` over the moved weights is below 1e-4 (SPEC 13)."""
+    largest = 0.0
+    for name, weight in report.weights.items():
+        path = f"{PROJECTIONS[name].path}/kernel" if name in PROJECTIONS else VOCABULARY[name]
+        strength = jnp.max(jnp.abs(jnp.asarray(fuse.strength_of(hparams.strength, path))))
+        largest = max(largest, float(strength * jnp.max(weight.ratio_transported)))
+    return largest < 1e-4

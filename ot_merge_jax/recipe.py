@@ -1,0 +1,286 @@
+"""`Recipe`: what the user asks for, from YAML or flags, filled by a preset and checked.
+
+A recipe becomes a `MergeSpec` (static) and `HParams` (traced) for the stages.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from ot_merge_jax.errors import RecipeError
+from ot_merge_jax.spaces import GROUPS, PROJECTIONS, VOCABULARY
+from ot_merge_jax.types import HParams, MergeSpec
+
+Weight = Literal["q", "k", "v", "o", "gate", "up", "down", "embed", "head"]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Strength = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+
+#: Preset -> every setting it fills (SPEC section 9); any of them can be overridden.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "weights": ["q", "k", "v", "o"],
+        "rows": "sample",
+        "epsilon": 0.1,
+        "layer_cost": "plain",
+        "layers": "soft",
+        "max_iterations": 200,
+        "form": "joint",
+        "rule": "interpolate",
+        "strength": 0.1,
+        "k": 128,
+    },
+    "barycentric": {
+        "weights": ["q", "k", "v", "o", "gate", "up", "down"],
+        "rows": "sample",
+        "epsilon": 0.02,
+        "layer_cost": "median",
+        "layers": "top1",
+        "max_iterations": 2000,
+        "form": "barycentric",
+        "rule": "interpolate",
+        "strength": "auto",
+        "k": "all",
+    },
+    "delta": {
+        "weights": ["gate", "up", "down", "embed", "head"],
+        "rows": "token",
+        "epsilon": 0.02,
+        "layer_cost": "median",
+        "layers": "top1",
+        "max_iterations": 2000,
+        "form": "barycentric",
+        "rule": "delta",
+        "strength": "auto",
+        "k": "all",
+    },
+}
+
+_MAX_RECIPE_BYTES = 1_000_000
+
+
+class Text(pydantic.BaseModel):
+    """A text file: ``path`` (.txt or .jsonl), the ``field`` of a JSON line, its ``encoding``."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    path: str
+    field: str = "text"
+    encoding: str = "utf-8"
+
+
+class CalibrationText(Text):
+    """The calibration text, and how many documents of it give rows."""
+
+    samples: Annotated[int, pydantic.Field(ge=2)] = 2000
+
+
+class Recipe(pydantic.BaseModel):
+    """A fully resolved recipe.
+
+    Attributes:
+        target: Folder of the target.
+        source: Folder of the source.
+        source_base: Folder of what the source was fine-tuned from.
+        calibration: The calibration text.
+        evaluation: Held-out text that is reported and chooses nothing.
+        preset: Where unset settings come from.
+        weights: What moves.
+        rows: ``sample`` or ``token`` (SPEC section 2).
+        max_rows: Rows kept for ``token``.
+        max_length: Tokens of a calibration document that are read.
+        epsilon: Regularisation of the neuron plans, in cost units.
+        layer_epsilon: Regularisation of the layer plan, in cost units.
+        layer_cost: ``plain`` or ``median``.
+        layers: ``soft`` or ``top1``.
+        max_iterations: Sinkhorn iterations at most.
+        threshold: L1 marginal error at which the solver stops.
+        signed: Whether anti-correlated neurons may match.
+        form: ``joint`` or ``barycentric``.
+        rule: ``interpolate``, ``residual`` or ``delta``.
+        strength: alpha or lambda; ``auto`` chooses it on a dev split; or one for each group.
+        vocabulary_weights: How much a token counts for the vocabulary map: all alike, or by its
+            frequency in the calibration text.
+        k: Neurons kept in each layer, or ``all``.
+        seed: Of every random choice.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    target: str
+    source: str
+    source_base: str | None = None
+    calibration: CalibrationText
+    evaluation: Text | None = None
+    preset: Literal["paper", "barycentric", "delta"]
+    weights: Annotated[list[Weight], pydantic.Field(min_length=1)]
+    rows: Literal["sample", "token"]
+    max_rows: Annotated[int, pydantic.Field(ge=2)] = 8192
+    max_length: Annotated[int, pydantic.Field(ge=2)] = 512
+    epsilon: Positive
+    layer_epsilon: Positive = 0.1
+    layer_cost: Literal["plain", "median"]
+    layers: Literal["soft", "top1"]
+    max_iterations: Annotated[int, pydantic.Field(ge=1)]
+    threshold: Positive = 1e-6
+    signed: bool = False
+    form: Literal["joint", "barycentric"]
+    rule: Literal["interpolate", "residual", "delta"]
+    strength: Literal["auto"] | Strength | dict[Literal["projections", "vocabulary"], Strength]
+    vocabulary_weights: Literal["uniform", "frequency"] = "uniform"
+    k: Literal["all"] | Annotated[int, pydantic.Field(ge=1)]
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.rule == "delta" and self.source_base is None:
+            raise ValueError(
+                "rule delta needs source_base, the checkpoint the source was fine-tuned from; "
+                "give it or choose preset barycentric"
+            )
+        if len(set(self.weights)) < len(self.weights):
+            raise ValueError("weights names one weight twice")
+        if self.rule == "interpolate" and isinstance(self.strength, float) and self.strength > 1:
+            raise ValueError("strength must lie in [0, 1] for rule interpolate")
+        if isinstance(self.strength, dict):
+            moving = {group for group, names in GROUPS.items() if names & set(self.weights)}
+            if missing := sorted(moving - set(self.strength)):
+                raise ValueError(f"strength has no value for {', '.join(missing)}")
+        return self
+
+    def spec(self) -> MergeSpec:
+        """The static choices of the stages, weights in the order of the forward pass."""
+        order = [*PROJECTIONS, *VOCABULARY]
+        return MergeSpec(
+            weights=tuple(sorted(self.weights, key=order.index)),
+            form=self.form,
+            rule=self.rule,
+            layers=self.layers,
+            layer_cost=self.layer_cost,
+            k=None if self.k == "all" else self.k,
+            signed=self.signed,
+            max_iterations=self.max_iterations,
+        )
+
+    def hparams(self) -> HParams:
+        """The traced numbers of the stages; strength 0 where it is still to be chosen."""
+        strength = 0.0 if self.strength == "auto" else self.strength
+        return HParams(strength, self.epsilon, self.layer_epsilon, self.threshold)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `load` reads back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def resolve(settings: Mapping[str, Any], *, where: str = "the recipe") -> Recipe:
+    """Fills settings from their preset and checks them.
+
+    Args:
+        settings: What the user said; None values count as unsaid. ``preset`` defaults to ``delta``.
+        where: Named in messages.
+
+    Returns:
+        The resolved recipe.
+
+    Raises:
+        RecipeError: naming every unknown key, with the nearest known one, or every bad value.
+
+    Example:
+        >>> recipe = resolve({"target": "t", "source": "s", "preset": "paper", "strength": 0.05,
+        ...                   "calibration": {"path": "c.txt"}})
+        >>> recipe.k, recipe.strength, recipe.calibration.samples
+        (128, 0.05, 2000)
+        >>> resolve({"tarrget": "t"})
+        Traceback (most recent call last):
+        ...
+        ot_merge_jax.errors.RecipeError: the recipe: unknown key 'tarrget' (did you mean 'target'?).
+    """
+    said = {key: value for key, value in settings.items() if value is not None}
+    unknown = [_unknown(key, Recipe.model_fields) for key in said if key not in Recipe.model_fields]
+    for name, kind in (("calibration", CalibrationText), ("evaluation", Text)):
+        if isinstance(said.get(name), str):
+            said[name] = {"path": said[name]}
+        if isinstance(said.get(name), Mapping):
+            unknown += [
+                _unknown(key, kind.model_fields)
+                for key in said[name]
+                if key not in kind.model_fields
+            ]
+    if unknown:
+        raise RecipeError(f"{where}: {'; '.join(unknown)}.")
+    preset = said.setdefault("preset", "delta")
+    if preset not in PRESETS:
+        raise RecipeError(f"{where}: preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
+    try:
+        return Recipe.model_validate({**PRESETS[preset], **said})
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{where}: {'; '.join(_sentences(error.errors()))}.") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a recipe file into settings for `resolve`.
+
+    Raises:
+        RecipeError: if the file is missing, too large, not a YAML mapping or names a key twice.
+    """
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}; give a YAML file or flags.")
+    if path.stat().st_size > _MAX_RECIPE_BYTES:
+        raise RecipeError(f"{path} is larger than {_MAX_RECIPE_BYTES} bytes; this is not a recipe.")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise RecipeError(f"{path} is not YAML ({detail}); mend it.") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} is not a mapping of settings; see the README for an example.")
+    return {str(key): value for key, value in settings.items()}
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key named twice and aliases, which can grow without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not used in recipes")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := {str(key) for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"key {sorted(twice)[0]!r} is named twice")
+        return super().construct_mapping(node, deep)
+
+
+def _unknown(key: str, known: Mapping[str, Any]) -> str:
+    """'unknown key ... (did you mean ...?)'."""
+    near = difflib.get_close_matches(str(key), known, n=1)
+    return f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+
+
+_UNIONS = {
+    "strength": "must be auto, a number of at least 0, or a mapping from projections and vocabulary",
+    "k": "must be all, or an integer of at least 1",
+}
+
+
+def _sentences(errors: Iterable[Any]) -> list[str]:
+    """Pydantic errors as 'key: what is wrong', one for each key."""
+    found: dict[str, str] = {}
+    for error in errors:
+        key = str(error["loc"][0]) if error["loc"] else ""
+        place = ".".join(str(part) for part in error["loc"])
+        message = _UNIONS.get(key, error["msg"].removeprefix("Value error, "))
+        if error["type"] == "missing":
+            found[place] = f"{place} is missing"
+        elif not key:
+            found[key] = message
+        else:
+            name = key if key in _UNIONS else place
+            found[name] = f"{name}: {message} (got {error['input']!r})"
+    return list(found.values())

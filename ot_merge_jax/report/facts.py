@@ -1,0 +1,147 @@
+"""The numbers of a run as plain JSON values: diagnostics of weights and of sites (SPEC section 13)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
+from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.merge import Prepared
+from ot_merge_jax.transport import coupling as couplings
+from ot_merge_jax.transport import diagnostics
+from ot_merge_jax.types import Activations, MergeReport, MergeSpec
+
+_CURVE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+
+
+def plain(value: Any) -> Any:
+    """NamedTuples, mappings and arrays as JSON values; numbers that are not finite become None."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return value
+
+
+def weights(report: MergeReport) -> dict[str, Any]:
+    """Diagnostics of every moved weight, an entry for each layer."""
+    return {name: plain(one) for name, one in report.weights.items()}
+
+
+def sites(
+    prepared: Prepared,
+    held_out: tuple[Activations, Activations] | None,
+    *,
+    spec: MergeSpec,
+    seed: int,
+) -> dict[str, Any]:
+    """Diagnostics of every site: layer plan and cost, how sharp the plans are, what they predict.
+
+    Args:
+        prepared: From `merge.prepare`.
+        held_out: Activations of rows the plans have not seen, or None if there are none.
+        spec: What moved and how.
+        seed: Of the permutation the plan is compared with.
+
+    Returns:
+        For each site: ``layer_cost`` and ``layer_plan`` ``[L, M]``; for the most coupled source
+        layer of each target layer ``mass_curve``, ``r2`` and ``r2_permuted``; a sorted picture of
+        the first of those plans; totals of iterations, error, convergence.
+    """
+    found, x, y = prepared.coupling, prepared.target, prepared.source
+    if found is None or x is None or y is None:
+        return {}
+    result = {}
+    for site, layer in found.layer.items():
+        potentials = found.feature[site]
+        n, m = potentials.f.shape[-1], potentials.g.shape[-1]
+        ks = tuple(max(1, round(share * n * m)) for share in _CURVE_SHARES)
+        order = np.random.default_rng(seed).permutation(m)
+        curves, r2, permuted, heat = [], [], [], None
+        for l, best in enumerate(np.asarray(layer.argmax(1))):  # noqa: E741
+            plan = couplings.plan(found, x, y, site=site, l=l, m=int(best), signed=spec.signed)
+            curves.append(diagnostics.mass_curve(plan, ks))
+            heat = diagnostics.sorted_heat(plan) if heat is None else heat
+            if held_out is not None:
+                fitted = jnp.asarray(x.values[site][l]), jnp.asarray(y.values[site][best])
+                unseen = tuple(
+                    jnp.asarray(one.values[site][layer])
+                    for one, layer in zip(held_out, (l, best), strict=True)
+                )
+                r2.append(diagnostics.held_out_r2(plan, fitted, unseen))  # pyright: ignore[reportArgumentType]
+                permuted.append(diagnostics.held_out_r2(plan[:, order], fitted, unseen))  # pyright: ignore[reportArgumentType]
+        result[site] = plain(
+            {
+                "layer_cost": potentials.cost,
+                "layer_plan": layer,
+                "mass_curve": {"k": ks, "share": curves},
+                "r2": r2,
+                "r2_permuted": permuted,
+                "sorted_heat": heat,
+                "largest_error": potentials.error.max(),
+                "most_iterations": potentials.iterations.max(),
+                "converged": potentials.converged.mean(),
+            }
+        )
+    return result
+
+
+def compared(
+    scores: dict[str, Scores], *, has_one_tokenizer: dict[str, bool], seed: int
+) -> dict[str, Any]:
+    """Loss of every model on the held-out text, and its difference from the target.
+
+    Args:
+        scores: Name -> scores; must hold ``target``.
+        has_one_tokenizer: Name -> whether its tokenizer is the target's; if not, only bits per byte
+            are compared.
+        seed: Of the bootstrap.
+
+    Returns:
+        JSON values.
+    """
+    result = {}
+    for name, one in scores.items():
+        result[name] = {
+            "documents": len(one.tokens),
+            "tokens": int(one.tokens.sum()),
+            "nll_per_token": one.nll_per_token,
+            "bits_per_byte": one.bits_per_byte,
+        }
+        if name != "target":
+            metric = "nll_per_token" if has_one_tokenizer[name] else "bits_per_byte"
+            change = paired_bootstrap(one, scores["target"], metric=metric, seed=seed)
+            result[name]["against_target"] = {"metric": metric, **change._asdict()}
+    return result
+
+
+def verdict(*, is_nothing: bool, strength: Any, rule: str, change: Difference | None) -> str:
+    """One sentence that says what the run has shown, and no more."""
+    values = strength.values() if isinstance(strength, dict) else [strength]
+    if not any(values):
+        return "strength 0 was best on the dev split: the output is the target, unchanged."
+    if is_nothing:
+        better = (
+            "the presets delta (with a source base) and barycentric do move it"
+            if rule != "delta"
+            else "source and source base may be the same"
+        )
+        return f"nothing of the source was transferred: {better}."
+    if change is None:
+        return "merged; not evaluated (no held-out text was given)."
+    amount = f"{change.difference:+.4f} nats per token, 95 % interval [{change.low:+.4f}, {change.high:+.4f}]"
+    if change.low > 0:
+        return f"worse than the target on held-out text: {amount}."
+    if change.high < 0:
+        return f"better than the target on held-out text: {amount}; no controls were run."
+    return f"no measurable difference from the target on held-out text: {amount}."

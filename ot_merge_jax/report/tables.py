@@ -1,0 +1,57 @@
+"""The same facts as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from ot_merge_jax.types import MergeReport
+
+
+def weights_table(report: MergeReport) -> Table:
+    """One row for each moved weight: mean over layers of the diagnostics of SPEC section 13."""
+    table = Table(title=f"What moved ({report.rows} activation rows)", title_justify="left")
+    table.add_column("weight")
+    for name in ("|W~|/|W|", "|dW|/|W|", "neighbours out", "in", "marginal error", "iterations"):
+        table.add_column(name, justify="right")
+    table.add_column("converged")
+    table.add_column("source layers")
+    for name, one in report.weights.items():
+        is_table = int(np.asarray(one.source_layer)[0]) < 0
+        table.add_row(
+            name,
+            f"{np.mean(one.ratio_transported):.2e}",
+            f"{np.mean(one.ratio_change):.2e}",
+            "-" if is_table else f"{np.mean(one.neighbours_out):.1f}",
+            "-" if is_table else f"{np.mean(one.neighbours_in):.1f}",
+            "-" if is_table else f"{np.max(one.error):.1e}",
+            "-" if is_table else str(int(np.max(one.iterations))),
+            "-" if is_table else ("yes" if np.all(one.converged) else "NO"),
+            "token by token" if is_table else " ".join(map(str, np.asarray(one.source_layer))),
+        )
+    return table
+
+
+def evaluation_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
+    """One row for each model: loss, bits per byte, difference from the target."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("model")
+    for name in ("nats/token", "bits/byte", "against the target", "95 % interval"):
+        table.add_column(name, justify="right")
+    for name, one in evaluation.items():
+        change = one.get("against_target")
+        unit = "" if change is None or change["metric"] == "nll_per_token" else " bits/byte"
+        table.add_row(
+            Text(name),
+            f"{one['nll_per_token']:.4f}",
+            f"{one['bits_per_byte']:.4f}",
+            "" if change is None else f"{change['difference']:+.4f}{unit}",
+            ""
+            if change is None
+            else f"[{change['low']:+.4f}, {change['high']:+.4f}]".replace("[", "\\["),
+        )
+    return table

@@ -1,0 +1,123 @@
+"""Choosing the strength on a dev split: one for all moved weights, then one for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from ot_merge_jax import fuse, progress
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.evaluate import nll
+from ot_merge_jax.merge import Prepared
+from ot_merge_jax.spaces import GROUPS
+from ot_merge_jax.types import HParams, MergeSpec, Params
+
+#: SPEC section 9.
+GRIDS: dict[str, tuple[float, ...]] = {
+    "delta": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2),
+    "interpolate": (0.0, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2),
+    "residual": (0.0, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2),
+}
+
+
+class Point(NamedTuple):
+    """One strength that was tried.
+
+    Attributes:
+        strength: A number, or one for each group.
+        loss: On the dev split, in nats per token.
+    """
+
+    strength: Any
+    loss: float
+
+
+class Sweep(NamedTuple):
+    """All strengths tried, in order, and the best.
+
+    Attributes:
+        points: Every strength tried with its dev loss.
+        hparams: The given ones with the strength of the lowest loss.
+    """
+
+    points: list[Point]
+    hparams: HParams
+
+
+def sweep(
+    target: tuple[ModelConfig, Params],
+    prepared: Prepared,
+    dev: nll.Windows,
+    hparams: HParams,
+    *,
+    spec: MergeSpec,
+    grid: Sequence[float] | None = None,
+) -> Sweep:
+    """Tries strengths on the dev split, never on a text that is reported.
+
+    Args:
+        target: Configuration and parameters of the target, in the dtype to compute in.
+        prepared: From `ot_merge_jax.merge.prepare`.
+        dev: The dev split, from `nll.windows`.
+        hparams: Everything but the strength.
+        spec: What moves and how.
+        grid: Strengths to try; None: the grid of the rule (SPEC section 9). Must contain 0.
+
+    Returns:
+        All points, and the hyperparameters with the best strength; of equal losses the smaller.
+    """
+    cfg, params = target
+    # the strength is traced, so every point of the grid runs the same program
+    fused = jax.jit(
+        lambda strength: fuse.fuse(params, prepared.moved, strength, spec=spec, mask=prepared.masks)
+    )
+
+    def loss(strength: Any) -> float:
+        return nll.score(fused(strength), dev, cfg=cfg).nll_per_token
+
+    groups = [name for name, members in GROUPS.items() if members & set(spec.weights)]
+    points = search(loss, groups, GRIDS[spec.rule] if grid is None else grid)
+    best = min(points, key=lambda point: point.loss)
+    return Sweep(points, hparams._replace(strength=best.strength))
+
+
+def search(
+    loss: Callable[[Any], float], groups: Sequence[str], grid: Sequence[float]
+) -> list[Point]:
+    """One strength for all groups first, then a coordinate search over the groups.
+
+    Args:
+        loss: Loss of a strength (a number, or a mapping from group to number).
+        groups: Groups that move.
+        grid: Values to try; ascending, so that of equal losses the smallest is found first.
+
+    Returns:
+        Every point tried. The first ``len(grid)`` are the shared strengths.
+
+    Example:
+        >>> points = search(lambda s: (s["a"] - 1) ** 2 + s["b"] ** 2 if isinstance(s, dict)
+        ...                 else (s - 1) ** 2 + s**2, ["a", "b"], [0.0, 0.5, 1.0])
+        >>> min(points, key=lambda p: p.loss).strength
+        {'a': 1.0, 'b': 0.0}
+    """
+    points = [Point(value, loss(value)) for value in progress.track(list(grid), "strength (grid)")]
+    if len(groups) < 2:
+        return points
+    start = min(points, key=lambda point: point.loss)
+    best = Point(dict.fromkeys(groups, start.strength), start.loss)
+    for group in groups:
+        others = [value for value in grid if value != best.strength[group]]
+        tried = [
+            _try(loss, {**best.strength, group: value})
+            for value in progress.track(others, f"strength of {group} (grid)")
+        ]
+        points += tried
+        best = min([best, *tried], key=lambda point: point.loss)
+    return points
+
+
+def _try(loss: Callable[[Any], float], strength: Mapping[str, float]) -> Point:
+    """One point of the coordinate search."""
+    return Point(dict(strength), loss(strength))

@@ -1,0 +1,88 @@
+"""How sharp a plan is and how much it knows (SPEC section 13)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def effective_neighbours(plan: Float[Array, "n m"]) -> Float[Array, ""]:
+    """Mean over rows of ``exp(entropy)`` of the row-normalised plan: 1 is a hard match.
+
+    Example:
+        >>> effective_neighbours(jnp.array([[0.25, 0.25], [0.0, 0.5]])).round(3)
+        Array(1.5, dtype=float32)
+    """
+    tiny = jnp.finfo(jnp.float32).tiny
+    weight = jnp.abs(plan)
+    weight = weight / jnp.maximum(weight.sum(1, keepdims=True), tiny)
+    entropy = -jnp.sum(weight * jnp.log(jnp.maximum(weight, tiny)), 1)
+    return jnp.exp(entropy).mean()
+
+
+def mass_curve(plan: Float[Array, "n m"], ks: tuple[int, ...]) -> Float[Array, " ks"]:
+    """Share of the plan's mass in its ``k`` largest entries, for each ``k``.
+
+    Example:
+        >>> mass_curve(jnp.array([[0.5, 0.25], [0.25, 0.0]]), (1, 2, 9)).tolist()
+        [0.5, 0.75, 1.0]
+
+    Source: Transport and Merge, Fig. 3.
+    """
+    ordered = jnp.cumsum(jnp.sort(jnp.abs(plan).ravel())[::-1])
+    return jnp.stack([ordered[min(k, len(ordered)) - 1] for k in ks]) / ordered[-1]
+
+
+def sorted_heat(plan: Float[Array, "n m"], *, bins: int = 48) -> Float[Array, "rows columns"]:
+    """A small picture of a plan: source neurons ordered by where their mass goes, summed in bins.
+
+    Args:
+        plan: ``[n, m]``.
+        bins: Rows and columns of the picture, at most.
+
+    Returns:
+        At most ``[bins, bins]``, summing to the plan's mass; a sharp plan shows a diagonal.
+
+    Example:
+        >>> sorted_heat(jnp.array([[0.0, 0.5], [0.5, 0.0]])).tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
+    """
+    plan = jnp.abs(plan)
+    n, m = plan.shape
+    centre = jnp.arange(n) @ plan / jnp.maximum(plan.sum(0), jnp.finfo(jnp.float32).tiny)
+    plan = plan[:, jnp.argsort(centre)]
+    rows, columns = jnp.arange(n) * min(bins, n) // n, jnp.arange(m) * min(bins, m) // m
+    picture = jax.ops.segment_sum(plan, rows, min(bins, n))
+    return jax.ops.segment_sum(picture.T, columns, min(bins, m)).T
+
+
+def held_out_r2(
+    plan: Float[Array, "n m"],
+    fitted: tuple[Float[Array, "t n"], Float[Array, "t m"]],
+    held_out: tuple[Float[Array, "u n"], Float[Array, "u m"]],
+) -> Float[Array, ""]:
+    r"""How much of the target's held-out activations the plan predicts from the source's.
+
+    .. math:: \hat x = \mu_t + \sigma_t \odot \big(n\,Q\,((y - \mu_s) / \sigma_s)\big)
+
+    Args:
+        plan: Plan between the two, fitted on other rows.
+        fitted: Target and source activations of those rows, for means and standard deviations.
+        held_out: Target and source activations of rows that the plan has not seen.
+
+    Returns:
+        R^2 over all neurons in units of their standard deviation: 1 is perfect, 0 is the mean.
+    """
+    (x, y), (x_new, y_new) = fitted, held_out
+
+    def standardised(new: jax.Array, seen: jax.Array) -> jax.Array:
+        deviation = seen.std(0)
+        return (new - seen.mean(0)) / jnp.where(deviation > 0, deviation, 1.0)
+
+    wanted = standardised(x_new, x)
+    mapped = jnp.matmul(
+        standardised(y_new, y), plan.shape[0] * plan.T, precision=jax.lax.Precision.HIGHEST
+    )
+    total = jnp.sum(wanted**2)
+    return 1.0 - jnp.sum((wanted - mapped) ** 2) / jnp.where(total > 0, total, 1.0)
