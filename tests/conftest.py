@@ -298,13 +298,13 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
     """Factory of tiny random checkpoints on disk, torch-free; the folder is shared, so do not write into it."""
     made = {}
 
-    def make(family="llama", *, seed=0, std=0.3, drift=0.0, max_shard_bytes=None, tokenizer=None, **config):
+    def make(family="llama", *, seed=0, std=0.2, drift=0.0, max_shard_bytes=None, tokenizer=None, **config):
         """Makes (or finds) a checkpoint.
 
         Args:
             family: ``llama`` or ``qwen2``.
             seed: Of the weights.
-            std: Standard deviation of weights (embedding too); 0.3 gives activations of order one.
+            std: Standard deviation of weights (embedding too); 0.2 gives activations of order one.
             drift: Adds ``drift * N(0, std)`` of another stream to the weights: with the same seed and sizes, a
                 "fine-tuned" copy of the ``drift=0`` checkpoint.
             max_shard_bytes: Size of a shard; None: one file.
@@ -360,7 +360,7 @@ def torch_checkpoint(tmp_path_factory, config_dict):
     """Factory of (folder, torch model), made and saved by transformers alone."""
     made = {}
 
-    def make(family="llama", *, seed=0, std=0.3, **config):
+    def make(family="llama", *, seed=0, std=0.2, **config):
         """See ``config_dict`` for the keywords; the weights are ``N(0, std)``, norms and biases lively."""
         torch = pytest.importorskip("torch")
         import transformers

@@ -4,6 +4,7 @@ Modules get the very input torch's module got, so an error shows where it is mad
 what a padded position holds means nothing.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -339,7 +340,7 @@ def test_logits_with_llama3_rope(torch_checkpoint, random_batch):
     assert cfg.rope == Rope(10000.0, "llama3", 8.0, 1.0, 4.0, 6)
     run = record(model, random_batch(cfg, padding="left", lengths=(12, 9, 5)))
     assert_close(_forward(params, run.batch, cfg=cfg)[0], run.logits, run.batch, LOGITS)
-    plain = cfg.__class__(**{**{f: getattr(cfg, f) for f in cfg.__slots__}, "rope": Rope(10000.0)})
+    plain = dataclasses.replace(cfg, rope=Rope(10000.0))
     unscaled = np.asarray(_forward(params, run.batch, cfg=plain)[0])
     assert np.abs(unscaled - run.logits).max() > 0.01
 

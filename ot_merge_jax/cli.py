@@ -1,0 +1,339 @@
+"""The command line `ot-merge`. Reads flags, calls the package, prints; no logic of its own.
+
+Tables go to stdout, progress and messages to stderr; with ``--json`` stdout holds the JSON alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+# before the libraries read them: no advice on stderr, and never the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text as Words
+
+from ot_merge_jax import progress
+from ot_merge_jax.errors import OtMergeError, RecipeError
+
+app = typer.Typer(
+    name="ot-merge",
+    help="Merge language models across architectures with optimal transport.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say only errors and results.")]
+Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0)]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing output folder.")]
+Encoding = Annotated[str, typer.Option(help="Encoding of the text files.")]
+Field = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns errors into one sentence on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except OtMergeError as error:
+            if kwargs.get("verbose"):
+                _err.print_exception()
+            _say(f"error: {error}")
+            raise typer.Exit(error.exit_code) from None
+        except MemoryError:
+            _say("error: out of memory; use smaller models, fewer samples or a larger machine.")
+            raise typer.Exit(4) from None
+        except KeyboardInterrupt:
+            _say("interrupted; nothing was written.")
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _say(sentence: str, console: Console = _err) -> None:
+    """One plain line, never wrapped."""
+    console.print(Words(sentence), soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    """The one thing on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _session(*, verbose: bool, quiet: bool) -> Iterator[None]:
+    """Logging and progress on stderr."""
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    handler = RichHandler(console=_err, show_path=False, show_level=False, markup=False)
+    logger = logging.getLogger("ot_merge_jax")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if quiet:
+        yield
+    else:
+        with progress.shown(_err):
+            yield
+
+
+@app.command()
+@_guarded
+def run(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe file (YAML).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper, barycentric or delta (default).")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Folder of the target (it is kept).")] = None,
+    source: Annotated[str | None, typer.Option(help="Folder of the source.")] = None,
+    source_base: Annotated[
+        str | None, typer.Option(help="Folder of what the source was fine-tuned from.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Unlabelled text, .txt or .jsonl.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Documents that give rows.")] = None,
+    eval_text: Annotated[str | None, typer.Option(help="Held-out text, only reported.")] = None,
+    field: Field = "text",
+    encoding: Encoding = "utf-8",
+    weights: Annotated[
+        str | None, typer.Option(help="What moves, e.g. gate,up,down,embed.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="sample or token.")] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Rows kept for token.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens read of a document.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Of the neuron plans, cost units.")] = None,
+    layer_epsilon: Annotated[float | None, typer.Option(help="Of the layer plan.")] = None,
+    layer_cost: Annotated[str | None, typer.Option(help="plain or median.")] = None,
+    layers: Annotated[str | None, typer.Option(help="soft or top1.")] = None,
+    max_iterations: Annotated[int | None, typer.Option(help="Sinkhorn iterations at most.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="L1 marginal error to stop at.")] = None,
+    signed: Annotated[bool | None, typer.Option(help="Let neurons match their negative.")] = None,
+    form: Annotated[str | None, typer.Option(help="joint or barycentric.")] = None,
+    rule: Annotated[str | None, typer.Option(help="interpolate, residual or delta.")] = None,
+    strength: Annotated[str | None, typer.Option(help="alpha or lambda; or auto.")] = None,
+    vocabulary_weights: Annotated[str | None, typer.Option(help="uniform or frequency.")] = None,
+    k: Annotated[str | None, typer.Option(help="Neurons kept in each layer; or all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random choice.", min=0)] = None,
+    overwrite: Overwrite = False,
+    strict: Annotated[bool, typer.Option(help="Fail if not converged or worse.")] = False,
+    mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a source into a target, by a recipe, by flags, or by both (flags win)."""
+    from ot_merge_jax import pipeline, sharding
+    from ot_merge_jax import recipe as recipes
+    from ot_merge_jax.report import tables
+
+    said = {} if recipe is None else recipes.load(recipe)
+    text = {"field": field, "encoding": encoding}
+    flags: dict[str, Any] = {
+        "preset": preset, "target": target, "source": source, "source_base": source_base,
+        "weights": weights.split(",") if weights else None, "rows": rows, "max_rows": max_rows,
+        "max_length": max_length, "epsilon": epsilon, "layer_epsilon": layer_epsilon,
+        "layer_cost": layer_cost, "layers": layers, "max_iterations": max_iterations,
+        "threshold": threshold, "signed": signed, "form": form, "rule": rule,
+        "strength": strength, "vocabulary_weights": vocabulary_weights, "k": k, "seed": seed,
+        "calibration": calibration and {"path": calibration, **text},
+        "evaluation": eval_text and {"path": eval_text, **text},
+    }  # fmt: skip
+    said |= {key: value for key, value in flags.items() if value is not None}
+    if samples is not None:
+        known = said.get("calibration")
+        known = {"path": known} if isinstance(known, str) else dict(known or {})
+        said["calibration"] = {**known, "samples": samples}
+    resolved = recipes.resolve(said, where=str(recipe or "the flags"))
+    if out is None:
+        raise RecipeError("There is no --out; name the folder to write.")
+    with _session(verbose=verbose, quiet=quiet):
+        if not quiet:
+            _say(resolved.to_yaml())
+        result = pipeline.run(
+            resolved,
+            out,
+            command=shlex.join(["ot-merge", *sys.argv[1:]]),
+            overwrite=overwrite,
+            strict=strict,
+            mesh=sharding.make_mesh(_mesh_sizes(mesh)) if mesh else None,
+        )
+    if as_json:
+        _print_json(result.report)
+        return
+    _out.print(tables.weights_table(result.merge))
+    if result.report["evaluation"]:
+        title = f"Held-out text ({result.report['evaluation']['target']['documents']} documents)"
+        _out.print(tables.evaluation_table(result.report["evaluation"], title=title))
+    _say(f"strength: {json.dumps(result.report['strength']['chosen'])}", _out)
+    for sentence in result.warnings:
+        _say(f"warning: {sentence}", _out)
+    _say(f"verdict: {result.report['verdict']}", _out)
+    _say(f"written: {out}", _out)
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    """``data=2,model=4`` as a mapping."""
+    try:
+        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise RecipeError(f"--mesh {text!r} is not like data=2,model=4.") from error
+
+
+@app.command(name="eval")
+@_guarded
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders.")],
+    text: Annotated[str, typer.Option(help="Held-out text, .txt or .jsonl.")],
+    field: Field = "text",
+    encoding: Encoding = "utf-8",
+    seed: Seed = 0,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Loss and bits per byte of models on a text, with intervals for their differences."""
+    from ot_merge_jax import pipeline
+    from ot_merge_jax import recipe as recipes
+
+    with _session(verbose=verbose, quiet=quiet):
+        source = recipes.Text(path=text, field=field, encoding=encoding)
+        found = pipeline.evaluate(models, source, seed=seed)
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("model", "documents", "tokens", "nats/token", "bits/byte")
+    for name, one in found["models"].items():
+        numbers = (str(one["documents"]), str(one["tokens"]))
+        table.add_row(
+            Words(name), *numbers, f"{one['nll_per_token']:.4f}", f"{one['bits_per_byte']:.4f}"
+        )
+    _out.print(table)
+    for pair in found["pairs"]:
+        unit = "nats per token" if pair["metric"] == "nll_per_token" else "bits per byte"
+        _say(
+            f"{pair['a']} minus {pair['b']}: {pair['difference']:+.4f} {unit}, "
+            f"95 % interval [{pair['low']:+.4f}, {pair['high']:+.4f}]",
+            _out,
+        )
+
+
+@app.command()
+@_guarded
+def inspect(
+    model: Annotated[str, typer.Argument(help="Model folder.")],
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """What a model folder holds, from its config and headers alone."""
+    from ot_merge_jax.io.folder import open_folder
+    from ot_merge_jax.models import specs
+    from ot_merge_jax.report import facts
+
+    folder = open_folder(Path(model).expanduser())
+    cfg = facts.plain({name: getattr(folder.cfg, name) for name in folder.cfg.__slots__})
+    dtypes = sorted({info.dtype for info in folder.tensors.values()})
+    shards = sorted(set(folder.files.values()))
+    parameters = [
+        {"path": spec.path, "tensors": spec.name, "shape": list(spec.shape), "weight": spec.weight}
+        for spec in specs.param_specs(folder.cfg)
+    ]
+    found = {
+        "config": cfg, "parameters": specs.count(folder.cfg), "dtypes": dtypes, "shards": shards,
+        "table": parameters,
+    }  # fmt: skip
+    if as_json:
+        _print_json(found)
+        return
+    _say(f"{model}: {cfg['family']}, {found['parameters']:,} parameters in {', '.join(dtypes)}, "
+         f"{len(shards)} file(s)", _out)  # fmt: skip
+    for key, value in cfg.items():
+        _say(f"  {key}: {value}", _out)
+    table = Table("parameter", "tensors in the files", "shape", "moves as")
+    for row in parameters:
+        table.add_row(
+            row["path"], Words(row["tensors"]), str(row["shape"]), row["weight"] or "never"
+        )
+    _out.print(table)
+
+
+@app.command()
+@_guarded
+def families(as_json: Json = False) -> None:
+    """The families of models that can be merged."""
+    from ot_merge_jax.models.families import FAMILIES
+
+    rows = [
+        {"model_type": one.model_type, "architecture": one.architecture, "qkv_bias": one.qkv_bias,
+         "only": dict(one.fixed)}
+        for one in FAMILIES.values()
+    ]  # fmt: skip
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("model_type", "architecture", "q/k/v bias", "only with")
+    for one in rows:
+        only = ", ".join(f"{key}={value}" for key, value in one["only"].items())
+        table.add_row(
+            one["model_type"], one["architecture"], "yes" if one["qkv_bias"] else "no", only
+        )
+    _out.print(table)
+
+
+@app.command()
+@_guarded
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("ot-merge-demo"),
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the small models that ship with the package: once where it works, once as published."""
+    from ot_merge_jax import demo as demos
+
+    started = time.monotonic()
+    with _session(verbose=verbose, quiet=quiet):
+        results = demos.run(out, seed=seed, overwrite=overwrite)
+    if as_json:
+        _print_json({name: result.report for name, result in results.items()})
+        return
+    _out.print(demos.table(results))
+    for name, result in results.items():
+        for sentence in result.warnings:
+            _say(f"{name}: warning: {sentence}", _out)
+        _say(f"{name}: {result.report['verdict']}", _out)
+    _say(f"written: {', '.join(str(one.out) for one in results.values())} "
+         f"({time.monotonic() - started:.0f} s)", _out)  # fmt: skip
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

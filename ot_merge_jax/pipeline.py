@@ -1,0 +1,430 @@
+"""A whole run: folders and texts in, one published folder out. Strings the stages; no maths.
+
+Everything is checked that can be checked without reading weights before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import calibration, fuse, merge
+from ot_merge_jax import sweep as sweeps
+from ot_merge_jax.activations import gather
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError, StrictError
+from ot_merge_jax.evaluate import compare, nll
+from ot_merge_jax.io import checkpoint, hf, provenance, publish
+from ot_merge_jax.io.folder import ModelFolder, open_folder
+from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.recipe import Recipe, Text
+from ot_merge_jax.report import facts
+from ot_merge_jax.spaces import VOCABULARY, sites_of
+from ot_merge_jax.transport import vocabulary as vocabularies
+from ot_merge_jax.types import MergeReport, Params, VocabularyMatch
+
+_LOG = logging.getLogger(__name__)
+_HELD_OUT_ROWS = 1024
+_WEIGHT_FILES = ("*.safetensors", "*.json", "tokenizer.model")
+
+
+class RunResult(NamedTuple):
+    """What a run found.
+
+    Attributes:
+        out: The published folder.
+        report: What ``report.json`` holds.
+        merge: Diagnostics of the merge.
+        warnings: Sentences for the user.
+    """
+
+    out: Path
+    report: dict[str, Any]
+    merge: MergeReport
+    warnings: list[str]
+
+
+class Inputs(NamedTuple):
+    """Everything that was checked before weights are read.
+
+    Attributes:
+        folders: Role (``target``, ``source``, ``source base``) -> folder.
+        tokenizers: Role -> tokenizer.
+        texts: Documents that give rows.
+        dev: Documents that choose the strength.
+        held_out: Documents that are reported, or None.
+        data: Row-aligned batches of the calibration texts.
+        held_out_data: The same of the dev split, for held-out diagnostics; None if it is too small.
+        is_one_tokenizer: Whether target and source share a tokenizer.
+    """
+
+    folders: dict[str, ModelFolder]
+    tokenizers: dict[str, Any]
+    texts: list[str]
+    dev: list[str]
+    held_out: list[str] | None
+    data: calibration.Calibration
+    held_out_data: calibration.Calibration | None
+    is_one_tokenizer: bool
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    command: str,
+    overwrite: bool = False,
+    strict: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+) -> RunResult:
+    """Merges two folders into a third and publishes it atomically.
+
+    Args:
+        recipe: The resolved recipe.
+        out: The folder to write; absent, or empty, unless ``overwrite``.
+        command: What the user typed, for the card and the provenance.
+        overwrite: Whether an existing folder is replaced.
+        strict: Whether a solver that did not converge, or a worse verdict, is an error.
+        mesh: Where models and batches live; None: one device.
+
+    Returns:
+        What was found. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
+
+    Raises:
+        OtMergeError: with an exit code; nothing has been written then.
+    """
+    started = time.monotonic()
+    inputs = check(recipe, out, overwrite=overwrite)
+    spec, hparams = recipe.spec(), recipe.hparams()
+    models = {role: _load(folder, mesh) for role, folder in inputs.folders.items()}
+    target, source, base = models["target"], models["source"], models.get("source base")
+    _LOG.info("transport: %s", ", ".join(spec.weights))
+    prepared = merge.prepare(
+        target,
+        source,
+        (inputs.data.target, inputs.data.source),
+        hparams,
+        spec=spec,
+        source_base=base,
+        vocabulary=_vocabulary(recipe, inputs),
+    )
+    unseen = _held_out_activations(inputs, target, base or source, spec)
+    site_facts = facts.sites(prepared, unseen, spec=spec, seed=recipe.seed)
+    points: list[sweeps.Point] = []
+    if recipe.strength == "auto":
+        cut = nll.windows(
+            inputs.dev, inputs.tokenizers["target"], max_positions=target[0].max_positions
+        )
+        points, hparams = sweeps.sweep(target, prepared, cut, hparams, spec=spec)
+    fused = fuse.fuse(target[1], prepared.moved, hparams.strength, spec=spec, mask=prepared.masks)
+    report = merge.describe(target, prepared, hparams, spec=spec)
+    is_nothing = merge.is_nothing_transferred(report, hparams)
+    warnings = _warnings(report)
+    with publish.atomic_folder(out, overwrite=overwrite) as partial:
+        hf.write_model(partial, fused, cfg=target[0], like=inputs.folders["target"].path)
+        written = _self_check(partial, fused)
+        evaluation, change = _evaluate(inputs, {**models, "merge": (target[0], written)}, recipe)
+        verdict = facts.verdict(
+            is_nothing=is_nothing, strength=hparams.strength, rule=recipe.rule, change=change
+        )
+        if strict and (warnings or verdict.startswith("worse")):
+            raise StrictError(f"--strict: {(warnings or [verdict])[0]}")
+        found = {
+            "verdict": verdict,
+            "warnings": warnings,
+            "controls": {name: evaluation[name] for name in ("target", "source") if evaluation},
+            "evaluation": evaluation,
+            "strength": {"chosen": hparams.strength, "tried": points},
+            "weights": facts.weights(report),
+            "sites": site_facts,
+            "calibration": _calibration_facts(inputs, recipe),
+            "settings": recipe.model_dump(),
+        }
+        _write_details(partial, recipe, inputs, prepared, facts.plain(found), command, started)
+    return RunResult(out, facts.plain(found), report, warnings)
+
+
+def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
+    """Checks folders, tokenizers and texts, and tokenises; reads no weights."""
+    paths = {"target": recipe.target, "source": recipe.source, "source base": recipe.source_base}
+    paths = {role: Path(path).expanduser() for role, path in paths.items() if path is not None}
+    texts = {name: Path(text.path).expanduser() for name, text in _texts(recipe).items()}
+    publish.check_output(out, inputs=[*paths.values(), *texts.values()], overwrite=overwrite)
+    folders = {role: open_folder(path) for role, path in paths.items()}
+    if "source base" in folders:
+        merge.check_base((folders["source"].cfg, {}), (folders["source base"].cfg, {}))
+    tokenizers = {role: calibration.load_tokenizer(folder.path) for role, folder in folders.items()}
+    for role, tokenizer in tokenizers.items():
+        if len(tokenizer) > folders[role].cfg.vocab_size:
+            raise InputError(
+                f"The tokenizer of {folders[role].path} has {len(tokenizer)} tokens but the model "
+                f"has {folders[role].cfg.vocab_size} rows; one of them is not its own."
+            )
+    documents = _sampled(recipe)
+    train, dev = calibration.split(documents, seed=recipe.seed)
+    held_out = None if recipe.evaluation is None else _documents(recipe.evaluation)
+    if not documents:
+        raise InputError(f"{recipe.calibration.path} has 0 documents; add text.")
+    if recipe.strength == "auto" and not dev:
+        raise InputError(
+            f"{recipe.calibration.path} has too few documents ({len(documents)}) for a dev split; "
+            f"add text or give a strength."
+        )
+    both = tokenizers["target"], tokenizers["source"]
+    is_one = calibration.is_same_tokenizer(*both, documents)
+    if "source base" in tokenizers and not calibration.is_same_tokenizer(
+        tokenizers["source base"], tokenizers["source"], documents
+    ):
+        raise InputError(
+            "Source and source base have different tokenizers; give the right checkpoint."
+        )
+    if set(recipe.weights) & set(VOCABULARY) and not is_one:
+        raise InputError(
+            "Moving embed or head needs identical tokenizers, and those of target and source differ; "
+            "leave them out of weights."
+        )
+    settings = {
+        "rows": recipe.rows,
+        "max_length": min(recipe.max_length, *(f.cfg.max_positions for f in folders.values())),
+        "seed": recipe.seed,
+    }
+    data = calibration.align(train, *both, max_rows=recipe.max_rows, **settings)
+    try:
+        unseen = calibration.align(dev, *both, max_rows=_HELD_OUT_ROWS, **settings)
+    except InputError:
+        unseen = None  # too few dev documents for held-out diagnostics
+    return Inputs(folders, tokenizers, train, dev, held_out, data, unseen, is_one)
+
+
+def _texts(recipe: Recipe) -> dict[str, Text]:
+    """The texts a recipe reads."""
+    texts: dict[str, Text] = {"calibration": recipe.calibration}
+    return texts if recipe.evaluation is None else texts | {"evaluation": recipe.evaluation}
+
+
+def _sampled(recipe: Recipe) -> list[str]:
+    """The seeded sample of the calibration text: rows and dev split together."""
+    text = recipe.calibration
+    count = round(text.samples / (1 - calibration.DEV_FRACTION))
+    lines = calibration.read_documents(
+        Path(text.path).expanduser(), field=text.field, encoding=text.encoding
+    )
+    return calibration.sample(lines, count=count, seed=recipe.seed)
+
+
+def _documents(text: Text) -> list[str]:
+    """All documents of a text; InputError if there are none."""
+    path = Path(text.path).expanduser()
+    documents = list(calibration.read_documents(path, field=text.field, encoding=text.encoding))
+    if not documents:
+        raise InputError(f"{text.path} has 0 documents; add text.")
+    return documents
+
+
+def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> tuple[ModelConfig, Params]:
+    """A model in float32."""
+    _LOG.info("load %s", folder.path)
+    return hf.load_hf(folder.path, mesh=mesh, dtype=jnp.float32)
+
+
+def _vocabulary(recipe: Recipe, inputs: Inputs) -> VocabularyMatch | None:
+    """Matched tokens, weighted as the recipe says, if the vocabulary moves."""
+    if not set(recipe.weights) & set(VOCABULARY):
+        return None
+    tokens = {
+        role: calibration.vocabulary(
+            inputs.tokenizers[role], size=inputs.folders[role].cfg.vocab_size
+        )
+        for role in ("target", "source")
+    }
+    matched = vocabularies.match(tokens["target"], tokens["source"])
+    if recipe.vocabulary_weights == "uniform":
+        return matched
+    encoded = calibration.encode(
+        inputs.tokenizers["target"], inputs.texts, max_length=recipe.max_length
+    )
+    counts = Counter(token for one in encoded for token in one.ids)
+    weights = np.array([counts[int(token)] for token in matched.target_ids], np.float32)
+    return matched._replace(weights=jnp.asarray(weights))
+
+
+def _held_out_activations(inputs: Inputs, target: merge.Model, reference: merge.Model, spec: Any):
+    """Activations of the dev split, which the plans have not seen."""
+    sites = sites_of(spec.weights)
+    if not sites or inputs.held_out_data is None:
+        return None
+    data = inputs.held_out_data
+    return (
+        gather(target[1], data.target, cfg=target[0], sites=sites),
+        gather(reference[1], data.source, cfg=reference[0], sites=sites),
+    )
+
+
+def _warnings(report: MergeReport) -> list[str]:
+    """Sentences about plans that did not converge."""
+    return [
+        f"{name}: the neuron transport did not converge in {int(np.sum(~np.asarray(one.converged)))} "
+        f"of {len(one.converged)} layers (largest marginal error {float(np.max(one.error)):.1e}); "
+        f"raise epsilon or max_iterations."
+        for name, one in report.weights.items()
+        if not np.all(one.converged)
+    ]
+
+
+def _self_check(folder: Path, fused: Params) -> Params:
+    """Reads the written folder back: parameters, tokenizer, one forward pass. Returns float32."""
+    cfg, written = hf.load_hf(folder)
+    same = jax.tree.map(lambda a, b: bool((a.astype(b.dtype) == b).all()), fused, written)
+    if not jax.tree.all(same):
+        raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
+    calibration.load_tokenizer(folder)
+    tokens = calibration.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
+    written = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), written)
+    logits = jax.jit(forward, static_argnames="cfg")(written, tokens, cfg=cfg)[0]
+    if not bool(jnp.isfinite(logits[0, :2]).all()):
+        raise OSError(f"{folder} was written, but its logits are not finite; report this as a bug.")
+    return written
+
+
+def _evaluate(
+    inputs: Inputs, models: Mapping[str, merge.Model], recipe: Recipe
+) -> tuple[dict[str, Any], compare.Difference | None]:
+    """Loss of every model on the held-out text, and merge minus target."""
+    if inputs.held_out is None:
+        return {}, None
+    scores = {}
+    for role in ("target", "merge", "source"):
+        cfg, params = models[role]
+        tokenizer = inputs.tokenizers["source" if role == "source" else "target"]
+        cut = nll.windows(inputs.held_out, tokenizer, max_positions=cfg.max_positions)
+        scores[role] = nll.score(params, cut, cfg=cfg)
+    same = {"merge": True, "source": inputs.is_one_tokenizer}
+    change = compare.paired_bootstrap(scores["merge"], scores["target"], seed=recipe.seed)
+    return facts.compared(scores, has_one_tokenizer=same, seed=recipe.seed), change
+
+
+def _calibration_facts(inputs: Inputs, recipe: Recipe) -> dict[str, Any]:
+    """What the rows were made from."""
+    return {
+        "documents": inputs.data.documents,
+        "dev_documents": len(inputs.dev),
+        "target_tokens": inputs.data.target_tokens,
+        "source_tokens": inputs.data.source_tokens,
+        "rows": inputs.data.rows,
+        "rows_are": recipe.rows,
+    }
+
+
+def _write_details(
+    folder: Path,
+    recipe: Recipe,
+    inputs: Inputs,
+    prepared: merge.Prepared,
+    found: dict[str, Any],
+    command: str,
+    started: float,
+) -> None:
+    """README.md and ``ot_merge/``: recipe, coupling, report, provenance."""
+    details = folder / "ot_merge"
+    details.mkdir()
+    text = provenance.without_home(recipe.to_yaml())
+    (details / "recipe.yaml").write_text(text, encoding="utf-8")
+    if prepared.coupling is not None:
+        checkpoint.save_coupling(details / "coupling", prepared.coupling)
+    _write_json(details / "report.json", found)
+    (folder / "README.md").write_text(
+        provenance.model_card(
+            name=f"{inputs.folders['target'].path.name} + {inputs.folders['source'].path.name}",
+            models={role: one.path for role, one in inputs.folders.items()},
+            verdict=found["verdict"],
+            evaluation=[
+                (name, one["nll_per_token"], one["bits_per_byte"])
+                for name, one in found["evaluation"].items()
+            ],
+            command=provenance.without_home(command),
+            recipe=text,
+        ),
+        encoding="utf-8",
+    )
+    side = {
+        "command": provenance.without_home(command),
+        "recipe_sha256": provenance.sha256(details / "recipe.yaml"),
+        "inputs": {
+            role: {"name": one.path.name, "files": provenance.file_hashes(one.path, _WEIGHT_FILES)}
+            for role, one in inputs.folders.items()
+        },
+        "texts": {
+            name: {
+                "name": Path(text.path).name,
+                "sha256": provenance.sha256(Path(text.path).expanduser()),
+            }
+            for name, text in _texts(recipe).items()
+        },
+        "calibration": found["calibration"],
+        "seed": recipe.seed,
+        "transport": found["sites"]
+        and {
+            site: {k: one[k] for k in ("largest_error", "most_iterations", "converged")}
+            for site, one in found["sites"].items()
+        },
+        "evaluation": found["evaluation"],
+        "output": provenance.file_hashes(folder, _WEIGHT_FILES),
+        "wall_seconds": round(time.monotonic() - started, 2),
+        **provenance.environment(),
+    }
+    _write_json(details / "provenance.json", side)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Indented UTF-8 JSON."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def evaluate(paths: Sequence[str], text: Text, *, seed: int = 0) -> dict[str, Any]:
+    """Scores models on a text and compares every pair.
+
+    Args:
+        paths: Model folders, as typed; they are the keys of the result.
+        text: The held-out text.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``{"models": {path: {documents, tokens, nll_per_token, bits_per_byte}}, "pairs": [{a, b,
+        metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
+        or in bits per byte where the two tokenizers differ.
+    """
+    documents = _documents(text)
+    scores, tokenizers = {}, {}
+    for path in dict.fromkeys(paths):
+        folder = open_folder(Path(path).expanduser())
+        tokenizers[path] = calibration.load_tokenizer(folder.path)
+        cfg, params = _load(folder, None)
+        cut = nll.windows(documents, tokenizers[path], max_positions=cfg.max_positions)
+        scores[path] = nll.score(params, cut, cfg=cfg)
+    pairs = []
+    names = list(scores)
+    for index, a in enumerate(names):
+        for b in names[index + 1 :]:
+            is_one = calibration.is_same_tokenizer(tokenizers[a], tokenizers[b], documents)
+            metric = "nll_per_token" if is_one else "bits_per_byte"
+            change = compare.paired_bootstrap(scores[a], scores[b], metric=metric, seed=seed)
+            pairs.append({"a": a, "b": b, "metric": metric, **change._asdict()})
+    models = {
+        name: {
+            "documents": len(one.tokens),
+            "tokens": int(one.tokens.sum()),
+            "nll_per_token": one.nll_per_token,
+            "bits_per_byte": one.bits_per_byte,
+        }
+        for name, one in scores.items()
+    }
+    return {"models": models, "pairs": pairs}

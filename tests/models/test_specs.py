@@ -1,0 +1,199 @@
+"""The parameter table against the module tree, transformers and published sizes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ot_merge_jax import spaces
+from ot_merge_jax.models import decoder, families, specs
+from ot_merge_jax.types import Batch
+from tests.models import published
+
+SMALL = [
+    (family, tied, kv_heads)
+    for family in ("llama", "qwen2")
+    for tied in (False, True)
+    for kv_heads in (1, 2, 4)
+]
+small = pytest.mark.parametrize(("family", "tied", "kv_heads"), SMALL)
+
+
+def small_config(config_dict, family, tied, kv_heads):
+    return families.read(config_dict(family, tied=tied, kv_heads=kv_heads))
+
+
+def published_config(name):
+    return families.read(published.MODELS[name][0])
+
+
+@small
+def test_shapes_equal_the_module_tree(family, tied, kv_heads, config_dict):
+    cfg = small_config(config_dict, family, tied, kv_heads)
+    state = nnx.split(nnx.eval_shape(lambda: decoder.Decoder(cfg)))[1]
+    tree = {
+        "/".join(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))[0]
+        for path in [[key.key for key in path]]
+    }
+    assert tree == {spec.path: spec.shape for spec in specs.param_specs(cfg)}
+
+
+@pytest.mark.torch
+@small
+def test_tensor_names_and_shapes_equal_those_of_transformers(family, tied, kv_heads, config_dict):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    files = config_dict(family, tied=tied, kv_heads=kv_heads)
+    cfg = families.read(files)
+    architecture = files.pop("architectures")[0]
+    kind = transformers.AutoConfig.for_model(files.pop("model_type"), **files)
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(kind)
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if tied:  # torch lists the shared table under both names; a file holds it once
+        assert theirs.pop("lm_head.weight") == theirs["model.embed_tokens.weight"]
+    ours = {
+        name: spec.tensor_shape() for spec in specs.param_specs(cfg) for name in spec.tensor_names()
+    }
+    assert ours == theirs
+
+
+@small
+def test_each_tensor_name_occurs_once(family, tied, kv_heads, config_dict):
+    cfg = small_config(config_dict, family, tied, kv_heads)
+    names = [name for spec in specs.param_specs(cfg) for name in spec.tensor_names()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_published_parameter_count(name):
+    assert specs.count(published_config(name)) == published.MODELS[name][1]
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_abstract_parameters_add_up_to_the_published_count(name):
+    leaves = jax.tree.leaves(specs.abstract(published_config(name), jnp.bfloat16))
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == published.MODELS[name][1]
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_forward_of_published_sizes_by_shape(name):
+    cfg = published_config(name)
+    shape = jax.ShapeDtypeStruct
+    batch = Batch(
+        shape((2, 33), jnp.int32),
+        shape((2, 33), bool),
+        shape((2, 5), jnp.int32),
+        shape((2, 5), jnp.int32),
+    )
+    step = functools.partial(decoder.forward, cfg=cfg, capture=frozenset(spaces.SITES))
+    logits, captured = jax.eval_shape(step, specs.abstract(cfg, jnp.bfloat16), batch)
+    assert logits.shape == (2, 33, cfg.vocab_size)
+    assert logits.dtype == jnp.float32
+    for site in spaces.SITES:
+        assert captured[site].shape == (cfg.num_layers, 2, 5, spaces.site_width(site, cfg))
+        assert captured[site].dtype == jnp.float32
+
+
+@small
+def test_weights_follow_the_wiring(family, tied, kv_heads, config_dict):
+    """Kernels are ``[in site, out site]``, biases live on the out site, and every wired weight has a kernel."""
+    cfg = small_config(config_dict, family, tied, kv_heads)
+    table = specs.param_specs(cfg)
+    kernels = {spec.weight: spec for spec in table if spec.path.endswith("/kernel")}
+    assert spaces.PROJECTIONS.keys() <= kernels.keys()
+    for weight, wire in spaces.PROJECTIONS.items():
+        spec = kernels[weight]
+        assert spec.path == f"{wire.path}/kernel"
+        assert spec.shape == (
+            cfg.num_layers,
+            spaces.site_width(wire.in_site, cfg),
+            spaces.site_width(wire.out_site, cfg),
+        )
+        assert spec.transpose
+    for spec in table:
+        if spec.path.endswith("/bias"):
+            wire = spaces.PROJECTIONS[spec.weight]
+            assert spec.path == f"{wire.path}/bias"
+            assert spec.shape == (cfg.num_layers, spaces.site_width(wire.out_site, cfg))
+        if spec.path.endswith("/scale"):
+            assert spec.weight is None
+
+
+@small
+def test_vocabulary_tables_follow_the_wiring(family, tied, kv_heads, config_dict):
+    cfg = small_config(config_dict, family, tied, kv_heads)
+    tables = {spec.weight: spec.path for spec in specs.param_specs(cfg) if spec.weight in spaces.VOCABULARY}
+    expected = dict(spaces.VOCABULARY)
+    if tied:
+        del expected["head"]
+    assert tables == expected
+
+
+def test_biases_are_those_of_the_family(config_dict):
+    def biased(family):
+        table = specs.param_specs(families.read(config_dict(family)))
+        return {spec.weight for spec in table if spec.path.endswith("/bias")}
+
+    assert biased("llama") == set()
+    assert biased("qwen2") == {"q", "k", "v"}
+
+
+def test_masked_axis_is_the_sharded_one(config_dict):
+    """Rows of q, k, v, gate, up and columns of o, down: the masked site is the wide, split one."""
+    for spec in specs.param_specs(families.read(config_dict("qwen2"))):
+        if spec.weight in spaces.PROJECTIONS and spec.path.endswith("/kernel"):
+            out = spaces.PROJECTIONS[spec.weight].masked == "out"
+            assert (spec.axes[2] is not None) == out
+            assert (spec.axes[1] is not None) != out
+
+
+@pytest.mark.parametrize("weight", spaces.PROJECTIONS)
+def test_masked_site_is_one_of_the_two(weight):
+    wire = spaces.PROJECTIONS[weight]
+    expected = wire.in_site if weight in ("o", "down") else wire.out_site
+    assert wire.masked_site == expected
+
+
+def test_init_is_what_transformers_makes(config_dict):
+    """Normal weights of the asked width, unit norms, zero biases, every leaf its own stream."""
+    cfg = families.read(config_dict("qwen2", hidden=64, intermediate=96))
+    params = specs.init(jax.random.key(3), cfg, std=0.05, dtype=jnp.float32)
+    seen = []
+    for spec in specs.param_specs(cfg):
+        leaf = np.asarray(specs.get(params, spec.path))
+        assert leaf.shape == spec.shape
+        if spec.path.endswith("scale"):
+            assert (leaf == 1).all()
+        elif spec.path.endswith("bias"):
+            assert (leaf == 0).all()
+        else:
+            assert leaf.std() == pytest.approx(0.05, rel=0.05)
+            assert abs(leaf.mean()) < 0.003
+            seen.append(leaf.ravel()[:50].tobytes())
+    assert len(set(seen)) == len(seen)
+
+
+def test_init_is_a_function_of_the_key(config_dict):
+    cfg = families.read(config_dict())
+    first, again, other = (specs.init(jax.random.key(seed), cfg) for seed in (0, 0, 1))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
+    assert not (first["embed_tokens"]["embedding"] == other["embed_tokens"]["embedding"]).any()
+
+
+def test_get_and_has():
+    params = {"norm": {"scale": 3}}
+    assert specs.get(params, "norm/scale") == 3
+    assert specs.has(params, "norm/scale")
+    assert specs.has(params, "norm")
+    assert not specs.has(params, "norm/bias")
+    assert not specs.has(params, "lm_head/kernel")
+    with pytest.raises(KeyError):
+        specs.get(params, "lm_head/kernel")
