@@ -64,8 +64,8 @@ def gather(
         site: np.empty((cfg.num_layers, len(row_id), site_width(site, cfg)), np.float32)
         for site in sorted(sites)
     }
-    for batch in progress.track(batches, "gather activations (batches)"):
-        ids = np.asarray(batch.row_id)
+    for host_batch in progress.track(batches, "gather activations (batches)"):
+        batch, ids = host_batch, np.asarray(host_batch.row_id)
         if mesh is not None:
             batch = jax.tree.map(
                 lambda x: jax.device_put(x, sharding.leaf_sharding(mesh, ("batch", None), x.shape)),

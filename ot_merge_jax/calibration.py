@@ -138,7 +138,7 @@ def sample(documents: Iterator[str], *, count: int, seed: int) -> list[str]:
 
 
 def split(documents: Sequence[str], *, seed: int) -> tuple[list[str], list[str]]:
-    """Splits documents into those that give rows and the dev split; one document gives no dev split.
+    """Splits documents into those that give rows and the dev split, a fifth of them.
 
     Example:
         >>> rows, dev = split([str(i) for i in range(10)], seed=0)
@@ -158,7 +158,7 @@ def load_tokenizer(path: Path) -> Any:
     Raises:
         InputError: if the folder has none, or it cannot be loaded.
     """
-    from transformers import AutoTokenizer  # takes seconds to import; `--help` should not wait
+    from transformers import AutoTokenizer  # noqa: PLC0415, takes seconds to import; `--help` should not wait
 
     if not any(
         (path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -231,7 +231,8 @@ def align(
     """
     if rows == "token" and not is_same_tokenizer(target_tokenizer, source_tokenizer, documents):
         raise InputError(
-            "rows: token needs identical tokenizers, and those of target and source differ; use rows: sample."
+            "rows: token needs identical tokenizers, and those of target and source "
+            "differ; use rows: sample."
         )
     both = [
         (t, s)

@@ -1,7 +1,7 @@
-"""`ModelConfig`: the shape of a decoder, read from a Hugging Face ``config.json``. Imports errors only.
+"""`ModelConfig`: the shape of a decoder, read from a ``config.json``. Imports errors only.
 
-Every key of the file is handled, known to be inert, or refused by name: a key we do not understand could
-change what the model computes.
+Every key of the file is handled, known to be inert, or refused by name: a key we do not understand
+could change what the model computes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Rope(NamedTuple):
         theta: Base of the frequencies.
         kind: ``default`` or ``llama3``.
         factor: How much low frequencies are slowed down.
-        low_freq_factor: Wavelengths above ``original_positions / low_freq_factor`` are slowed fully.
+        low_freq_factor: Wavelengths above ``original_positions / low_freq_factor`` are slowed
+            fully.
         high_freq_factor: Wavelengths below ``original_positions / high_freq_factor`` stay.
         original_positions: Context length before the scaling, in tokens.
     """
@@ -37,7 +38,7 @@ class Rope(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Everything that fixes the shapes and the arithmetic of a decoder; hashable, so it can be static in jit.
+    """Everything that fixes the shapes and the arithmetic of a decoder; hashable, static in jit.
 
     Attributes:
         family: Hugging Face ``model_type``.
@@ -90,12 +91,37 @@ class Family(NamedTuple):
     inert: frozenset[str]
 
 
-#: Keys of any family that describe training, generation, the file or the export, not the forward pass.
+#: Keys of any family that describe training, generation, the file or the export, not the forward
+#: pass.
 _INERT = frozenset(
-    """_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id id2label
-    initializer_range label2id mlp_dropout model_type output_attentions output_hidden_states pad_token_id
-    pretraining_tp problem_type return_dict torch_dtype transformers_version unk_token_id unsloth_fixed
-    unsloth_version use_cache resid_pdrop embd_pdrop""".split()
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "mlp_dropout",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_cache",
+        "resid_pdrop",
+        "embd_pdrop",
+    }
 )
 _FIXED = {
     "is_encoder_decoder": False,
@@ -105,9 +131,22 @@ _FIXED = {
     "hidden_act": "silu",
 }
 _READ = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings
-    layer_types""".split()
+    {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "layer_types",
+    }
 )
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -132,7 +171,8 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         if key in fixed:
             if value != fixed[key] and value is not None:
                 problems.append(
-                    f"{key}={value!r} is not supported for {family.model_type} (only {fixed[key]!r})"
+                    f"{key}={value!r} is not supported for {family.model_type} (only "
+                    f"{fixed[key]!r})"
                 )
         elif key not in _READ and key not in _INERT and key not in family.inert:
             near = difflib.get_close_matches(key, _READ | set(fixed), n=1)
@@ -161,7 +201,8 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
     kv_heads = number("num_key_value_heads", int, heads)
     if config.get("head_dim") is None and hidden % heads:
         problems.append(
-            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} and head_dim is absent"
+            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} "
+            "and head_dim is absent"
         )
     head_dim = number("head_dim", int, max(1, hidden // heads))
     if heads % kv_heads:
@@ -172,7 +213,8 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         problems.append(f"head_dim {head_dim} is odd, which rotary embeddings cannot use")
     if set(config.get("layer_types") or ()) - {"full_attention"}:
         problems.append(
-            f"layer_types {sorted(set(config['layer_types']))} is not supported (only 'full_attention')"
+            f"layer_types {sorted(set(config['layer_types']))} is not supported (only "
+            "'full_attention')"
         )
     tie = config.get("tie_word_embeddings")
     if not isinstance(tie, bool | None):

@@ -109,7 +109,8 @@ def fuse(
         ValueError: if a transported weight has not the shape of its leaf.
 
     Example:
-        >>> params = {"norm": {"scale": jnp.ones(2)}, "embed_tokens": {"embedding": jnp.ones((2, 2))}}
+        >>> params = {"norm": {"scale": jnp.ones(2)}, "embed_tokens": {"embedding": jnp.ones((2,
+        2))}}
         >>> moved = {"embed_tokens/embedding": jnp.full((2, 2), 4.0)}
         >>> rows = {"embed_tokens/embedding": jnp.array([[1.0], [0.0]])}
         >>> fused = fuse(params, moved, 0.5, spec=MergeSpec(rule="delta"), mask=rows)

@@ -87,7 +87,8 @@ def merge(
     Example:
         >>> from ot_merge_jax import assets, calibration
         >>> from ot_merge_jax.io.hf import load_hf
-        >>> target, source, base = (load_hf(assets.path(n)) for n in ("sibling", "source", "source-base"))
+        >>> names = ("sibling", "source", "source-base")
+        >>> target, source, base = (load_hf(assets.path(name)) for name in names)
         >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
         >>> texts = list(calibration.read_documents(assets.path("calibration.jsonl")))[:8]
         >>> data = calibration.align(texts, tokenizer, tokenizer, rows="token", max_rows=100)
@@ -273,7 +274,9 @@ def describe(
 def _plan_facts(name: str, prepared: Prepared, spec: MergeSpec) -> tuple[jax.Array, ...]:
     """Source layer, sharpness and convergence of the plans of one projection, for each layer."""
     found, wiring = prepared.coupling, PROJECTIONS[name]
-    assert found is not None and prepared.target is not None and prepared.source is not None
+    assert found is not None
+    assert prepared.target is not None
+    assert prepared.source is not None
     share = operator.layer_weights(
         found, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
     )
@@ -325,7 +328,7 @@ def _no_plan_facts() -> tuple[jax.Array, ...]:
 
 
 def is_nothing_transferred(report: MergeReport, hparams: HParams) -> bool:
-    """Whether the largest ``|strength W~| / |W|`` over the moved weights is below 1e-4 (SPEC 13)."""
+    """Whether the largest ``|strength W~| / |W|`` over moved weights is below 1e-4 (SPEC 13)."""
     largest = 0.0
     for name, weight in report.weights.items():
         path = f"{PROJECTIONS[name].path}/kernel" if name in PROJECTIONS else VOCABULARY[name]

@@ -189,7 +189,8 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
         )
     if set(recipe.weights) & set(VOCABULARY) and not is_one:
         raise InputError(
-            "Moving embed or head needs identical tokenizers, and those of target and source differ; "
+            "Moving embed or head needs identical tokenizers, and those of target "
+            "and source differ; "
             "leave them out of weights."
         )
     settings = {
@@ -272,7 +273,8 @@ def _held_out_activations(inputs: Inputs, target: merge.Model, reference: merge.
 def _warnings(report: MergeReport) -> list[str]:
     """Sentences about plans that did not converge."""
     return [
-        f"{name}: the neuron transport did not converge in {int(np.sum(~np.asarray(one.converged)))} "
+        f"{name}: the neuron transport did not converge in "
+        f"{int(np.sum(~np.asarray(one.converged)))} "
         f"of {len(one.converged)} layers (largest marginal error {float(np.max(one.error)):.1e}); "
         f"raise epsilon or max_iterations."
         for name, one in report.weights.items()

@@ -213,7 +213,7 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the recipe") -> Recipe
             ]
     if unknown:
         raise RecipeError(f"{where}: {'; '.join(unknown)}.")
-    preset = said.setdefault("preset", "delta")
+    preset = str(said.setdefault("preset", "delta"))
     if preset not in PRESETS:
         raise RecipeError(f"{where}: preset must be one of {', '.join(PRESETS)}, not {preset!r}.")
     try:
@@ -233,7 +233,7 @@ def load(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_RECIPE_BYTES:
         raise RecipeError(f"{path} is larger than {_MAX_RECIPE_BYTES} bytes; this is not a recipe.")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         detail = " ".join(str(error).split())[:200]
         raise RecipeError(f"{path} is not YAML ({detail}); mend it.") from error
@@ -264,7 +264,9 @@ def _unknown(key: str, known: Mapping[str, Any]) -> str:
 
 
 _UNIONS = {
-    "strength": "must be auto, a number of at least 0, or a mapping from projections and vocabulary",
+    "strength": (
+        "must be auto, a number of at least 0, or a mapping from projections and vocabulary"
+    ),
     "k": "must be all, or an integer of at least 1",
 }
 

@@ -26,7 +26,8 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
     """A mesh of named axes.
 
     Args:
-        sizes: Devices along each axis, e.g. ``{"data": 2, "model": 4}``; their product must not exceed the devices.
+        sizes: Devices along each axis, e.g. ``{"data": 2, "model": 4}``; their product must not
+            exceed the devices.
 
     Returns:
         The mesh. Its axes are Auto: ott-jax fails on explicit ones.
@@ -52,7 +53,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
 def leaf_sharding(
     mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-    """Where a leaf lives: split along its logical axes, replicated along an axis the mesh does not divide.
+    """Where a leaf lives: split along its logical axes, replicated where the mesh does not fit.
 
     Args:
         mesh: The mesh.

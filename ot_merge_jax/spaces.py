@@ -1,7 +1,7 @@
 """The wiring: named feature spaces (sites) and the weights that connect them. Imports config only.
 
-A weight is a map between two sites. Fusion reads this table and never a parameter's name, so whatever is
-captured, transported and masked is decided here (SPEC sections 2, 5 and 6).
+A weight is a map between two sites. Fusion reads this table and never a parameter's name, so
+whatever is captured, transported and masked is decided here (SPEC sections 2, 5 and 6).
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def site_width(site: str, cfg: ModelConfig) -> int:
 
     Example:
         >>> from ot_merge_jax.config import Rope
-        >>> cfg = ModelConfig("llama", 99, 64, 256, 2, 4, 1, 16, 512, 1e-5, Rope(1e4), True, False, "float32")
+        >>> cfg = ModelConfig("llama", 99, 64, 256, 2, 4, 1, 16, 512, 1e-5,
+        ...                   Rope(1e4), True, False, "float32")
         >>> site_width("down_in", cfg), site_width("k_out", cfg)
         (256, 16)
     """

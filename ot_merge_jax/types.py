@@ -1,4 +1,4 @@
-"""The glossary of letters, and the few types that travel between stages. No logic; imports JAX only.
+"""The glossary of letters, and the few types that travel between stages. Imports JAX only.
 
 Letters, used in annotations, einsums and comments:
 
@@ -13,8 +13,9 @@ Letters, used in annotations, einsums and comments:
 ``v``      vocabulary entries
 =========  ==================================================================
 
-A cost, a plan and a layer coupling are always ``[target, source]``. Kernels are stored ``[d_in, d_out]``
-(the transpose of the torch orientation that the papers' formulas use); stacked layers lead: ``[L, d_in, d_out]``.
+A cost, a plan and a layer coupling are always ``[target, source]``. Kernels are stored ``[d_in,
+d_out]`` (the transpose of the torch orientation that the papers' formulas use); stacked layers
+lead: ``[L, d_in, d_out]``.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ class Activations(NamedTuple):
 
 
 class Potentials(NamedTuple):
-    """Dual solution of an entropic optimal transport problem with uniform marginals, or a batch of them.
+    """Dual solution of an entropic transport problem with uniform marginals, or of a batch.
 
-    The plan is ``exp((f_i + g_j - C_ij) / epsilon)``: the potentials include the marginals, so it sums to 1.
+    The plan is ``exp((f_i + g_j - C_ij) / epsilon)``: the potentials include the marginals, so it
+    sums to 1.
 
     Attributes:
         f: Target potential ``[..., n]``, in units of the cost.
@@ -115,8 +117,8 @@ class HParams(NamedTuple):
     """Numbers that trace: they sweep under ``vmap`` without a new compilation.
 
     Attributes:
-        strength: alpha (``interpolate``, ``residual``) or lambda (``delta``); one number for all moved
-            weights, or one for each group: ``{"projections": ..., "vocabulary": ...}``.
+        strength: alpha (``interpolate``, ``residual``) or lambda (``delta``); one number for all
+            moved weights, or one for each group: ``{"projections": ..., "vocabulary": ...}``.
         epsilon: Entropic regularisation of the neuron plans, in cost units.
         layer_epsilon: Entropic regularisation of the layer plan (the papers' eta).
         threshold: L1 marginal error at which the solver stops.

@@ -277,20 +277,20 @@ def config_dict():
     return make
 
 
-def _lively(params, seed):
-    """Norms and biases that are not the identity, so that leaving one out is seen."""
-    import jax
+def _random_params(cfg, seed, std):
+    """Parameters by the table of specs, in numpy (drawing with JAX would compile once for every shape).
+
+    Norms and biases are not the identity, so that leaving one out is seen.
+    """
+    from ot_merge_jax.models import specs
 
     rng = np.random.default_rng(seed)
-
-    def change(path, leaf):
-        kind = path[-1].key
-        if kind not in ("scale", "bias"):
-            return leaf
-        noise = 0.3 * rng.standard_normal(leaf.shape).astype("float32")
-        return (leaf.astype("float32") + noise).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(change, params)
+    leaves = {}
+    for spec in specs.param_specs(cfg):
+        noise = rng.standard_normal(spec.shape, np.float32)
+        centre, width = {"scale": (1.0, 0.3), "bias": (0.0, 0.3)}.get(spec.path.split("/")[-1], (0.0, std))
+        leaves[spec.path] = (centre + width * noise).astype(np.float32)
+    return specs.unflatten(leaves)
 
 
 @pytest.fixture(scope="session")
@@ -305,7 +305,7 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
             family: ``llama`` or ``qwen2``.
             seed: Of the weights.
             std: Standard deviation of weights (embedding too); 0.2 gives activations of order one.
-            drift: Adds ``drift * N(0, std)`` of another stream to the weights: with the same seed and sizes, a
+            drift: Adds ``drift`` times another random checkpoint's deviations: with the same seed and sizes, a
                 "fine-tuned" copy of the ``drift=0`` checkpoint.
             max_shard_bytes: Size of a shard; None: one file.
             tokenizer: A kind of `TOKENIZERS`; None: ``bpe`` for llama, ``qwen`` for qwen2 (the only one that
@@ -333,10 +333,12 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
         for file in tokenizer_folder(kind).iterdir():
             shutil.copyfile(file, like / file.name)
         cfg = families.read(files, where="tiny")
-        params = _lively(specs.init(jax.random.key(seed), cfg, std=std), seed)
+        params = _random_params(cfg, seed, std)
         if drift:
-            other = specs.init(jax.random.key(1000 + seed), cfg, std=std)
-            params = jax.tree.map(lambda leaf, noise: leaf + drift * noise, params, other)
+            other = _random_params(cfg, 1000 + seed, std)
+            params = jax.tree.map(
+                lambda leaf, noise: leaf + np.float32(drift) * (noise - noise.mean()), params, other
+            )
         folder = tmp_path_factory.mktemp(f"tiny-{family}")
         hf.write_model(folder, params, cfg=cfg, like=like, max_shard_bytes=max_shard_bytes)
         made[key] = folder

@@ -1,14 +1,14 @@
 """A plain optax next-token loop. Imports models and types.
 
-The step is one jitted pure function; the loop around it only feeds batches, so the same seed, data and steps
-give the same parameters.
+The step is one jitted pure function; the loop around it only feeds batches, so the same seed, data
+and steps give the same parameters.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,13 +31,13 @@ class TrainState(NamedTuple):
         step: Steps done.
     """
 
-    params: Params
+    params: Any
     optimizer: optax.OptState
     step: int
 
 
 def pack(documents: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "blocks length"]:
-    """Concatenates tokenised documents and cuts the stream into blocks; the incomplete tail is dropped.
+    """Concatenates tokenised documents and cuts the stream into blocks; an incomplete tail goes.
 
     Args:
         documents: Token ids of each document, its BOS or EOS included.
@@ -56,7 +56,8 @@ def pack(documents: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "bl
     stream = np.fromiter((token for document in documents for token in document), np.int32)
     if len(stream) < length:
         raise ValueError(
-            f"{len(stream)} tokens do not fill one block of {length}; give more text or shorter blocks."
+            f"{len(stream)} tokens do not fill one block of {length}; give more text "
+            "or shorter blocks."
         )
     return stream[: len(stream) // length * length].reshape(-1, length)
 
@@ -152,10 +153,13 @@ def train(
     Example:
         >>> from ot_merge_jax.config import Rope
         >>> from ot_merge_jax.models import specs
-        >>> cfg = ModelConfig("llama", 8, 16, 32, 1, 2, 1, 8, 16, 1e-5, Rope(1e4), True, False, "float32")
+        >>> cfg = ModelConfig("llama", 8, 16, 32, 1, 2, 1, 8, 16, 1e-5,
+        ...                   Rope(1e4), True, False, "float32")
         >>> blocks = pack([[1, 2, 3, 4] * 8], 8)
-        >>> _, losses = train(specs.init(jax.random.key(0), cfg), shuffled_batches(blocks, batch_size=4, seed=0),
-        ...                   cfg=cfg, steps=30, transform=optimizer(learning_rate=0.02, steps=30))
+        >>> data = shuffled_batches(blocks, batch_size=4, seed=0)
+        >>> start = specs.init(jax.random.key(0), cfg)
+        >>> adamw = optimizer(learning_rate=0.02, steps=30)
+        >>> _, losses = train(start, data, cfg=cfg, steps=30, transform=adamw)
         >>> bool(losses[-1] < 0.5 * losses[0])
         True
     """
@@ -177,7 +181,8 @@ def train(
         losses[index] = float(loss)
         if not np.isfinite(losses[index]):
             raise NonFiniteError(
-                f"The loss is {losses[index]} at training step {index + 1}; lower the learning rate."
+                f"The loss is {losses[index]} at training step {index + 1}; lower the "
+                "learning rate."
             )
         if on_step is not None:
             on_step(index + 1, float(losses[index]))

@@ -123,7 +123,8 @@ def _spans(length: int, max_positions: int) -> list[tuple[int, int, int]]:
     """(first scored token, end, first token of context) of the windows of one document."""
     spans, start = [], 0
     while start < length:
-        # the first window spends a position on the prefix; later ones keep half a context before them
+        # the first window spends a position on the prefix; later ones keep half a context before
+        # them
         context = 0 if start == 0 else start - max_positions // 2
         stop = min(length, context + max_positions - (context == 0))
         spans.append((start, stop, context))

@@ -1,7 +1,7 @@
-"""`ModelFolder`: a Hugging Face folder checked by its config, index and headers, before any weight is read.
+"""`ModelFolder`: a Hugging Face folder, checked before any weight is read.
 
-Checking is total: whatever is missing, extra, doubled, misshapen or of an unsupported dtype is listed
-at once. Imports models.families and models.specs, not flax.
+Checking is total: whatever is missing, extra, doubled, misshapen or of an unsupported dtype is
+listed at once. Imports models.families and models.specs, not flax.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SINGLE = "model.safetensors"
 _SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
 # buffers that old exporters stored; transformers ignores them too
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _MAX_JSON_BYTES = {"config.json": 5_000_000, INDEX: 100_000_000}
 
 
@@ -45,7 +46,7 @@ class ModelFolder(NamedTuple):
 
 
 def resolve(path: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of a model: a directory as it is, or the snapshot of a hub id at an explicit revision.
+    """The local folder of a model: a directory, or the snapshot of a hub id at a revision.
 
     A path is never taken for a hub id: without a revision, what is not a directory is an error.
 
@@ -61,8 +62,8 @@ def resolve(path: str | Path, *, revision: str | None = None) -> Path:
     """
     if revision is not None:
         try:
-            return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors",
-                        "*.model", "*.txt", "*.jinja", "LICENSE*"]))  # fmt: skip
+            snapshot = snapshot_download(str(path), revision=revision, allow_patterns=_DOWNLOADED)
+            return Path(snapshot)
         except Exception as error:
             raise InputError(
                 f"The hub cannot provide {path} at revision {revision} ({type(error).__name__})."
@@ -148,7 +149,8 @@ def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[st
             return {}, []
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
             raise InputError(
-                f"{path} holds only pickled weights, which are never opened; convert them to safetensors."
+                f"{path} holds only pickled weights, which are never opened; convert them "
+                "to safetensors."
             )
         if any(path.glob("*.gguf")):
             raise InputError(
@@ -205,7 +207,8 @@ def _tensor_problems(cfg: ModelConfig, tensors: dict[str, safetensors.TensorInfo
             )
         elif tensors[name].dtype not in safetensors.DTYPES:
             problems.append(
-                f"{name} has dtype {tensors[name].dtype}; use the unquantised parent (F32, F16 or BF16)"
+                f"{name} has dtype {tensors[name].dtype}; use the unquantised parent "
+                "(F32, F16 or BF16)"
             )
     return problems + [
         f"{name} is unexpected"

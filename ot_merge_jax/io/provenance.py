@@ -90,8 +90,9 @@ def model_card(
         Markdown with front matter. A licence is stated only if all models agree on one.
 
     Example:
-        >>> card = model_card(name="m", models={"target": Path("a"), "source": Path("b")}, verdict="v.",
-        ...                   evaluation=[], command="ot-merge run", recipe="rule: delta")
+        >>> models = {"target": Path("a"), "source": Path("b")}
+        >>> card = model_card(name="m", models=models, verdict="v.", evaluation=[],
+        ...                   command="ot-merge run", recipe="rule: delta")
         >>> "base_model_relation: merge" in card, "license: other" in card
         (True, True)
     """

@@ -21,7 +21,8 @@ def check_output(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = Fa
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        InputError: if the folder exists, is or lies inside an input, contains one, or cannot be created.
+        InputError: if the folder exists, is or lies inside an input, contains one, or cannot be
+            created.
     """
     real = out.resolve()
     for given in inputs:
@@ -43,13 +44,14 @@ def check_output(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = Fa
     parent = next(folder for folder in real.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(
-            f"The output folder {out} cannot be created because {parent} is not writable; choose another."
+            f"The output folder {out} cannot be created because {parent} is not "
+            "writable; choose another."
         )
 
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
+    """A fresh folder that becomes ``out`` when the block ends well, and vanishes when not.
 
     Args:
         out: The folder to publish.

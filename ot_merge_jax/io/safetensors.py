@@ -1,7 +1,8 @@
-"""Reading and writing ``.safetensors`` files: checked headers, lazy slices, one writer. Imports errors only.
+"""Safetensors files: checked headers, lazy slices, the one writer. Imports errors only.
 
-The library checks much, but accepts duplicate names, does not name the file in its errors, writes strided arrays
-wrong and leaves files unreadable to others; this module closes those gaps and holds the only tensor writer.
+The library checks much, but accepts duplicate names, does not name the file in its errors, writes
+strided arrays wrong and leaves files unreadable to others; this module closes those gaps and holds
+the only tensor writer.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         start = file.read(8)
         if start.startswith(b"version "):
             raise InputError(
-                f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` in its folder."
+                f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` in "
+                "its folder."
             )
         if start[:1] == b"<":
             raise InputError(f"{path} is a web page and not the weights; download it again.")
@@ -80,7 +82,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             else []
         ):
             raise InputError(
-                f"{path} names {', '.join(map(repr, twice[:3]))} twice in its header; the file is corrupt."
+                f"{path} names {', '.join(map(repr, twice[:3]))} twice in its header; the "
+                "file is corrupt."
             )
         return dict(pairs)
 

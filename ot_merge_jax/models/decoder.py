@@ -1,7 +1,7 @@
 """One decoder for all dense families: stacked layers, scanned; activations are return values.
 
-Outside this package a model is ``(cfg, params)``, a frozen config and a nested dict of arrays; NNX appears only
-between the two lines of `_modules` and `forward`.
+Outside this package a model is ``(cfg, params)``, a frozen config and a nested dict of arrays; NNX
+appears only between the two lines of `_modules` and `forward`.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def forward(
 ) -> tuple[Float[Array, "b s v"], dict[str, Float[Array, "layers b r d"]]]:
     """Runs the decoder; returns logits and the wanted rows of the wanted sites.
 
-    Positions count real tokens, so left and right padding give the same result. Attention is causal and never
-    sees padding. The rows are picked (or pooled over the mask) inside the layer scan: what leaves it is
-    ``[layers, b, r, d]`` and not ``[layers, b, s, d]``.
+    Positions count real tokens, so left and right padding give the same result. Attention is causal
+    and never sees padding. The rows are picked (or pooled over the mask) inside the layer scan:
+    what leaves it is ``[layers, b, r, d]`` and not ``[layers, b, s, d]``.
 
     Args:
         params: Parameters, in the dtype to compute in.
@@ -115,7 +115,8 @@ def forward(
     block, stacked = nnx.split(model.layers)
 
     def layer(x: jax.Array, state: Any) -> tuple[jax.Array, Sites]:
-        # the barrier keeps XLA from fusing across layers, so scanned and unrolled programs round alike
+        # the barrier keeps XLA from fusing across layers, so scanned and unrolled programs round
+        # alike
         x, sites = nnx.merge(block, state)(x, tables, visible)
         return x, {site: _rows(sites[site], batch) for site in sorted(capture)}
 

@@ -1,6 +1,7 @@
 """One flag row per family of decoders. Imports config and errors only.
 
-To add a family, see CONTRIBUTING: a row here, its names in `ot_merge_jax.models.specs` if they differ, tests.
+To add a family, see CONTRIBUTING: a row here, its names in `ot_merge_jax.models.specs` if they
+differ, tests.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfi
         The configuration.
 
     Raises:
-        InputError: for quantised, remote-code, adapter or unsupported models, and for bad keys, all in one sentence.
+        InputError: for quantised, remote-code, adapter or unsupported models, and for bad keys, all
+            in one sentence.
 
     Example:
         >>> read({"model_type": "mamba"}, where="m/config.json")
@@ -73,11 +75,13 @@ def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfi
             else quantised
         )
         raise InputError(
-            f"{where}: the model is quantised ({method}); use the unquantised parent it was made from."
+            f"{where}: the model is quantised ({method}); use the unquantised parent "
+            "it was made from."
         )
     if config.get("auto_map"):
         raise InputError(
-            f"{where}: the model needs remote code (auto_map), which is never run; use a supported family."
+            f"{where}: the model needs remote code (auto_map), which is never run; "
+            "use a supported family."
         )
     if "peft_type" in config:
         raise InputError(
@@ -96,6 +100,7 @@ def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfi
     architectures = config.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise InputError(
-            f"{where}: architectures is {architectures}, but only [{family.architecture!r}] predicts tokens."
+            f"{where}: architectures is {architectures}, but only "
+            f"[{family.architecture!r}] predicts tokens."
         )
     return read_config(config, family, where=where)

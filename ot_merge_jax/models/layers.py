@@ -1,7 +1,8 @@
 """The parts of a decoder layer: linear maps, norm, rotary embedding, attention, gated MLP.
 
-Modules hold parameters and nothing else; each returns its activations beside its output. In shape comments
-``b s`` are batch and sequence, ``h k`` query and key/value heads, ``e`` head features, ``d`` hidden features.
+Modules hold parameters and nothing else; each returns its activations beside its output. In shape
+comments ``b s`` are batch and sequence, ``h k`` query and key/value heads, ``e`` head features,
+``d`` hidden features.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
         >>> rope_frequencies(Rope(10000.0), 4).tolist()
         [1.0, 0.009999999776482582]
 
-    Source: Su et al., arXiv 2104.09864; ``llama3`` scaling as released with Llama 3.1. Differs: nothing.
+    Source: Su et al., arXiv 2104.09864; ``llama3`` scaling as released with Llama 3.1. Differs:
+    nothing.
     """
     frequency = (
         1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)

@@ -1,4 +1,4 @@
-"""`ParamSpec`: one row for each parameter, which drives init, load, save, sharding axes and fusion. No flax needed.
+"""`ParamSpec`: one row for each parameter drives init, load, save, sharding axes and fusion.
 
 The table is the only place that knows Hugging Face tensor names.
 """
@@ -25,7 +25,8 @@ class ParamSpec(NamedTuple):
         shape: Our shape, the stacking axis included.
         axes: A logical axis name (or None) for each dimension, for `ot_merge_jax.sharding`.
         transpose: Whether the file holds the last two dimensions the other way round.
-        weight: Name in a recipe (``q``, ``embed``...) whose wiring this leaf follows; None: never moves.
+        weight: Name in a recipe (``q``, ``embed``...) whose wiring this leaf follows; None: never
+            moves.
     """
 
     path: str
@@ -65,10 +66,12 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
 
     Example:
         >>> from ot_merge_jax.config import Rope
-        >>> cfg = ModelConfig("llama", 99, 64, 128, 2, 4, 1, 16, 512, 1e-5, Rope(1e4), True, False, "float32")
+        >>> cfg = ModelConfig("llama", 99, 64, 128, 2, 4, 1, 16, 512, 1e-5,
+        ...                   Rope(1e4), True, False, "float32")
         >>> spec = next(s for s in param_specs(cfg) if s.weight == "down")
         >>> spec.path, spec.shape, spec.tensor_names()[1], spec.tensor_shape()
-        ('layers/mlp/down_proj/kernel', (2, 128, 64), 'model.layers.1.mlp.down_proj.weight', (64, 128))
+        ('layers/mlp/down_proj/kernel', (2, 128, 64), 'model.layers.1.mlp.down_proj.weight', (64,
+        128))
     """
     hidden, inner, depth = cfg.hidden_size, cfg.intermediate_size, cfg.num_layers
     heads, kv_heads = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim

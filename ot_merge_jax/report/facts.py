@@ -1,4 +1,4 @@
-"""The numbers of a run as plain JSON values: diagnostics of weights and of sites (SPEC section 13)."""
+"""The numbers of a run as plain JSON values: diagnostics of weights and sites (SPEC 13)."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def sites(
         ks = tuple(max(1, round(share * n * m)) for share in _CURVE_SHARES)
         order = np.random.default_rng(seed).permutation(m)
         curves, r2, permuted, heat = [], [], [], None
-        for l, best in enumerate(np.asarray(layer.argmax(1))):  # noqa: E741
+        for l, best in enumerate(np.asarray(layer.argmax(1))):
             plan = couplings.plan(found, x, y, site=site, l=l, m=int(best), signed=spec.signed)
             curves.append(diagnostics.mass_curve(plan, ks))
             heat = diagnostics.sorted_heat(plan) if heat is None else heat
@@ -139,7 +139,10 @@ def verdict(*, is_nothing: bool, strength: Any, rule: str, change: Difference | 
         return f"nothing of the source was transferred: {better}."
     if change is None:
         return "merged; not evaluated (no held-out text was given)."
-    amount = f"{change.difference:+.4f} nats per token, 95 % interval [{change.low:+.4f}, {change.high:+.4f}]"
+    amount = (
+        f"{change.difference:+.4f} nats per token, 95 % interval "
+        f"[{change.low:+.4f}, {change.high:+.4f}]"
+    )
     if change.low > 0:
         return f"worse than the target on held-out text: {amount}."
     if change.high < 0:

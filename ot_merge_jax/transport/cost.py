@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# A column whose spread is within this many units in the last place of its largest entry is constant:
+# A column whose spread is within this many units in the last place of its largest entry is
+# constant:
 # its variance is rounding noise, and dividing by it would invent correlations.
 _CONSTANT_ULPS = 8
 
@@ -42,7 +43,7 @@ def std(x: Float[Array, "t n"]) -> Float[Array, " n"]:
 
 
 def correlation(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, "n m"]:
-    """Pearson correlation of every column of ``x`` with every column of ``y``; 0 if one is constant.
+    """Pearson correlation of every column of ``x`` with every one of ``y``; 0 if one is constant.
 
     Args:
         x: Target activations, one row per sample.

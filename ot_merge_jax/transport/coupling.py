@@ -157,7 +157,7 @@ def plan(
     source: Activations,
     *,
     site: str,
-    l: int,  # noqa: E741
+    l: int,
     m: int,
     signed: bool = False,
 ) -> Float[Array, "n_t n_s"]:

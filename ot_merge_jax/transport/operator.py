@@ -37,7 +37,7 @@ def space(
     target: Activations,
     source: Activations,
     site: str,
-    l: int,  # noqa: E741
+    l: int,
 ) -> Space:
     """The `Space` of one site and target layer."""
     return Space(
@@ -145,7 +145,7 @@ def _over_layers(moved, share: jax.Array, shape: tuple[int, ...], spec: MergeSpe
 
 
 def transported(
-    weights: Float[Array, "M d_in d_out"],
+    weights: Float[Array, "M d_in_s d_out_s"],
     coupling: Coupling,
     target: Activations,
     source: Activations,
@@ -153,7 +153,7 @@ def transported(
     in_site: str,
     out_site: str,
     spec: MergeSpec,
-) -> Float[Array, "L d_in d_out"]:
+) -> Float[Array, "L d_in_t d_out_t"]:
     r"""Carries one kind of kernel from all source layers to all target layers.
 
     .. math:: \tilde W_l = \sum_m w_{lm}\, \Phi^{out}_{lm} W_m \Phi^{in}_{lm}
@@ -192,7 +192,7 @@ def transported(
     """
     share = layer_weights(coupling, in_site=in_site, out_site=out_site, spec=spec)
     layers = []
-    for l in progress.track(range(len(share)), f"transport {in_site} -> {out_site} (layers)"):  # noqa: E741
+    for l in progress.track(range(len(share)), f"transport {in_site} -> {out_site} (layers)"):
         into = space(coupling, target, source, in_site, l)
         out = space(coupling, target, source, out_site, l)
         layers.append(_kernel_of_layer(weights, into, out, share[l], spec=spec))
@@ -200,7 +200,7 @@ def transported(
 
 
 def transported_bias(
-    biases: Float[Array, "M d_out"],
+    biases: Float[Array, "M d_out_s"],
     coupling: Coupling,
     target: Activations,
     source: Activations,
@@ -208,7 +208,7 @@ def transported_bias(
     in_site: str,
     out_site: str,
     spec: MergeSpec,
-) -> Float[Array, "L d_out"]:
+) -> Float[Array, "L d_out_t"]:
     """Carries the biases of one kind of weight; the out-map alone applies (SPEC section 5).
 
     Args:

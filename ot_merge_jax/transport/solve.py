@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array, Float
 from ott.geometry import geometry
 from ott.problems.linear import linear_problem
@@ -61,17 +62,17 @@ def solve(
 
     Example:
         >>> potentials = solve(jnp.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
-        >>> bool(potentials.converged), plan(jnp.array([[0.0, 1.0], [1.0, 0.0]]), potentials).round(3)
-        (True, Array([[0.5, 0. ], [0. , 0.5]], dtype=float32))
+        >>> bool(potentials.converged), plan(jnp.array([[0.0, 1.0], [1.0, 0.0]]),
+        potentials).round(3) (True, Array([[0.5, 0. ], [0. , 0.5]], dtype=float32))
 
-    Source: Transport and Merge, eq. 8; ott-jax `Sinkhorn`. Differs: the tolerance is the L1 marginal
-    error, not the change of a scaling vector.
+    Source: Transport and Merge, eq. 8; ott-jax `Sinkhorn`. Differs: the tolerance is the L1
+    marginal error, not the change of a scaling vector.
     """
     if cost.ndim not in (2, 3):
         raise ValueError(f"A cost has axes [n, m] or [batch, n, m], not {cost.shape}.")
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, not {max_iterations}.")
-    if not isinstance(epsilon, jax.core.Tracer):
+    if not isinstance(epsilon, core.Tracer):
         values = [float(one) for one in jnp.ravel(jnp.asarray(epsilon))]
         if not all(math.isfinite(one) and one > 0 for one in values):
             raise ValueError(f"epsilon must be positive and finite, not {epsilon}.")

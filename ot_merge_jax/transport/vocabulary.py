@@ -1,4 +1,4 @@
-"""The vocabulary map: tokens are the one set of neurons whose correspondence is known (SPEC 5.1)."""
+"""The vocabulary map: tokens are neurons whose correspondence is known (SPEC 5.1)."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 
 from ot_merge_jax import spaces
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.models import families, specs
 from ot_merge_jax.models.decoder import forward
 
 NO_FUSION = {"xla_disable_hlo_passes": "fusion"}
@@ -29,7 +30,7 @@ def run(cfg, params, batch, unroll, options):
     ids=["llama-no-fusion", "qwen2-no-fusion", "llama-default"],
 )
 def test_scan_equals_unrolled(family, options, tiny_checkpoint, random_batch):
-    cfg, params = load_hf(tiny_checkpoint(family))
+    cfg, params = load_hf(tiny_checkpoint(family, layers=2))
     batch = random_batch(cfg, padding="left")
     scanned, scanned_sites = run(cfg, params, batch, 1, options)
     unrolled, unrolled_sites = run(cfg, params, batch, cfg.num_layers, options)
@@ -38,11 +39,12 @@ def test_scan_equals_unrolled(family, options, tiny_checkpoint, random_batch):
         np.testing.assert_array_equal(scanned_sites[site], unrolled_sites[site], err_msg=site)
 
 
-def test_scanned_program_does_not_grow_with_depth(tiny_checkpoint, random_batch):
+def test_scanned_program_does_not_grow_with_depth(config_dict, random_batch):
     """The point of the scan: one body, whatever the number of layers."""
     sizes = []
     for layers in (2, 5):
-        cfg, params = load_hf(tiny_checkpoint(layers=layers))
-        lowered = jax.jit(functools.partial(forward, cfg=cfg)).lower(params, random_batch(cfg))
-        sizes.append(len(lowered.as_text().splitlines()))
+        cfg = families.read(config_dict(layers=layers))
+        step = jax.jit(functools.partial(forward, cfg=cfg))
+        text = step.lower(specs.abstract(cfg), random_batch(cfg)).as_text()
+        sizes.append(len(text.splitlines()))
     assert sizes[0] == sizes[1]

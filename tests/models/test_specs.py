@@ -1,7 +1,9 @@
 """The parameter table against the module tree, transformers and published sizes."""
 
 import functools
+import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ from flax import nnx
 from ot_merge_jax import spaces
 from ot_merge_jax.models import decoder, families, specs
 from ot_merge_jax.types import Batch
-from tests.models import published
 
+#: ``config.json`` as published on the hub, and the number of parameters its files add up to.
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 SMALL = [
     (family, tied, kv_heads)
     for family in ("llama", "qwen2")
@@ -28,7 +31,7 @@ def small_config(config_dict, family, tied, kv_heads):
 
 
 def published_config(name):
-    return families.read(published.MODELS[name][0])
+    return families.read(PUBLISHED[name]["config"])
 
 
 @small
@@ -71,19 +74,19 @@ def test_each_tensor_name_occurs_once(family, tied, kv_heads, config_dict):
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", published.MODELS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameter_count(name):
-    assert specs.count(published_config(name)) == published.MODELS[name][1]
+    assert specs.count(published_config(name)) == PUBLISHED[name]["parameters"]
 
 
-@pytest.mark.parametrize("name", published.MODELS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_abstract_parameters_add_up_to_the_published_count(name):
     leaves = jax.tree.leaves(specs.abstract(published_config(name), jnp.bfloat16))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
-    assert sum(math.prod(leaf.shape) for leaf in leaves) == published.MODELS[name][1]
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == PUBLISHED[name]["parameters"]
 
 
-@pytest.mark.parametrize("name", published.MODELS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_forward_of_published_sizes_by_shape(name):
     cfg = published_config(name)
     shape = jax.ShapeDtypeStruct
@@ -164,8 +167,8 @@ def test_masked_site_is_one_of_the_two(weight):
 
 def test_init_is_what_transformers_makes(config_dict):
     """Normal weights of the asked width, unit norms, zero biases, every leaf its own stream."""
-    cfg = families.read(config_dict("qwen2", hidden=64, intermediate=96))
-    params = specs.init(jax.random.key(3), cfg, std=0.05, dtype=jnp.float32)
+    cfg = families.read(config_dict("qwen2", hidden=64, intermediate=96, layers=2))
+    params = jax.jit(lambda key: specs.init(key, cfg, std=0.05, dtype=jnp.float32))(jax.random.key(3))
     seen = []
     for spec in specs.param_specs(cfg):
         leaf = np.asarray(specs.get(params, spec.path))
@@ -182,8 +185,9 @@ def test_init_is_what_transformers_makes(config_dict):
 
 
 def test_init_is_a_function_of_the_key(config_dict):
-    cfg = families.read(config_dict())
-    first, again, other = (specs.init(jax.random.key(seed), cfg) for seed in (0, 0, 1))
+    cfg = families.read(config_dict(layers=1))
+    make = jax.jit(lambda key: specs.init(key, cfg))
+    first, again, other = (make(jax.random.key(seed)) for seed in (0, 0, 1))
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
     assert not (first["embed_tokens"]["embedding"] == other["embed_tokens"]["embedding"]).any()
 
