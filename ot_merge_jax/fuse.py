@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.models import specs
-from ot_merge_jax.spaces import GROUPS, PROJECTIONS, VOCABULARY
+from ot_merge_jax.spaces import PROJECTIONS, group_of, weight_of
 from ot_merge_jax.types import Activations, MergeSpec, Params
 
 Leaves = Mapping[str, jax.Array]
@@ -67,21 +67,17 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
     return found
 
 
-def strength_of(strength: Any, path: str) -> Any:
-    """The strength that applies to a parameter path: one for all, or that of its group.
+def strength_of(strength: Any, weight: str) -> Any:
+    """The strength that applies to a weight: one for all, or that of its group.
 
     Raises:
-        RecipeError: if a mapping has no strength for the path's group.
+        RecipeError: if a mapping has no strength for the weight's group.
     """
     if not isinstance(strength, Mapping):
         return strength
-    weight = next(
-        (name for name, where in VOCABULARY.items() if where == path),
-        next((n for n, p in PROJECTIONS.items() if path.startswith(p.path + "/")), None),
-    )
-    group = next((group for group, names in GROUPS.items() if weight in names), None)
+    group = group_of(weight)
     if group not in strength:
-        raise RecipeError(f"There is no strength for {group} ({path}); give one for each group.")
+        raise RecipeError(f"There is no strength for {group} ({weight}); give one for each group.")
     return strength[group]
 
 
@@ -109,8 +105,7 @@ def fuse(
         ValueError: if a transported weight has not the shape of its leaf.
 
     Example:
-        >>> params = {"norm": {"scale": jnp.ones(2)}, "embed_tokens": {"embedding": jnp.ones((2,
-        2))}}
+        >>> params = {"embed_tokens": {"embedding": jnp.ones((2, 2))}}
         >>> moved = {"embed_tokens/embedding": jnp.full((2, 2), 4.0)}
         >>> rows = {"embed_tokens/embedding": jnp.array([[1.0], [0.0]])}
         >>> fused = fuse(params, moved, 0.5, spec=MergeSpec(rule="delta"), mask=rows)
@@ -121,15 +116,14 @@ def fuse(
     """
     fused = jax.tree.map(lambda leaf: leaf, target_params)  # new dicts, same buffers
     for path, moved in transported.items():
-        *parents, last = path.split("/")
-        parent = specs.get(fused, "/".join(parents))
-        weight = parent[last]
-        if moved.shape != weight.shape:
+        parents, _, last = path.rpartition("/")
+        parent, name = specs.get(fused, parents), weight_of(path)
+        if name is None or moved.shape != parent[last].shape:
             raise ValueError(
-                f"{path} is {weight.shape}, but {moved.shape} was transported into it."
+                f"{path} is {parent[last].shape}, but {moved.shape} was transported into it."
             )
         parent[last] = _fuse_leaf(
-            weight, moved, strength_of(strength, path), mask.get(path), rule=spec.rule
+            parent[last], moved, strength_of(strength, name), mask.get(path), rule=spec.rule
         )
     return fused
 

@@ -17,7 +17,7 @@ from ot_merge_jax.activations import gather
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.models import specs
-from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, sites_of
+from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, sites_of, weight_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics, operator
 from ot_merge_jax.transport import vocabulary as vocabularies
@@ -246,14 +246,13 @@ def describe(
         Norm ratios over the selected entries, and how sharp and how converged the plans were.
     """
     weights = {}
-    for name in spec.weights:
-        path = f"{PROJECTIONS[name].path}/kernel" if name in PROJECTIONS else VOCABULARY[name]
-        if path not in prepared.moved:
-            path = VOCABULARY["embed"]  # a tied target's head is its embedding table
-        kernel, moved = specs.get(target[1], path), prepared.moved[path]
-        mask = prepared.masks.get(path)
+    for path, moved in prepared.moved.items():
+        name = weight_of(path)
+        if name is None or path.endswith("/bias"):
+            continue
+        kernel, mask = specs.get(target[1], path), prepared.masks.get(path)
         selected = jnp.ones(()) if mask is None else mask
-        strength = jnp.asarray(fuse.strength_of(hparams.strength, path), jnp.float32)
+        strength = jnp.asarray(fuse.strength_of(hparams.strength, name), jnp.float32)
         strength = strength.reshape(strength.shape + (1,) * (moved.ndim - strength.ndim))
         change = strength * fuse.update(kernel, moved, mask, rule=spec.rule)
 
@@ -331,7 +330,6 @@ def is_nothing_transferred(report: MergeReport, hparams: HParams) -> bool:
     """Whether the largest ``|strength W~| / |W|`` over moved weights is below 1e-4 (SPEC 13)."""
     largest = 0.0
     for name, weight in report.weights.items():
-        path = f"{PROJECTIONS[name].path}/kernel" if name in PROJECTIONS else VOCABULARY[name]
-        strength = jnp.max(jnp.abs(jnp.asarray(fuse.strength_of(hparams.strength, path))))
+        strength = jnp.max(jnp.abs(jnp.asarray(fuse.strength_of(hparams.strength, name))))
         largest = max(largest, float(strength * jnp.max(weight.ratio_transported)))
     return largest < 1e-4

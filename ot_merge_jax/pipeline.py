@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
 from ot_merge_jax import calibration, fuse, merge
 from ot_merge_jax import sweep as sweeps
@@ -147,7 +148,7 @@ def run(
             "weights": facts.weights(report),
             "sites": site_facts,
             "calibration": _calibration_facts(inputs, recipe),
-            "settings": recipe.model_dump(),
+            "settings": yaml.safe_load(provenance.without_home(recipe.to_yaml())),
         }
         _write_details(partial, recipe, inputs, prepared, facts.plain(found), command, started)
     return RunResult(out, facts.plain(found), report, warnings)

@@ -65,8 +65,8 @@ def leaf_sharding(
 
     Example:
         >>> mesh = make_mesh({"model": 1})
-        >>> leaf_sharding(mesh, ("layers", None, "mlp"), (2, 8, 16)).spec
-        PartitionSpec(None, None, 'model')
+        >>> tuple(leaf_sharding(mesh, ("layers", None, "mlp"), (2, 8, 16)).spec)
+        (None, None, 'model')
     """
     places = []
     for axis, size in zip(axes, shape, strict=True):

@@ -69,6 +69,23 @@ GROUPS: dict[str, frozenset[str]] = {
 }
 
 
+def weight_of(path: str) -> str | None:
+    """The recipe's name of the weight a parameter path belongs to; None if it never moves.
+
+    Example:
+        >>> weight_of("layers/self_attn/q_proj/bias"), weight_of("norm/scale")
+        ('q', None)
+    """
+    whole = {where: name for name, where in VOCABULARY.items()}
+    whole |= {projection.path: name for name, projection in PROJECTIONS.items()}
+    return whole.get(path, whole.get(path.rpartition("/")[0]))
+
+
+def group_of(weight: str) -> str:
+    """The group whose strength applies to a weight."""
+    return next(group for group, members in GROUPS.items() if weight in members)
+
+
 def site_width(site: str, cfg: ModelConfig) -> int:
     """Number of features of a site.
 

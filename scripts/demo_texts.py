@@ -191,6 +191,8 @@ contributors; its licence is `LICENSE-PSF.txt`. No other text was used.
   on the general text.
 - `stranger`: a Qwen2-type model with its own tokenizer, trained from scratch on the general text.
 
+Both tokenizers were trained on the general text and the remaining unit tests together.
+
 Nats per token on held-out text, each document alone after its opening token (`stranger` counts
 its own tokens):
 

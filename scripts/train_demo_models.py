@@ -2,7 +2,7 @@
 
 ``source-base`` learns general text; ``sibling`` is pruned from it and healed on general text;
 ``source`` is ``source-base`` fine-tuned on the domain; ``stranger`` (another family and tokenizer)
-learns general text. About 25 minutes on 2 cores; ``--keep`` resumes after the last checkpoint.
+learns general text. About half an hour on 2 cores; ``--keep`` resumes after the last checkpoint.
 """
 
 from __future__ import annotations

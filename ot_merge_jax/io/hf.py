@@ -21,7 +21,7 @@ from ot_merge_jax import sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.io import publish, safetensors
-from ot_merge_jax.io.folder import INDEX, ModelFolder, open_folder, resolve
+from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, open_folder, resolve
 from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
 
@@ -75,7 +75,7 @@ def load_hf(
     opened = {
         shard: safetensors.TensorFile(folder.path / shard) for shard in set(folder.files.values())
     }
-    broken: dict[str, int] = {}
+    broken: dict[str, dict[str, int]] = {}
     leaves = {}
     for spec in specs.param_specs(folder.cfg):
         stored = [safetensors.DTYPES[folder.tensors[name].dtype] for name in spec.tensor_names()]
@@ -105,7 +105,8 @@ def load_hf(
                 "lm_head.weight; mend one."
             )
     if broken:
-        listed = ", ".join(f"{name} ({count} values)" for name, count in list(broken.items())[:12])
+        counts = {name: sum(parts.values()) for name, parts in broken.items()}
+        listed = ", ".join(f"{name} ({count} values)" for name, count in list(counts.items())[:12])
         raise InputError(
             f"{folder.path} holds NaN or infinite weights: {listed}; download it again."
         )
@@ -118,7 +119,7 @@ def _read_leaf(
     spec: specs.ParamSpec,
     index: tuple[slice, ...],
     dtype: Any,
-    broken: dict[str, int],
+    broken: dict[str, dict[str, int]],
 ) -> np.ndarray:
     """Reads the slice ``index`` of one leaf, in our orientation; notes what is not finite."""
     bounds = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
@@ -132,7 +133,8 @@ def _read_leaf(
         name = names[layer]
         tensor = opened[folder.files[name]].read(name, wanted)
         if bad := tensor.size - int(np.isfinite(tensor).sum()):
-            broken[name] = broken.get(name, 0) + bad
+            # by slice: several devices may read the same one
+            broken.setdefault(name, {})[str(wanted)] = bad
         tensor = tensor.T if spec.transpose else tensor
         if spec.is_stacked:
             out[place] = tensor
@@ -199,7 +201,7 @@ def write_model(
     shards = _plan_shards(infos, model, max_shard_bytes)
     for shard, names in shards.items():
         safetensors.write(folder / shard, dict(_tensors(params, cfg, infos, set(names))))
-    if len(shards) > 1:
+    if set(shards) != {SINGLE}:  # one file of another name is found through the index only
         sizes = {name: safetensors.nbytes(info) for name, info in infos.items()}
         count = sum(
             size // safetensors.DTYPES[infos[name].dtype].itemsize for name, size in sizes.items()
@@ -251,9 +253,10 @@ def _tensors(
             )
         for place, name in wanted:
             tensor = leaf[place] if spec.is_stacked else leaf
-            tensor = (tensor.T if spec.transpose else tensor).astype(
-                safetensors.DTYPES[infos[name].dtype]
-            )
+            with np.errstate(over="ignore"):  # what overflows is refused two lines on
+                tensor = (tensor.T if spec.transpose else tensor).astype(
+                    safetensors.DTYPES[infos[name].dtype]
+                )
             if not np.isfinite(tensor).all():
                 raise NonFiniteError(
                     f"{name} is not finite after rounding to {infos[name].dtype}; nothing was "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import re
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,8 +34,9 @@ def file_hashes(folder: Path, patterns: Sequence[str]) -> dict[str, str]:
 
 
 def without_home(text: str) -> str:
-    """A text with the user's home folder written as ``~``."""
-    return text.replace(str(Path.home()), "~")
+    """A text with the user's home folder written as ``~``; folders that only begin like it stay."""
+    home = str(Path.home())
+    return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
 
 
 def environment() -> dict[str, Any]:

@@ -7,9 +7,11 @@ the only tensor writer.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,7 +142,10 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         # exactly one metadata key: with two, the order of the header's keys is random per run
         safetensors.numpy.save_file(solid, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}).") from error
+        # the library hides the cause in its text; a full disk must stay recognisable
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)  # the library leaves 0600, unreadable to a serving account

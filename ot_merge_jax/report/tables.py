@@ -16,23 +16,26 @@ def weights_table(report: MergeReport) -> Table:
     """One row for each moved weight: mean over layers of the diagnostics of SPEC section 13."""
     table = Table(title=f"What moved ({report.rows} activation rows)", title_justify="left")
     table.add_column("weight")
-    for name in ("|W~|/|W|", "|dW|/|W|", "neighbours out", "in", "marginal error", "iterations"):
+    for name in ("|W~|/|W|", "|dW|/|W|", "neighbours", "error", "iterations", "source layers"):
         table.add_column(name, justify="right")
-    table.add_column("converged")
-    table.add_column("source layers")
     for name, one in report.weights.items():
-        is_table = int(np.asarray(one.source_layer)[0]) < 0
+        numbers = f"{np.mean(one.ratio_transported):.1e}", f"{np.mean(one.ratio_change):.1e}"
+        if int(np.asarray(one.source_layer)[0]) < 0:
+            table.add_row(name, *numbers, "", "", "", "tokens matched")
+            continue
         table.add_row(
             name,
-            f"{np.mean(one.ratio_transported):.2e}",
-            f"{np.mean(one.ratio_change):.2e}",
-            "-" if is_table else f"{np.mean(one.neighbours_out):.1f}",
-            "-" if is_table else f"{np.mean(one.neighbours_in):.1f}",
-            "-" if is_table else f"{np.max(one.error):.1e}",
-            "-" if is_table else str(int(np.max(one.iterations))),
-            "-" if is_table else ("yes" if np.all(one.converged) else "NO"),
-            "token by token" if is_table else " ".join(map(str, np.asarray(one.source_layer))),
+            *numbers,
+            f"{np.mean(one.neighbours_out):.1f}, {np.mean(one.neighbours_in):.1f}",
+            f"{np.max(one.error):.0e}",
+            f"{int(np.max(one.iterations))}{'' if np.all(one.converged) else ' (stopped)'}",
+            " ".join(map(str, np.asarray(one.source_layer))),
         )
+    table.caption = (
+        "means over layers, Frobenius over selected entries; neighbours: exp(entropy) of the rows "
+        "of the output and the input plan; error: largest L1 marginal error"
+    )
+    table.caption_justify = "left"
     return table
 
 

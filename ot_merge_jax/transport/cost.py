@@ -26,8 +26,8 @@ def centred(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, "
     low, high = x.min(0), x.max(0)
     ulp = jnp.finfo(jnp.float32).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
     is_constant = high - low <= _CONSTANT_ULPS * ulp
-    shifted = x - low  # exact for close values, so a large common offset costs no precision
-    centre = jnp.where(is_constant, 0.0, shifted - shifted.mean(0))
+    shifted = x - low[None]  # exact for close values: a large common offset costs no precision
+    centre = jnp.where(is_constant[None], 0.0, shifted - shifted.mean(0, keepdims=True))
     return centre, jnp.sqrt(jnp.mean(centre * centre, 0))
 
 
@@ -63,7 +63,7 @@ def correlation(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, 
 
     def unit(z: jax.Array) -> jax.Array:
         centre, _ = centred(z)
-        norm = jnp.linalg.norm(centre, axis=0)
+        norm = jnp.linalg.norm(centre, axis=0, keepdims=True)
         return centre / jnp.where(norm > 0, norm, 1.0)
 
     rho = jnp.matmul(unit(x).T, unit(y), precision=jax.lax.Precision.HIGHEST)

@@ -132,10 +132,12 @@ def layer_plan(
 
     Example:
         >>> costs = jnp.array([[0.80, 0.83], [0.83, 0.80]])
-        >>> layer_plan(costs, epsilon=0.1, layer_cost="plain").round(2).tolist()
-        [[0.29, 0.21], [0.21, 0.29]]
-        >>> layer_plan(costs, epsilon=0.1).round(2).tolist()
-        [[0.5, 0.0], [0.0, 0.5]]
+        >>> layer_plan(costs, epsilon=0.1, layer_cost="plain").round(2)
+        Array([[0.29, 0.21],
+               [0.21, 0.29]], dtype=float32)
+        >>> layer_plan(costs, epsilon=0.1).round(2)
+        Array([[0.5, 0. ],
+               [0. , 0.5]], dtype=float32)
 
     Source: Transport and Merge, eq. 10-13. Differs: ``median`` is ours; solved to 1e-6 in float32,
     because the paper's 1e-9 cannot be reached there.

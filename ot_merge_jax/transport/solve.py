@@ -61,9 +61,10 @@ def solve(
             ``cost`` has not two or three axes.
 
     Example:
-        >>> potentials = solve(jnp.array([[0.0, 1.0], [1.0, 0.0]]), epsilon=0.1)
-        >>> bool(potentials.converged), plan(jnp.array([[0.0, 1.0], [1.0, 0.0]]),
-        potentials).round(3) (True, Array([[0.5, 0. ], [0. , 0.5]], dtype=float32))
+        >>> cost = jnp.array([[0.0, 1.0], [1.0, 0.0]])
+        >>> potentials = solve(cost, epsilon=0.1)
+        >>> bool(potentials.converged), plan(cost, potentials).round(3).tolist()
+        (True, [[0.5, 0.0], [0.0, 0.5]])
 
     Source: Transport and Merge, eq. 8; ott-jax `Sinkhorn`. Differs: the tolerance is the L1
     marginal error, not the change of a scaling vector.
@@ -101,7 +102,7 @@ def _solve_one(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: in
             lse_mode=True,
             threshold=threshold,
             norm_error=1,
-            inner_iterations=min(_CHECK_EVERY, max_iterations),
+            inner_iterations=math.gcd(_CHECK_EVERY, max_iterations),  # ott runs whole rounds
             max_iterations=max_iterations,
             implicit_diff=None,
         )
@@ -118,10 +119,9 @@ def _solve_one(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: in
     coupled = plan(cost, found)
     n, m = cost.shape
     error = jnp.abs(coupled.sum(1) - 1 / n).sum() + jnp.abs(coupled.sum(0) - 1 / m).sum()
-    finite = jnp.isfinite(error)
-    return found._replace(
-        cost=jnp.sum(coupled * cost), error=error, converged=found.converged & finite
-    )
+    total = jnp.sum(coupled * cost)
+    finite = jnp.isfinite(error) & jnp.isfinite(total)
+    return found._replace(cost=total, error=error, converged=found.converged & finite)
 
 
 def plan(cost: Float[Array, "n m"], potentials: Potentials) -> Float[Array, "n m"]:

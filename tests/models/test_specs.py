@@ -185,11 +185,12 @@ def test_init_is_what_transformers_makes(config_dict):
 
 
 def test_init_is_a_function_of_the_key(config_dict):
-    cfg = families.read(config_dict(layers=1))
-    make = jax.jit(lambda key: specs.init(key, cfg))
-    first, again, other = (make(jax.random.key(seed)) for seed in (0, 0, 1))
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
-    assert not (first["embed_tokens"]["embedding"] == other["embed_tokens"]["embedding"]).any()
+    cfg = families.read(config_dict())
+    # one leaf: the compiler drops the others, which cost seconds
+    draw = jax.jit(lambda key: specs.init(key, cfg)["layers"]["mlp"]["up_proj"]["kernel"])
+    first, again, other = (np.asarray(draw(jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not (first == other).any()
 
 
 def test_get_and_has():

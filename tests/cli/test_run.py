@@ -1,0 +1,529 @@
+"""`ot-merge run` end to end: two folders in, one folder out that transformers loads, and nothing else."""
+
+import getpass
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import yaml
+
+INDEX = "model.safetensors.index.json"
+CROSS = ["paper llama<-qwen2", "paper qwen2<-llama", "barycentric llama<-qwen2", "barycentric qwen2<-llama"]
+ALL = [*CROSS, "delta llama<-llama"]
+NOTHING = "nothing of the source was transferred"
+DIAGNOSTICS = {
+    "ratio_transported", "ratio_change", "source_layer", "neighbours_out", "neighbours_in", "error", "iterations",
+    "converged",
+}  # fmt: skip
+
+
+def tensors(folder):
+    """All tensors of a folder, name -> (dtype, array); bfloat16 as its bits."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                array = file.get_tensor(name)
+                found[name] = (str(array.dtype), array)
+    return found
+
+
+def moved(merge):
+    """Names of the tensors that differ from the target's."""
+    before, after = tensors(merge.target), tensors(merge.out)
+    return {name for name in before if before[name][1].tobytes() != after[name][1].tobytes()}
+
+
+# ------------------------------------------------------------------------------------------ what transformers sees
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ALL)
+def test_transformers_loads_the_output_and_gives_our_logits(name, merged):
+    torch = pytest.importorskip("torch")
+    import jax
+    import jax.numpy as jnp
+    import transformers
+
+    from ot_merge_jax import forward, load_hf
+    from ot_merge_jax.types import Batch
+
+    out = merged(name).out
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    cfg, params = load_hf(out, dtype=jnp.float32)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, 16)).astype(np.int32)
+    mask, row = np.ones(tokens.shape, bool), np.zeros((1, 1), np.int32)
+    ours = jax.jit(forward, static_argnames="cfg")(params, Batch(tokens, mask, row, row), cfg=cfg)[0]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(np.asarray(ours), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["barycentric qwen2<-llama", "delta llama<-llama"])
+def test_transformers_tokenizes_as_with_the_target(name, merged, documents):
+    import transformers
+
+    merge = merged(name)
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(one) for one in (merge.out, merge.target))
+    assert [ours(text)["input_ids"] for text in documents] == [theirs(text)["input_ids"] for text in documents]
+
+
+# ------------------------------------------------------------------------------------------------ output contract
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_output_holds_the_files_of_the_target_and_ours_and_no_others(name, merged):
+    merge = merged(name)
+    expected = {path.name for path in merge.target.iterdir()} | {"README.md", "ot_merge"}
+    assert {path.name for path in merge.out.iterdir()} == expected
+    details = {path.name for path in (merge.out / "ot_merge").iterdir()}
+    assert details == {"recipe.yaml", "provenance.json", "report.json", "coupling"}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_tensors_have_the_names_shapes_and_dtypes_of_the_target(name, merged):
+    merge = merged(name)
+    before, after = tensors(merge.target), tensors(merge.out)
+    assert {k: (kind, x.shape) for k, (kind, x) in after.items()} == {
+        k: (kind, x.shape) for k, (kind, x) in before.items()
+    }
+    for key, (kind, x) in after.items():
+        assert np.isfinite(x.astype("float32")).all(), (key, kind)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_metadata_is_one_key(name, merged):
+    for path in merged(name).out.glob("*.safetensors"):
+        with safetensors.safe_open(path, framework="np") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_shards_are_those_of_the_target_and_the_index_is_complete(merged):
+    merge = merged("paper qwen2<-llama")
+    index = json.loads((merge.out / INDEX).read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["weight_map"] == json.loads((merge.target / INDEX).read_text())["weight_map"]
+    found = tensors(merge.out)
+    assert list(index["weight_map"]) == sorted(found)
+    assert index["metadata"] == {
+        "total_size": sum(x.nbytes for _, x in found.values()),
+        "total_parameters": sum(x.size for _, x in found.values()),
+    }
+    assert "lm_head.weight" not in found  # tied: a merge never unties
+
+
+def test_single_file_has_no_index(merged):
+    assert not (merged("paper llama<-qwen2").out / INDEX).exists()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_config_is_the_targets_with_both_spellings(name, merged):
+    merge = merged(name)
+    before, after = (json.loads((one / "config.json").read_text()) for one in (merge.target, merge.out))
+    assert {key: after[key] for key in before} == before
+    assert [key for key in after if key in before] == list(before)
+    assert set(after) - set(before) <= {"torch_dtype", "rope_theta", "rope_scaling"}
+    assert after["torch_dtype"] == after["dtype"]
+    assert after["rope_theta"] == after["rope_parameters"]["rope_theta"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_other_files_are_byte_for_byte_the_targets(name, merged):
+    merge = merged(name)
+    names = {path.name for path in merge.target.iterdir() if path.suffix != ".safetensors"}
+    names -= {"config.json", INDEX}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
+    for one in sorted(names):
+        assert (merge.out / one).read_bytes() == (merge.target / one).read_bytes(), one
+
+
+def test_modes_follow_the_umask(calls, tmp_path, cli):
+    before = os.umask(0o027)
+    try:
+        assert cli(*calls["paper llama<-qwen2"], "--out", tmp_path / "out").code == 0
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o750}
+    assert {str(path): oct(mode) for path, mode in modes.items() if path.is_file() and mode != 0o640} == {}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_card_says_what_it_is(name, merged):
+    merge = merged(name)
+    start, front, body = (merge.out / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert start == ""
+    assert found["base_model_relation"] == "merge"
+    assert found["base_model"][:2] == [merge.target.name, merge.source.name]
+    assert set(found["tags"]) >= {"merge", "ot-merge", "optimal-transport"}
+    assert found["library_name"] == "transformers"
+    assert found["license"] == "other"  # the tiny models state none, so none is invented
+    assert "2602.05495" in body
+    assert merge.report["verdict"] in body
+
+
+def test_licence_is_kept_when_all_agree_and_only_then(calls, models, tmp_path, cli):
+    for agree in (True, False):
+        folders = {}
+        for role, licence in (("llama-target", "mit"), ("qwen2-source", "mit" if agree else "apache-2.0")):
+            folders[role] = shutil.copytree(models[role], tmp_path / f"{agree}" / role)
+            (folders[role] / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        words = [
+            folders.get(Path(one).name, one) if isinstance(one, Path) else one
+            for one in calls["paper llama<-qwen2"]
+        ]
+        assert cli(*words, "--out", tmp_path / f"out-{agree}").code == 0
+        text = (tmp_path / f"out-{agree}" / "README.md").read_text()
+        assert yaml.safe_load(text.split("---\n")[1])["license"] == ("mit" if agree else "other")
+        assert ("apache-2.0" in text) is not agree
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_provenance_holds_hashes_versions_and_the_command(name, merged, hashes):
+    merge = merged(name)
+    found = json.loads((merge.out / "ot_merge" / "provenance.json").read_text())
+    now = hashes(merge.out)
+    assert found["output"]
+    assert all(now[file] == digest for file, digest in found["output"].items())
+    assert {one for one in now if one.endswith(".safetensors")} <= set(found["output"])
+    assert found["recipe_sha256"] == now["ot_merge/recipe.yaml"]
+    for role, folder in (("target", merge.target), ("source", merge.source)):
+        assert found["inputs"][role]["name"] == folder.name
+        assert found["inputs"][role]["files"].items() <= hashes(folder).items()
+    assert set(found["inputs"]) == {"target", "source", *(["source base"] if "delta" in name else [])}
+    assert set(found["texts"]) == {"calibration", "evaluation"}
+    assert found["command"].startswith("ot-merge run --preset")
+    assert found["packages"]["jax"]
+    assert found["wall_seconds"] > 0
+    assert found["peak_memory_bytes"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------- the report
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_report_has_verdict_controls_and_diagnostics_of_every_weight(name, merged, counts):
+    merge = merged(name)
+    report, settings = merge.report, merge.report["settings"]
+    assert isinstance(report["verdict"], str)
+    assert set(report["controls"]) == {"target", "source"}
+    assert set(report["weights"]) == set(settings["weights"])
+    layers = 2
+    for weight, found in report["weights"].items():
+        assert set(found) == DIAGNOSTICS
+        length = 1 if weight in ("embed", "head") else layers
+        for key, values in found.items():
+            assert len(values) == length, (weight, key)
+            assert None not in values, (weight, key)
+    for site, found in report["sites"].items():
+        assert np.shape(found["layer_plan"]) == np.shape(found["layer_cost"]) == (layers, 3), site
+        assert np.isclose(np.sum(found["layer_plan"]), 1, atol=1e-4), site
+        assert len(found["r2"]) == len(found["r2_permuted"]) == layers
+        assert found["converged"] == 1
+    assert report["calibration"]["documents"] == counts.rows
+    assert report["calibration"]["dev_documents"] == counts.dev
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_rows_are_samples(name, merged, counts):
+    assert merged(name).report["calibration"]["rows"] == counts.rows
+
+
+def test_rows_are_tokens_without_special_ones(merged, counts):
+    found = merged("delta llama<-llama").report["calibration"]
+    assert found["rows_are"] == "token"
+    assert found["rows"] == found["target_tokens"] - counts.rows  # one BOS in each document
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_only_the_weights_of_the_recipe_move(name, merged):
+    merge = merged(name)
+    tables = {"embed_tokens": "embed", "lm_head": "head"}
+    kinds = set()
+    for tensor in moved(merge):
+        kind = re.search(r"(\w+)_proj|embed_tokens|lm_head", tensor)
+        assert kind, f"{tensor} moved"
+        kinds.add(kind[1] or tables[kind[0]])
+    chosen = merge.report["strength"]["chosen"]
+    if isinstance(chosen, dict):
+        groups = {"vocabulary": {"embed", "head"}, "projections": {"gate", "up", "down"}}
+        expected = set().union(*(groups[group] for group, value in chosen.items() if value))
+    else:
+        expected = set(merge.report["settings"]["weights"]) if chosen else set()
+    assert kinds == expected
+
+
+@pytest.mark.parametrize("name", ["paper llama<-qwen2", "paper qwen2<-llama"])
+def test_paper_only_shrinks(name, merged):
+    """The published formula: W~ vanishes, so the selected weights are (1 - alpha) W."""
+    merge = merged(name)
+    before, after = tensors(merge.target), tensors(merge.out)
+    assert moved(merge)
+    for tensor in sorted(moved(merge)):
+        if tensor.endswith("o_proj.bias"):
+            continue
+        old, new = (one[tensor][1].astype("float32") for one in (before, after))
+        scale = np.abs(old).max()
+        shrunk = np.isclose(new, 0.9 * old, atol=1e-2 * scale) | np.isclose(new, old, atol=1e-2 * scale)
+        if not tensor.endswith(".bias"):
+            assert shrunk.all(), tensor
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_paper_says_on_one_line_that_nothing_moved_and_what_would(columns, calls, tmp_path, cli):
+    called = cli(*calls["paper llama<-qwen2"], "--out", tmp_path / "out", columns=columns)
+    [line] = [line for line in called.out.splitlines() if NOTHING in line]
+    assert "delta" in line
+    assert "barycentric" in line
+    assert max(map(len, called.out.splitlines())) > columns or columns == 80
+
+
+@pytest.mark.parametrize("name", ["barycentric llama<-qwen2", "barycentric qwen2<-llama", "delta llama<-llama"])
+def test_other_presets_do_not_say_so(name, merged):
+    assert NOTHING not in merged(name).called.out
+
+
+def test_recipe_is_printed_and_saved_resolved(merged):
+    for name in ("paper llama<-qwen2", "delta llama<-llama"):
+        merge = merged(name)
+        saved = yaml.safe_load((merge.out / "ot_merge" / "recipe.yaml").read_text())
+        assert saved == merge.report["settings"]
+        printed = merge.called.err.split("seed: 0")[0] + "seed: 0"
+        assert yaml.safe_load(printed) == saved
+        assert saved["epsilon"] == (0.1 if "paper" in name else 0.02)
+        assert saved["samples" if "samples" in saved else "calibration"]["samples"] == 2000
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_table_has_a_whole_row_for_every_weight(columns, calls, tmp_path, cli):
+    called = cli(*calls["delta llama<-llama"], "--strength", "1", "--out", tmp_path / "out", columns=columns)
+    table = called.out.split("Held-out text")[0]
+    assert "…" not in called.out, "numbers or names are cut off"
+    assert max(map(len, table.splitlines())) <= columns
+    for weight in ("gate", "up", "down", "embed", "head"):
+        [row] = [line for line in table.splitlines() if re.match(rf"\W*{weight}\b", line)]
+        assert len(re.findall(r"\d\.\d+e[+-]\d\d", row)) >= 2, row  # |W~|/|W|, |dW|/|W|
+    for name in ("|W~|/|W|", "|dW|/|W|", "iterations"):
+        assert name in table
+
+
+def test_evaluation_table_is_printed(merged, counts):
+    out = merged("delta llama<-llama").called.out
+    assert f"Held-out text ({counts.held_out} documents)" in out
+    for model in ("target", "merge", "source"):
+        [row] = [line for line in out.splitlines() if re.match(rf"\W*{model}\b.*\d\.\d{{4}}", line)]
+        assert ("[" in row) is (model != "target"), row
+
+
+def test_json_is_alone_on_stdout_and_is_the_report(calls, tmp_path, cli):
+    called = cli(*calls["paper llama<-qwen2"], "--out", tmp_path / "out", "--json")
+    assert called.json == json.loads((tmp_path / "out" / "ot_merge" / "report.json").read_text())
+    assert "verdict" in called.json
+
+
+def test_json_and_quiet_print_the_json_and_nothing_else(calls, tmp_path, cli):
+    called = cli(*calls["paper llama<-qwen2"], "--out", tmp_path / "out", "--json", "--quiet")
+    assert called.err == ""
+    assert called.json["verdict"]
+
+
+# ------------------------------------------------------------------------------------------ evaluation, strength
+
+
+@pytest.mark.parametrize("name", ["delta llama<-llama", "barycentric qwen2<-llama"])
+def test_eval_text_is_scored_before_and_after(name, merged, text_files, cli, counts):
+    merge = merged(name)
+    found = cli("eval", merge.target, merge.out, merge.source, "--text", text_files[1], "--json").json
+    for role, folder in (("target", merge.target), ("merge", merge.out), ("source", merge.source)):
+        expected = found["models"][str(folder)]
+        reported = merge.report["evaluation"][role]
+        assert reported["nll_per_token"] == pytest.approx(expected["nll_per_token"], abs=1e-6)
+        assert reported["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-6)
+        assert reported["documents"] == expected["documents"] == counts.held_out
+    change = merge.report["evaluation"]["merge"]["against_target"]
+    assert change["metric"] == "nll_per_token"
+    expected = found["pairs"][0]  # target minus merge
+    assert change["difference"] == pytest.approx(-expected["difference"], abs=1e-9)
+    assert change["low"] <= change["difference"] <= change["high"]
+
+
+def test_source_with_another_tokenizer_is_compared_in_bits_per_byte(merged):
+    evaluation = merged("barycentric qwen2<-llama").report["evaluation"]
+    assert evaluation["source"]["against_target"]["metric"] == "bits_per_byte"
+    evaluation = merged("delta llama<-llama").report["evaluation"]
+    assert evaluation["source"]["against_target"]["metric"] == "nll_per_token"
+
+
+@pytest.mark.parametrize("name", ["delta llama<-llama", "barycentric llama<-qwen2", "barycentric qwen2<-llama"])
+def test_auto_takes_the_best_strength_of_the_dev_split(name, merged, text_files, tmp_path, cli, counts):
+    from ot_merge_jax import calibration
+
+    merge = merged(name)
+    found = merge.report["strength"]
+    grid = [0, 0.2, 0.4, 0.6, 0.8, 1, 1.2] if "delta" in name else [0, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2]
+    assert [one["strength"] for one in found["tried"][: len(grid)]] == grid
+    best = min(found["tried"], key=lambda one: one["loss"])
+    assert found["chosen"] == best["strength"]
+    if "delta" in name:
+        assert isinstance(found["tried"][-1]["strength"], dict)  # then one for each group
+    # the dev split, and no other text: the loss at 0 is the target's on those documents
+    dev = calibration.split(text_files[0].read_text().splitlines(), seed=0)[1]
+    (tmp_path / "dev.txt").write_text("\n".join(dev) + "\n")
+    scored = cli("eval", merge.target, "--text", tmp_path / "dev.txt", "--json").json
+    expected = scored["models"][str(merge.target)]
+    assert expected["documents"] == counts.dev
+    assert found["tried"][0]["loss"] == pytest.approx(expected["nll_per_token"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_strength_zero_returns_the_target_bit_for_bit(name, calls, merged, tmp_path, cli):
+    called = cli(*calls[name], "--strength", "0", "--out", tmp_path / "out", "--json")
+    assert called.code == 0, called.err
+    before, after = tensors(merged(name).target), tensors(tmp_path / "out")
+    assert all(before[key][1].tobytes() == after[key][1].tobytes() for key in before)
+    assert "unchanged" in called.json["verdict"]
+    assert "dev split" not in called.json["verdict"]  # nothing was chosen: the user said 0
+
+
+def test_delta_of_a_source_that_is_its_base_is_the_target(calls, models, merged, tmp_path, cli, hashes):
+    words = [models["llama-base"] if one == models["llama-source"] else one for one in calls["delta llama<-llama"]]
+    called = cli(*words, "--strength", "1", "--out", tmp_path / "out", "--json")
+    assert hashes(tmp_path / "out")["model.safetensors"] == hashes(models["llama-target"])["model.safetensors"]
+    assert NOTHING in called.json["verdict"]
+
+
+# ---------------------------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize("name", ["barycentric llama<-qwen2", "paper qwen2<-llama", "delta llama<-llama"])
+def test_saved_recipe_gives_the_same_bytes(name, merged, tmp_path, cli, hashes):
+    merge = merged(name)
+    called = cli("run", merge.out / "ot_merge" / "recipe.yaml", "--out", tmp_path / "again")
+    assert called.code == 0, called.err
+    first, again = hashes(merge.out), hashes(tmp_path / "again")
+    files = [file for file in first if file.endswith(".safetensors")]
+    assert files
+    assert all(first[file] == again[file] for file in files)
+    assert first["ot_merge/recipe.yaml"] == again["ot_merge/recipe.yaml"]
+    assert first["ot_merge/report.json"] == again["ot_merge/report.json"]
+
+
+def test_flags_win_over_the_recipe(merged, tmp_path, cli):
+    merge = merged("paper llama<-qwen2")
+    recipe = tmp_path / "recipe.yaml"
+    said = yaml.safe_load((merge.out / "ot_merge" / "recipe.yaml").read_text())
+    recipe.write_text(yaml.safe_dump({**said, "strength": 0.05, "seed": 0}))
+    words = ("run", recipe, "--json", "-q")
+    kept = cli(*words, "--out", tmp_path / "kept").json["settings"]
+    won = cli(*words, "--strength", "0.2", "--samples", "1000", "--out", tmp_path / "won").json["settings"]
+    assert (kept["strength"], won["strength"]) == (0.05, 0.2)
+    assert won["calibration"] == {**kept["calibration"], "samples": 1000}
+    same = set(kept) - {"strength", "calibration"}
+    assert all(kept[key] == won[key] for key in same)
+
+
+def test_eval_text_of_the_recipe_may_be_left_out(merged, tmp_path, cli):
+    merge = merged("paper llama<-qwen2")
+    said = yaml.safe_load((merge.out / "ot_merge" / "recipe.yaml").read_text())
+    said["evaluation"] = None
+    said["strength"] = 1.0  # so large that something is said about it
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(said))
+    report = cli("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--json").json
+    assert report["evaluation"] == {}
+    assert report["controls"] == {}
+
+
+def test_relative_paths_and_an_empty_out_folder(calls, place, tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(place)
+    out = tmp_path / "out"
+    out.mkdir()
+    words = [one.relative_to(place) if isinstance(one, Path) else one for one in calls["paper llama<-qwen2"]]
+    called = cli(*words, "--out", os.path.relpath(out))
+    assert called.code == 0, called.err
+    assert yaml.safe_load((out / "ot_merge" / "recipe.yaml").read_text())["target"] == "llama-target"
+
+
+# ------------------------------------------------------------------------------------------------------- privacy
+
+
+def test_outputs_name_neither_the_home_folder_nor_the_user(calls, place, tmp_path, monkeypatch, cli, hashes):
+    home = tmp_path / "zaphod"
+    shutil.copytree(place, home / "models")
+    shutil.copytree(home / "models", tmp_path / "zaphod-two" / "models")  # begins like the home folder
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    words = [home / "models" / one.relative_to(place) if isinstance(one, Path) else one
+             for one in calls["paper llama<-qwen2"]]  # fmt: skip
+    out = home / "models" / "merged"
+    called = cli(*words, "--out", out, "--json")
+    assert called.code == 0, called.err
+    for path in out.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"zaphod" not in content, path
+            assert b"hf_secret" not in content, path
+            if path.suffix in (".json", ".yaml", ".md") and path.name != "tokenizer.json":
+                assert not re.search(rb"\b" + os.uname().nodename.encode() + rb"\b", content), path
+                assert getpass.getuser() == "root" or getpass.getuser().encode() not in content, path
+    recipe = yaml.safe_load((out / "ot_merge" / "recipe.yaml").read_text())
+    assert recipe["target"] == "~/models/llama-target"
+    again = cli("run", out / "ot_merge" / "recipe.yaml", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert hashes(tmp_path / "again")["model.safetensors"] == hashes(out)["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("home", "path", "written"),
+    [
+        ("/home/ada", "/home/ada/models/m", "~/models/m"),
+        ("/home/ada", "/home/adamant/m", "/home/adamant/m"),
+        ("/home/ada", "/home/ada", "~"),
+        ("/home/ada", "target: /home/ada/m\nsource: '/home/ada/n'\n", "target: ~/m\nsource: '~/n'\n"),
+        ("/", "/models/m", "/models/m"),
+    ],
+)
+def test_home_folder_is_written_as_a_tilde(home, path, written, monkeypatch):
+    from ot_merge_jax.io import provenance
+
+    monkeypatch.setenv("HOME", home)
+    assert provenance.without_home(path) == written
+
+
+# --------------------------------------------------------------------------------------------------------- torch
+
+
+def test_the_tool_runs_where_torch_cannot_be_imported(calls, text_files, models, tmp_path):
+    """In a process of its own whose every import of torch fails, as on a machine without it."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    words = [str(one) for one in calls["delta llama<-llama"]]
+    words += ["--weights", "down,embed,head", "--strength", "1", "--rows", "sample", "--out", str(tmp_path / "out")]
+    script = (
+        "import json, sys\n"
+        "from typer.testing import CliRunner\n"
+        "from ot_merge_jax.cli import app\n"
+        f"calls = [{words!r}, ['eval', {str(tmp_path / 'out')!r}, '--text', {str(text_files[1])!r}, '--json'],\n"
+        f"         ['inspect', {str(models['llama-target'])!r}], ['families'], ['--help']]\n"
+        "codes = [CliRunner().invoke(app, one).exit_code for one in calls]\n"
+        "import importlib.util\n"
+        "print(json.dumps([codes, importlib.util.find_spec('torch') is None]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[0, 0, 0, 0, 0], True], done.stderr
