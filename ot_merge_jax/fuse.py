@@ -134,14 +134,22 @@ def update(weight: jax.Array, moved: jax.Array, mask: jax.Array | None, *, rule:
     return step if mask is None else mask * step
 
 
+def scaled(strength: Any, moved: jax.Array) -> jax.Array:
+    """A strength (a number, or one for each layer) shaped to multiply a leaf.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    strength = jnp.asarray(strength, jnp.float32)
+    if strength.ndim > 1 or (strength.ndim == 1 and len(strength) != len(moved)):
+        raise ValueError(f"A strength of shape {strength.shape} does not fit {moved.shape}.")
+    return strength.reshape(strength.shape + (1,) * (moved.ndim - strength.ndim))
+
+
 def _fuse_leaf(
     weight: jax.Array, moved: jax.Array, strength: Any, mask: jax.Array | None, *, rule: str
 ) -> jax.Array:
     """One leaf, accumulated in float32 and rounded once."""
-    strength = jnp.asarray(strength, jnp.float32)
-    strength = strength.reshape(strength.shape + (1,) * (moved.ndim - strength.ndim))
-    if strength.ndim != moved.ndim or strength.shape[0] not in (1, moved.shape[0]):
-        raise ValueError(f"A strength of shape {strength.shape} does not fit {moved.shape}.")
-    change = strength * update(weight, moved, mask, rule=rule)
+    change = scaled(strength, moved) * update(weight, moved, mask, rule=rule)
     summed = (weight.astype(jnp.float32) + change).astype(weight.dtype)
     return jnp.where(change == 0, weight, summed)  # adding 0 would turn -0.0 into 0.0

@@ -6,11 +6,13 @@ be swept without doing it again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ot_merge_jax import fuse
 from ot_merge_jax.activations import gather
@@ -29,6 +31,7 @@ from ot_merge_jax.types import (
     MergeReport,
     MergeSpec,
     Params,
+    Potentials,
     VocabularyMatch,
     WeightReport,
 )
@@ -132,9 +135,7 @@ def prepare(
     reference = source_base or source
     carried = source[1]
     if spec.rule == "delta":
-        carried = jax.tree.map(
-            lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), source[1], reference[1]
-        )
+        carried = _difference(source[1], reference[1])
     moved: dict[str, jax.Array] = {}
     masks: dict[str, jax.Array] = {}
     found = rows_target = rows_source = None
@@ -152,6 +153,12 @@ def prepare(
         tables, rows = _tables(target, (source[0], carried), reference, vocabulary, spec=spec)
         moved, masks = moved | tables, masks | rows
     return Prepared(moved, masks, found, rows_target, rows_source)
+
+
+@jax.jit
+def _difference(source: Params, base: Params) -> Params:
+    """What the fine-tune changed, float32."""
+    return jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), source, base)
 
 
 def check_base(source: Model, source_base: Model | None) -> None:
@@ -250,24 +257,33 @@ def describe(
         name = weight_of(path)
         if name is None or path.endswith("/bias"):
             continue
+        strength = fuse.strength_of(hparams.strength, name)
         kernel, mask = specs.get(target[1], path), prepared.masks.get(path)
-        selected = jnp.ones(()) if mask is None else mask
-        strength = jnp.asarray(fuse.strength_of(hparams.strength, name), jnp.float32)
-        strength = strength.reshape(strength.shape + (1,) * (moved.ndim - strength.ndim))
-        change = strength * fuse.update(kernel, moved, mask, rule=spec.rule)
-
-        is_stacked = name in PROJECTIONS
-
-        def norms(x: jax.Array, is_stacked: bool = is_stacked) -> jax.Array:
-            x = x.astype(jnp.float32)
-            return jnp.sqrt((x * x).sum((-2, -1))) if is_stacked else jnp.linalg.norm(x)[None]
-
-        size = norms(selected * kernel.astype(jnp.float32))
-        size = jnp.where(size > 0, size, 1.0)
-        plans = _plan_facts(name, prepared, spec) if is_stacked else _no_plan_facts()
-        weights[name] = WeightReport(norms(selected * moved) / size, norms(change) / size, *plans)
+        ratios = _ratios(kernel, moved, mask, strength, rule=spec.rule)
+        if name in PROJECTIONS:
+            plans = _plan_facts(name, prepared, spec)
+        else:
+            ratios, plans = jax.tree.map(jnp.atleast_1d, ratios), _NO_PLAN
+        weights[name] = WeightReport(*ratios, *plans)
     rows = 0 if prepared.target is None else len(prepared.target.row_id)
     return MergeReport(weights, prepared.coupling, rows)
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _ratios(
+    weight: jax.Array, moved: jax.Array, mask: jax.Array | None, strength: Any, *, rule: str
+) -> tuple[jax.Array, jax.Array]:
+    """``|W~| / |W|`` and ``|dW| / |W|`` over the selected entries, for each layer of a stack."""
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.sum(x * x, (-2, -1)))
+
+    weight = weight.astype(jnp.float32)
+    change = fuse.scaled(strength, moved) * fuse.update(weight, moved, mask, rule=rule)
+    selected = jnp.ones(()) if mask is None else mask
+    size = norm(selected * weight)
+    size = jnp.where(size > 0, size, 1.0)
+    return norm(selected * moved) / size, norm(change) / size
 
 
 def _plan_facts(name: str, prepared: Prepared, spec: MergeSpec) -> tuple[jax.Array, ...]:
@@ -276,24 +292,47 @@ def _plan_facts(name: str, prepared: Prepared, spec: MergeSpec) -> tuple[jax.Arr
     assert found is not None
     assert prepared.target is not None
     assert prepared.source is not None
+    sites = (wiring.out_site, wiring.in_site)
     share = operator.layer_weights(
         found, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
     )
-    best = share.argmax(1)
+    return _describe_plans(
+        share,
+        [found.feature[site] for site in sites],
+        [jnp.asarray(prepared.target.values[site]) for site in sites],
+        [jnp.asarray(prepared.source.values[site]) for site in sites],
+        signed=spec.signed,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="signed")
+def _describe_plans(
+    share: jax.Array,
+    potentials: list[Potentials],
+    xs: list[jax.Array],
+    ys: list[jax.Array],
+    *,
+    signed: bool,
+) -> tuple[jax.Array, ...]:
+    """`_plan_facts` of the output and the input site, as one program."""
+    best, is_used = share.argmax(1), share > 0
+    layers = jnp.arange(len(share))
+
     sharpness, error, iterations, converged = [], [], [], []
-    for site in (wiring.out_site, wiring.in_site):
-        potentials = found.feature[site]
-        xs, ys = (
-            jnp.asarray(prepared.target.values[site]),
-            jnp.asarray(prepared.source.values[site]),
-        )
-        layers = jnp.arange(len(share))
-        used = jax.tree.map(lambda leaf: leaf[layers, best], potentials)  # noqa: B023
-        sharpness.append(_neighbours(xs, ys[best], used, signed=spec.signed))
-        is_used = share > 0
-        error.append(jnp.where(is_used, potentials.error, 0).max(1))
-        iterations.append(jnp.where(is_used, potentials.iterations, 0).max(1))
-        converged.append((potentials.converged | ~is_used).all(1))
+    for found, x, y in zip(potentials, xs, ys, strict=True):
+        pairs = jax.tree.map(lambda leaf: leaf[layers, best], found)
+
+        def neighbours(
+            args: tuple[jax.Array, jax.Array, Potentials], ys: jax.Array = y
+        ) -> jax.Array:
+            x, m, pair = args
+            plan = couplings.rebuild(x, ys[m], pair, signed=signed)
+            return diagnostics.effective_neighbours(plan)
+
+        sharpness.append(jax.lax.map(neighbours, (x, best, pairs)))
+        error.append(jnp.where(is_used, found.error, 0).max(1))
+        iterations.append(jnp.where(is_used, found.iterations, 0).max(1))
+        converged.append((found.converged | ~is_used).all(1))
     return (
         best,
         *sharpness,
@@ -303,27 +342,15 @@ def _plan_facts(name: str, prepared: Prepared, spec: MergeSpec) -> tuple[jax.Arr
     )
 
 
-@jax.jit(static_argnames="signed")
-def _neighbours(xs: jax.Array, ys: jax.Array, potentials: object, *, signed: bool) -> jax.Array:
-    """Effective neighbours of one plan for each layer."""
-
-    def one(args: tuple) -> jax.Array:
-        return diagnostics.effective_neighbours(couplings.rebuild(*args, signed=signed))
-
-    return jax.lax.map(one, (xs, ys, potentials))
-
-
-def _no_plan_facts() -> tuple[jax.Array, ...]:
-    """What stands in for plans where tokens are matched one to one."""
-    one = jnp.ones((1,))
-    return (
-        jnp.full((1,), -1),
-        one,
-        one,
-        jnp.zeros((1,)),
-        jnp.zeros((1,), jnp.int32),
-        jnp.ones((1,), bool),
-    )
+#: Stands in for the facts of plans where tokens are matched one to one.
+_NO_PLAN = (
+    np.array([-1]),
+    np.ones(1, np.float32),
+    np.ones(1, np.float32),
+    np.zeros(1, np.float32),
+    np.zeros(1, np.int32),
+    np.ones(1, bool),
+)
 
 
 def is_nothing_transferred(report: MergeReport, hparams: HParams) -> bool:

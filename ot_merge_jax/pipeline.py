@@ -135,7 +135,11 @@ def run(
         written = _self_check(partial, fused)
         evaluation, change = _evaluate(inputs, {**models, "merge": (target[0], written)}, recipe)
         verdict = facts.verdict(
-            is_nothing=is_nothing, strength=hparams.strength, rule=recipe.rule, change=change
+            is_nothing=is_nothing,
+            strength=hparams.strength,
+            is_auto=recipe.strength == "auto",
+            rule=recipe.rule,
+            change=change,
         )
         if strict and (warnings or verdict.startswith("worse")):
             raise StrictError(f"--strict: {(warnings or [verdict])[0]}")
@@ -286,14 +290,15 @@ def _warnings(report: MergeReport) -> list[str]:
 def _self_check(folder: Path, fused: Params) -> Params:
     """Reads the written folder back: parameters, tokenizer, one forward pass. Returns float32."""
     cfg, written = hf.load_hf(folder)
-    same = jax.tree.map(lambda a, b: bool((a.astype(b.dtype) == b).all()), fused, written)
+    merged, written = (jax.tree.map(np.asarray, tree) for tree in (fused, written))
+    same = jax.tree.map(lambda a, b: np.array_equal(a.astype(b.dtype), b), merged, written)
     if not jax.tree.all(same):
         raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
     calibration.load_tokenizer(folder)
     tokens = calibration.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
-    written = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), written)
+    written = jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(np.float32)), written)
     logits = jax.jit(forward, static_argnames="cfg")(written, tokens, cfg=cfg)[0]
-    if not bool(jnp.isfinite(logits[0, :2]).all()):
+    if not np.isfinite(np.asarray(logits)[0, :2]).all():
         raise OSError(f"{folder} was written, but its logits are not finite; report this as a bug.")
     return written
 
@@ -343,6 +348,8 @@ def _write_details(
     (details / "recipe.yaml").write_text(text, encoding="utf-8")
     if prepared.coupling is not None:
         checkpoint.save_coupling(details / "coupling", prepared.coupling)
+        # orbax needs this file, and signs it with the absolute path of the partial folder
+        (details / "coupling" / "commit_success.txt").write_text("written\n", encoding="utf-8")
     _write_json(details / "report.json", found)
     (folder / "README.md").write_text(
         provenance.model_card(

@@ -62,7 +62,9 @@ install_import_hook(
 )
 
 #: Warnings that are not ours to mend, each with the reason. Everything else is an error.
-ALLOWED_WARNINGS: dict[str, str] = {}
+ALLOWED_WARNINGS: dict[str, str] = {
+    "ignore:JAXopt is no longer maintained:DeprecationWarning": "ott-jax 0.6 imports jaxopt",
+}
 
 
 def pytest_configure(config):
@@ -76,7 +78,11 @@ def pytest_collection_modifyitems(config, items):
     """Leaves ``slow`` and ``network`` tests out unless ``-m`` says something about markers."""
     if config.option.markexpr:
         return
-    out = [item for item in items if item.get_closest_marker("slow") or item.get_closest_marker("network")]
+    out = [
+        item
+        for item in items
+        if item.get_closest_marker("slow") or item.get_closest_marker("network")
+    ]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
@@ -130,13 +136,15 @@ def text_file(tmp_path, texts):
 #: Kind -> (tokens, BOS or None, EOS). The ids of BOS and EOS follow from the order of the special tokens.
 TOKENIZERS = {
     "bpe": (300, "<|begin|>", "<|end|>"),  # byte level, as Llama 3
-    "qwen": (360, None, "<|endoftext|>"),  # byte level with the pre-tokenizer that transformers forces on qwen2
+    "qwen": (
+        360,
+        None,
+        "<|endoftext|>",
+    ),  # byte level with the pre-tokenizer that transformers forces on qwen2
     "metaspace": (370, "<s>", "</s>"),  # sentence-piece marks and byte fallback, as Llama 2
 }
 _OF_FAMILY = {"llama": "bpe", "qwen2": "qwen"}
-_QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _special_tokens(kind):
@@ -164,7 +172,12 @@ def _train_tokenizer(kind, texts):
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
         tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
         first, alphabet = [*special, *(f"<0x{byte:02X}>" for byte in range(256))], []
     else:
@@ -191,7 +204,9 @@ def _train_tokenizer(kind, texts):
         tokenizer = Tokenizer.from_str(json.dumps(state))
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            single=f"{bos} $A",
+            pair=f"{bos} $A $B",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
     return tokenizer
 
@@ -207,7 +222,9 @@ def tokenizer_folder(tmp_path_factory, texts):
             _train_tokenizer(kind, texts).save(str(folder / "tokenizer.json"))
             _, bos, eos = TOKENIZERS[kind]
             settings = {
-                "tokenizer_class": "Qwen2TokenizerFast" if kind == "qwen" else "PreTrainedTokenizerFast",
+                "tokenizer_class": "Qwen2TokenizerFast"
+                if kind == "qwen"
+                else "PreTrainedTokenizerFast",
                 "bos_token": bos,
                 "eos_token": eos,
                 "model_max_length": 512,
@@ -265,7 +282,10 @@ def config_dict():
             "num_hidden_layers": layers,
             "num_key_value_heads": kv_heads,
             "rms_norm_eps": {"llama": 1e-5, "qwen2": 1e-6}[family],
-            "rope_parameters": {"rope_theta": {"llama": 10000.0, "qwen2": 1e6}[family], "rope_type": "default"},
+            "rope_parameters": {
+                "rope_theta": {"llama": 10000.0, "qwen2": 1e6}[family],
+                "rope_type": "default",
+            },
             "tie_word_embeddings": tied,
             "transformers_version": "5.23.0",
             "use_cache": True,
@@ -288,7 +308,9 @@ def _random_params(cfg, seed, std):
     leaves = {}
     for spec in specs.param_specs(cfg):
         noise = rng.standard_normal(spec.shape, np.float32)
-        centre, width = {"scale": (1.0, 0.3), "bias": (0.0, 0.3)}.get(spec.path.split("/")[-1], (0.0, std))
+        centre, width = {"scale": (1.0, 0.3), "bias": (0.0, 0.3)}.get(
+            spec.path.split("/")[-1], (0.0, std)
+        )
         leaves[spec.path] = (centre + width * noise).astype(np.float32)
     return specs.unflatten(leaves)
 
@@ -298,7 +320,16 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
     """Factory of tiny random checkpoints on disk, torch-free; the folder is shared, so do not write into it."""
     made = {}
 
-    def make(family="llama", *, seed=0, std=0.2, drift=0.0, max_shard_bytes=None, tokenizer=None, **config):
+    def make(
+        family="llama",
+        *,
+        seed=0,
+        std=0.2,
+        drift=0.0,
+        max_shard_bytes=None,
+        tokenizer=None,
+        **config,
+    ):
         """Makes (or finds) a checkpoint.
 
         Args:
@@ -315,7 +346,9 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
         Returns:
             Folder with config, generation config, tokenizer files, chat template, LICENSE and weights.
         """
-        key = json.dumps([family, seed, std, drift, max_shard_bytes, tokenizer, config], sort_keys=True)
+        key = json.dumps(
+            [family, seed, std, drift, max_shard_bytes, tokenizer, config], sort_keys=True
+        )
         if key in made:
             return made[key]
         import jax

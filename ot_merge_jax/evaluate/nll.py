@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import progress
+from ot_merge_jax import calibration, progress
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.models.decoder import forward, token_nll
 from ot_merge_jax.types import Batch, Params
-
-_TOKENS_PER_BATCH = 4096
 
 
 class Scores(NamedTuple):
@@ -89,33 +86,32 @@ def windows(documents: Sequence[str], tokenizer: Any, *, max_positions: int) -> 
         raise InputError(
             "The tokenizer has neither a BOS nor an EOS token, so no text can be scored."
         )
-    cut: dict[int, list[tuple[int, list[int], int]]] = defaultdict(list)
+    pieces: list[tuple[int, list[int], int]] = []  # document, tokens, how many of them count
     counts = []
     for index, text in enumerate(documents):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         counts.append(len(ids))
         for start, stop, context in _spans(len(ids), max_positions):
-            sequence = [prefix, *ids[context:stop]] if context == 0 else ids[context:stop]
-            scored = stop - start
-            cut[min(max_positions, max(16, 1 << (len(sequence) - 1).bit_length()))].append(
-                (index, sequence, scored)
-            )
-    if not counts or not sum(counts):
+            sequence = [prefix, *ids[:stop]] if context == 0 else ids[context:stop]
+            pieces.append((index, sequence, stop - start))
+    if not sum(counts):
         raise InputError("The evaluation text has 0 documents with tokens; add text.")
-    made = Windows([], [], [], np.array(counts), np.array([len(t.encode()) for t in documents]))
-    for length, members in sorted(cut.items()):
-        size = min(max(1, _TOKENS_PER_BATCH // length), len(members))
-        for first in range(0, len(members), size):
-            tokens, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
-            counted, owner = np.zeros((size, length - 1), np.float32), np.zeros(size, np.int32)
-            for place, (index, sequence, scored) in enumerate(members[first : first + size]):
-                tokens[place, : len(sequence)], mask[place, : len(sequence)] = sequence, True
-                counted[place, len(sequence) - 1 - scored : len(sequence) - 1] = 1
-                owner[place] = index
-            no_rows = np.zeros((size, 1), np.int32)
-            made.batches.append(Batch(tokens, mask, no_rows, no_rows - 1))  # pyright: ignore[reportArgumentType]
-            made.scored.append(counted)
-            made.document.append(owner)
+    sizes = np.array([len(text.encode()) for text in documents])
+    made = Windows([], [], [], np.array(counts), sizes)
+    lengths = {place: len(sequence) for place, (_, sequence, _) in enumerate(pieces)}
+    for group in calibration.grouped(lengths, longest=max_positions):
+        shape = (group.size, group.length)
+        tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        counted, owner = np.zeros(shape, np.float32), np.zeros(group.size, np.int32)
+        for place, piece in enumerate(group.members):
+            owner[place], sequence, scored = pieces[piece]
+            tokens[place, : len(sequence)], mask[place, : len(sequence)] = sequence, True
+            counted[place, len(sequence) - scored : len(sequence)] = 1
+        no_rows = np.full((group.size, 1), -1, np.int32)
+        batch = Batch(tokens, mask, no_rows, no_rows)  # pyright: ignore[reportArgumentType]
+        made.batches.append(batch)
+        made.scored.append(counted[:, 1:])
+        made.document.append(owner)
     return made
 
 

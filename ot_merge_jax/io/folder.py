@@ -20,7 +20,7 @@ from ot_merge_jax.models import families, specs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_SHARD_NAME = re.compile(r"[\w.\-]+\.safetensors")
+_SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
 # buffers that old exporters stored; transformers ignores them too
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
@@ -79,10 +79,12 @@ def resolve(path: str | Path, *, revision: str | None = None) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object of bounded size; InputError names the file otherwise."""
     if not path.is_file():
-        raise InputError(f"{path} is missing; a Hugging Face folder has one.")
+        raise InputError(f"{path} is missing; download it, a Hugging Face folder has one.")
     limit = _MAX_JSON_BYTES.get(path.name, 5_000_000)
     if path.stat().st_size > limit:
-        raise InputError(f"{path} is larger than {limit} bytes; this is not a usable {path.name}.")
+        raise InputError(
+            f"{path} is larger than {limit} bytes, so it is damaged; download it again."
+        )
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -113,7 +115,8 @@ def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
     files, problems = _shards(path, needs_weights=needs_weights)
     tensors: dict[str, safetensors.TensorInfo] = {}
     owner: dict[str, str] = {}
-    for shard in sorted(set(files.values()) or ({SINGLE} if (path / SINGLE).exists() else ())):
+    shards = sorted(set(files.values()) or ({SINGLE} if (path / SINGLE).exists() else ()))
+    for shard in shards:
         try:
             header = safetensors.read_header(path / shard)
         except InputError as error:
@@ -125,7 +128,7 @@ def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
             elif files and files.get(name, shard) != shard:
                 problems.append(f"{name} is in {shard}, but the index says {files[name]}")
             owner[name], tensors[name] = shard, info
-    if owner and not problems:
+    if shards and not problems:
         problems += [
             f"{name} is listed in {INDEX} but is not in {shard}"
             for name, shard in files.items()
@@ -133,18 +136,23 @@ def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
         ]
         problems += _tensor_problems(cfg, tensors)
     if problems:
-        shown = "; ".join(problems[:12]) + (
-            f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-        )
-        raise InputError(f"{path} cannot be used: {shown}.")
+        raise _unusable(path, problems)
     return ModelFolder(path, config, cfg, owner, tensors)
+
+
+def _unusable(path: Path, problems: list[str]) -> InputError:
+    """The error that lists what is wrong with a folder, the first dozen in full."""
+    shown = "; ".join(problems[:12])
+    more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+    return InputError(f"{path} cannot be used: {shown}{more}; download it again or mend it.")
 
 
 def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[str]]:
     """Tensor -> shard from the index ({} for a single file), and what is wrong with it."""
+    # where both are there, transformers reads the single file too
+    if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
+        return {}, link_problems(path, SINGLE)
     if not (path / INDEX).exists():
-        if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
-            return {}, _escape(path, SINGLE)
         if not needs_weights:
             return {}, []
         if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
@@ -169,21 +177,25 @@ def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[st
         elif not (path / shard).exists():
             problems.append(f"{shard} is missing")
         else:
-            problems += _escape(path, shard)
+            problems += link_problems(path, shard)
     if problems:
-        raise InputError(f"{path} cannot be used: {'; '.join(problems)}; download it again.")
+        raise _unusable(path, problems)
     return weight_map, []
 
 
-def _escape(path: Path, shard: str) -> list[str]:
-    """Whether a shard links out of its folder; the blobs of a hub cache are part of it."""
+def link_problems(path: Path, name: str) -> list[str]:
+    """Whether a file links out of its folder; the blobs of a hub cache are part of a snapshot."""
     root = path.resolve()
     try:
-        real = (path / shard).resolve(strict=True)
+        real = (path / name).resolve(strict=True)
     except (OSError, RuntimeError):
-        return [f"{shard} is a broken link"]
-    inside = real.is_relative_to(root) or real.is_relative_to(root.parent.parent / "blobs")
-    return [] if inside else [f"{shard} is a link that leaves the folder"]
+        return [f"{name} is a broken link"]
+    is_snapshot = root.parent.name == "snapshots"
+    if real.is_relative_to(root) or (
+        is_snapshot and real.is_relative_to(root.parent.parent / "blobs")
+    ):
+        return []
+    return [f"{name} is a link that leaves the folder"]
 
 
 def _is_spare(name: str, cfg: ModelConfig) -> bool:
@@ -193,6 +205,8 @@ def _is_spare(name: str, cfg: ModelConfig) -> bool:
 
 def _tensor_problems(cfg: ModelConfig, tensors: dict[str, safetensors.TensorInfo]) -> list[str]:
     """Missing, extra, misshapen and unsupported tensors."""
+    if cfg.num_layers > len(tensors):  # an absurd number must not be spelled out name by name
+        return [f"num_hidden_layers is {cfg.num_layers}, but the files hold {len(tensors)} tensors"]
     expected = {
         name: spec.tensor_shape() for spec in specs.param_specs(cfg) for name in spec.tensor_names()
     }
@@ -205,13 +219,11 @@ def _tensor_problems(cfg: ModelConfig, tensors: dict[str, safetensors.TensorInfo
             problems.append(
                 f"{name} has shape {list(tensors[name].shape)} where the config says {list(shape)}"
             )
-        elif tensors[name].dtype not in safetensors.DTYPES:
+    for name, info in tensors.items():
+        if name not in expected and not _is_spare(name, cfg):
+            problems.append(f"{name} is unexpected")
+        elif info.dtype not in safetensors.DTYPES and not _BUFFERS.fullmatch(name):
             problems.append(
-                f"{name} has dtype {tensors[name].dtype}; use the unquantised parent "
-                "(F32, F16 or BF16)"
+                f"{name} has dtype {info.dtype}; use the unquantised parent (F32, F16 or BF16)"
             )
-    return problems + [
-        f"{name} is unexpected"
-        for name in tensors
-        if name not in expected and not _is_spare(name, cfg)
-    ]
+    return problems

@@ -21,7 +21,7 @@ from ot_merge_jax import sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.io import publish, safetensors
-from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, open_folder, resolve
+from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder, resolve
 from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
 
@@ -95,6 +95,12 @@ def load_hf(
                 place,
                 read,  # pyright: ignore[reportArgumentType]
             )
+    if broken:
+        counts = {name: sum(parts.values()) for name, parts in broken.items()}
+        listed = ", ".join(f"{name} ({count} values)" for name, count in list(counts.items())[:12])
+        raise InputError(
+            f"{folder.path} holds NaN or infinite weights: {listed}; download it again."
+        )
     if folder.cfg.tie_word_embeddings and "lm_head.weight" in folder.files:
         table, head = (
             opened[folder.files[n]].read(n) for n in ("model.embed_tokens.weight", "lm_head.weight")
@@ -104,12 +110,6 @@ def load_hf(
                 f"{folder.path} says tie_word_embeddings is true but holds another "
                 "lm_head.weight; mend one."
             )
-    if broken:
-        counts = {name: sum(parts.values()) for name, parts in broken.items()}
-        listed = ", ".join(f"{name} ({count} values)" for name, count in list(counts.items())[:12])
-        raise InputError(
-            f"{folder.path} holds NaN or infinite weights: {listed}; download it again."
-        )
     return folder.cfg, specs.unflatten(leaves)
 
 
@@ -162,8 +162,8 @@ def save_hf(
         max_shard_bytes: Shard anew at this size; None keeps the target's shards.
 
     Raises:
-        InputError: if ``path`` exists, or ``like`` is not a model folder with the configuration
-            ``cfg``.
+        InputError: if ``path`` exists or lies inside ``like``, or ``like`` is not a model folder
+            with the configuration ``cfg``.
         NonFiniteError: if a parameter is not finite after rounding to its dtype.
 
     Example:
@@ -175,6 +175,7 @@ def save_hf(
         >>> sorted(p.name for p in out.iterdir())[:2]
         ['config.json', 'generation_config.json']
     """
+    publish.check_output(Path(path), inputs=[Path(like)])
     with publish.atomic_folder(Path(path)) as partial:
         write_model(partial, params, cfg=cfg, like=like, max_shard_bytes=max_shard_bytes)
 
@@ -198,6 +199,10 @@ def write_model(
         for spec in specs.param_specs(cfg)
         for name in spec.tensor_names()
     }
+    licences = sorted(model.path.glob("LICENSE*"))
+    sidecars = [one for one in [*map(model.path.joinpath, SIDECARS), *licences] if one.is_file()]
+    if leaving := [why for one in sidecars for why in link_problems(model.path, one.name)]:
+        raise InputError(f"{like} cannot be copied from: {'; '.join(leaving)}; put the file there.")
     shards = _plan_shards(infos, model, max_shard_bytes)
     for shard, names in shards.items():
         safetensors.write(folder / shard, dict(_tensors(params, cfg, infos, set(names))))
@@ -217,9 +222,8 @@ def write_model(
         json.dumps(patched_config(model.config), indent=2, ensure_ascii=False) + "\n",
         encoding="utf-8",
     )
-    for source in [model.path / name for name in SIDECARS] + sorted(model.path.glob("LICENSE*")):
-        if source.is_file():
-            shutil.copyfile(source, folder / source.name)
+    for source in sidecars:
+        shutil.copyfile(source, folder / source.name)
 
 
 def _plan_shards(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -10,6 +11,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ot_merge_jax.errors import InputError, ResourceError
+
+#: What a full disk looks like: no space, quota, file too large.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: Bytes of a name that leave room for ``.replaced-`` and a run id.
+_MAX_NAME = 255 - len(".replaced-01234567")
 
 
 def check_output(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
@@ -25,6 +31,12 @@ def check_output(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = Fa
             created.
     """
     real = out.resolve()
+    if len(os.fsencode(real.name)) > _MAX_NAME or any(
+        len(os.fsencode(p)) > 255 for p in real.parts
+    ):
+        raise InputError(
+            f"The name of the output folder {real.name[:40]}... is too long; shorten it."
+        )
     for given in inputs:
         source = given.resolve()
         if real == source:
@@ -79,6 +91,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         out.with_name(f"{out.name}.partial-{run_id}"),
         out.with_name(f"{out.name}.replaced-{run_id}"),
     )
+    missing = [folder for folder in out.parents if not folder.exists()]  # deepest first
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -86,17 +99,17 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if out.exists():
             out.rename(old)
         partial.rename(out)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if old.exists() and not out.exists():
             old.rename(out)
-        if error.errno in (27, 28, 122):  # file too large, no space, quota
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError) and error.errno in _FULL:
             raise ResourceError(
                 f"The disk is full at {out.parent} ({error.strerror}); nothing was written."
             ) from error
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

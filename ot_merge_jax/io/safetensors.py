@@ -13,6 +13,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,32 +61,29 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not path.exists():
         raise InputError(f"{path} is missing; download the model again.")
     if not stat.S_ISREG(path.stat().st_mode):
-        raise InputError(f"{path} is not a regular file; a checkpoint must be one.")
+        raise InputError(f"{path} is not a regular file; download the model again.")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+        length = int.from_bytes(start, "little")
+        is_plausible = len(start) == 8 and 2 <= length <= min(size - 8, _MAX_HEADER_BYTES)
         if start.startswith(b"version "):
             raise InputError(
                 f"{path} is a Git LFS pointer and not the weights; run `git lfs pull` in "
                 "its folder."
             )
-        if start[:1] == b"<":
+        if not is_plausible and (start + file.read(100)).lstrip().startswith(b"<"):
             raise InputError(f"{path} is a web page and not the weights; download it again.")
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length < 2 or length > min(size - 8, _MAX_HEADER_BYTES):
+        if not is_plausible:
             raise InputError(f"{path} is truncated or corrupt ({size} bytes); download it again.")
         text = file.read(length)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if (
-            twice := sorted({name for name in names if names.count(name) > 1})
-            if len(set(names)) < len(names)
-            else []
-        ):
+        counts = Counter(name for name, _ in pairs)
+        if twice := [name for name, count in counts.items() if count > 1]:
             raise InputError(
-                f"{path} names {', '.join(map(repr, twice[:3]))} twice in its header; the "
-                "file is corrupt."
+                f"{path} names {', '.join(map(repr, twice[:3]))} twice in its header, so it is "
+                "corrupt; download it again."
             )
         return dict(pairs)
 

@@ -34,6 +34,8 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+_CHECKED = frozenset({"quantization_config", "compression_config", "auto_map"})
+
 #: Why whole kinds of models are refused, by a part of their ``model_type``.
 _REASONS = {
     "moe": "mixtures of experts route tokens, so a layer has no single set of neurons",
@@ -89,7 +91,7 @@ def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfi
         )
     kind = config.get("model_type")
     supported = ", ".join(FAMILIES)
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         reason = next((why for part, why in _REASONS.items() if part in str(kind)), None)
         near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
         hint = f" ({reason})" if reason else f" (nearest: {near[0]})" if near else ""
@@ -101,6 +103,8 @@ def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfi
     if architectures != [family.architecture]:
         raise InputError(
             f"{where}: architectures is {architectures}, but only "
-            f"[{family.architecture!r}] predicts tokens."
+            f"[{family.architecture!r}] predicts tokens; use a checkpoint of it."
         )
-    return read_config(config, family, where=where)
+    # null or empty here, and no part of the model
+    rest = {key: value for key, value in config.items() if key not in _CHECKED}
+    return read_config(rest, family, where=where)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
@@ -13,7 +13,7 @@ from ot_merge_jax.evaluate.nll import Scores
 from ot_merge_jax.merge import Prepared
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics
-from ot_merge_jax.types import Activations, MergeReport, MergeSpec
+from ot_merge_jax.types import Activations, MergeReport, MergeSpec, Potentials
 
 _CURVE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
@@ -67,19 +67,15 @@ def sites(
         n, m = potentials.f.shape[-1], potentials.g.shape[-1]
         ks = tuple(max(1, round(share * n * m)) for share in _CURVE_SHARES)
         order = np.random.default_rng(seed).permutation(m)
-        curves, r2, permuted, heat = [], [], [], None
-        for l, best in enumerate(np.asarray(layer.argmax(1))):
-            plan = couplings.plan(found, x, y, site=site, l=l, m=int(best), signed=spec.signed)
-            curves.append(diagnostics.mass_curve(plan, ks))
-            heat = diagnostics.sorted_heat(plan) if heat is None else heat
+        pairs = []
+        for l, best in enumerate(np.asarray(layer).argmax(1)):
+            pair = jax.tree.map(lambda leaf: np.asarray(leaf)[l, best], potentials)  # noqa: B023
+            rows = x.values[site][l], y.values[site][best]
+            new = None
             if held_out is not None:
-                fitted = jnp.asarray(x.values[site][l]), jnp.asarray(y.values[site][best])
-                unseen = tuple(
-                    jnp.asarray(one.values[site][layer])
-                    for one, layer in zip(held_out, (l, best), strict=True)
-                )
-                r2.append(diagnostics.held_out_r2(plan, fitted, unseen))  # pyright: ignore[reportArgumentType]
-                permuted.append(diagnostics.held_out_r2(plan[:, order], fitted, unseen))  # pyright: ignore[reportArgumentType]
+                new = held_out[0].values[site][l], held_out[1].values[site][best]
+            pairs.append(_pair_facts(pair, rows, new, order, ks=ks, signed=spec.signed))
+        curves, r2, permuted, heats = zip(*pairs, strict=True)
         result[site] = plain(
             {
                 "layer_cost": potentials.cost,
@@ -87,13 +83,32 @@ def sites(
                 "mass_curve": {"k": ks, "share": curves},
                 "r2": r2,
                 "r2_permuted": permuted,
-                "sorted_heat": heat,
-                "largest_error": potentials.error.max(),
-                "most_iterations": potentials.iterations.max(),
-                "converged": potentials.converged.mean(),
+                "sorted_heat": heats[0],
+                "largest_error": np.max(potentials.error),
+                "most_iterations": np.max(potentials.iterations),
+                "converged": np.mean(potentials.converged),
             }
         )
     return result
+
+
+@functools.partial(jax.jit, static_argnames=("ks", "signed"))
+def _pair_facts(
+    pair: Potentials,
+    rows: tuple[jax.Array, jax.Array],
+    new: tuple[jax.Array, jax.Array] | None,
+    order: jax.Array,
+    *,
+    ks: tuple[int, ...],
+    signed: bool,
+) -> tuple[jax.Array | None, ...]:
+    """Mass curve, held-out R^2, the same of the permuted plan, and the picture of one plan."""
+    plan = couplings.rebuild(*rows, pair, signed=signed)
+    r2 = permuted = None
+    if new is not None:
+        r2 = diagnostics.held_out_r2(plan, rows, new)
+        permuted = diagnostics.held_out_r2(plan[:, order], rows, new)
+    return diagnostics.mass_curve(plan, ks), r2, permuted, diagnostics.sorted_heat(plan)
 
 
 def compared(
@@ -125,11 +140,14 @@ def compared(
     return result
 
 
-def verdict(*, is_nothing: bool, strength: Any, rule: str, change: Difference | None) -> str:
+def verdict(
+    *, is_nothing: bool, strength: Any, is_auto: bool, rule: str, change: Difference | None
+) -> str:
     """One sentence that says what the run has shown, and no more."""
     values = strength.values() if isinstance(strength, dict) else [strength]
     if not any(values):
-        return "strength 0 was best on the dev split: the output is the target, unchanged."
+        best = " was best on the dev split" if is_auto else ""
+        return f"strength 0{best}: the output is the target, unchanged."
     if is_nothing:
         better = (
             "the presets delta (with a source base) and barycentric do move it"

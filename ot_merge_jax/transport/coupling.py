@@ -76,7 +76,7 @@ def couple(
         layer[site] = layer_plan(
             feature[site].cost, epsilon=hparams.layer_epsilon, layer_cost=spec.layer_cost
         )
-        std_target[site], std_source[site] = _stds(xs), _stds(ys)
+        std_target[site], std_source[site] = _stds(jnp.asarray(xs), ys)
     next(steps, None)
     return Coupling(layer, feature, std_target, std_source)
 
@@ -103,9 +103,11 @@ def _one_layer(
 
 
 @jax.jit
-def _stds(xs: Float[Array, "layers t d"]) -> Float[Array, "layers d"]:
-    """Per-neuron standard deviation of each layer."""
-    return jax.lax.map(cost.std, xs)
+def _stds(
+    xs: Float[Array, "L t n"], ys: Float[Array, "M t m"]
+) -> tuple[Float[Array, "L n"], Float[Array, "M m"]]:
+    """Per-neuron standard deviation of each layer of both models."""
+    return jax.lax.map(cost.std, xs), jax.lax.map(cost.std, ys)
 
 
 def layer_plan(
@@ -142,12 +144,18 @@ def layer_plan(
     Source: Transport and Merge, eq. 10-13. Differs: ``median`` is ours; solved to 1e-6 in float32,
     because the paper's 1e-9 cannot be reached there.
     """
+    if layer_cost not in ("plain", "median"):
+        raise ValueError(f"layer_cost is 'plain' or 'median', not {layer_cost!r}.")
+    return _layer_plan(costs, epsilon, layer_cost=layer_cost)
+
+
+@functools.partial(jax.jit, static_argnames=("layer_cost",))
+def _layer_plan(costs: jax.Array, epsilon: Any, *, layer_cost: str) -> jax.Array:
+    """`layer_plan` as one program."""
     if layer_cost == "median":
         shifted = costs - costs.min()
         middle = jnp.median(shifted)
         costs = shifted / jnp.where(middle > 0, middle, 1.0)
-    elif layer_cost != "plain":
-        raise ValueError(f"layer_cost is 'plain' or 'median', not {layer_cost!r}.")
     epsilon = jnp.asarray(epsilon) * jnp.maximum(1.0, costs.max() / 1000)
     found = solve.solve(costs, epsilon=epsilon, max_iterations=LAYER_ITERATIONS, threshold=1e-6)
     return solve.plan(costs, found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +40,15 @@ def space(
     l: int,
 ) -> Space:
     """The `Space` of one site and target layer."""
-    return Space(
-        jnp.asarray(target.values[site][l]),
-        jnp.asarray(source.values[site]),
-        jax.tree.map(lambda leaf: leaf[l], coupling.feature[site]),
-        coupling.std_target[site][l],
-        coupling.std_source[site],
-    )
+    potentials, std = _layer_of((coupling.feature[site], coupling.std_target[site]), l)
+    x, ys = jnp.asarray(target.values[site][l]), jnp.asarray(source.values[site])
+    return Space(x, ys, potentials, std, coupling.std_source[site])
+
+
+@jax.jit
+def _layer_of(tree: Any, l: jax.Array | int) -> Any:
+    """One layer of stacked arrays."""
+    return jax.tree.map(lambda leaf: leaf[l], tree)
 
 
 def layer_weights(

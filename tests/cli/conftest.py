@@ -21,7 +21,7 @@ from ot_merge_jax.cli import app
 
 #: Other depth, width, heads, groups and MLP; the vocabularies differ by the families' tokenizers.
 TARGET = {"hidden": 24, "heads": 4, "kv_heads": 2, "intermediate": 40, "layers": 2}
-SOURCE = {"hidden": 32, "heads": 6, "kv_heads": 3, "intermediate": 56, "layers": 3}
+SOURCE = {"hidden": 36, "heads": 6, "kv_heads": 3, "intermediate": 56, "layers": 3}
 
 
 class Counts(NamedTuple):

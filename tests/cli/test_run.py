@@ -18,6 +18,8 @@ import yaml
 INDEX = "model.safetensors.index.json"
 CROSS = ["paper llama<-qwen2", "paper qwen2<-llama", "barycentric llama<-qwen2", "barycentric qwen2<-llama"]
 ALL = [*CROSS, "delta llama<-llama"]
+#: For processes of their own, in which nothing has been compiled yet.
+FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NOTHING = "nothing of the source was transferred"
 DIAGNOSTICS = {
     "ratio_transported", "ratio_change", "source_layer", "neighbours_out", "neighbours_in", "error", "iterations",
@@ -173,7 +175,7 @@ def test_card_says_what_it_is(name, merged):
     assert found["library_name"] == "transformers"
     assert found["license"] == "other"  # the tiny models state none, so none is invented
     assert "2602.05495" in body
-    assert merge.report["verdict"] in body
+    assert merge.report["verdict"] in re.sub(r"\\(\W)", r"\1", body)  # Markdown is escaped
 
 
 def test_licence_is_kept_when_all_agree_and_only_then(calls, models, tmp_path, cli):
@@ -233,7 +235,9 @@ def test_report_has_verdict_controls_and_diagnostics_of_every_weight(name, merge
         assert np.shape(found["layer_plan"]) == np.shape(found["layer_cost"]) == (layers, 3), site
         assert np.isclose(np.sum(found["layer_plan"]), 1, atol=1e-4), site
         assert len(found["r2"]) == len(found["r2_permuted"]) == layers
-        assert found["converged"] == 1
+        assert 0 <= found["converged"] <= 1
+    stopped = {weight for weight, found in report["weights"].items() if not all(found["converged"])}
+    assert {sentence.split(":")[0] for sentence in report["warnings"]} == stopped
     assert report["calibration"]["documents"] == counts.rows
     assert report["calibration"]["dev_documents"] == counts.dev
 
@@ -508,7 +512,15 @@ def test_home_folder_is_written_as_a_tilde(home, path, written, monkeypatch):
 
 def test_the_tool_runs_where_torch_cannot_be_imported(calls, text_files, models, tmp_path):
     """In a process of its own whose every import of torch fails, as on a machine without it."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class WithoutTorch(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        return None if name.split('.')[0] == 'torch' else super().find_spec(name, path, target)\n"
+        "sys.meta_path = [WithoutTorch if one is PathFinder else one for one in sys.meta_path]\n"
+    )
     words = [str(one) for one in calls["delta llama<-llama"]]
     words += ["--weights", "down,embed,head", "--strength", "1", "--rows", "sample", "--out", str(tmp_path / "out")]
     script = (
@@ -519,11 +531,11 @@ def test_the_tool_runs_where_torch_cannot_be_imported(calls, text_files, models,
         f"         ['inspect', {str(models['llama-target'])!r}], ['families'], ['--help']]\n"
         "codes = [CliRunner().invoke(app, one).exit_code for one in calls]\n"
         "import importlib.util\n"
-        "print(json.dumps([codes, importlib.util.find_spec('torch') is None]))\n"
+        "print(json.dumps([codes, importlib.util.find_spec('torch') is None and 'torch' not in sys.modules]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": FAST_TO_COMPILE},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[0, 0, 0, 0, 0], True], done.stderr

@@ -30,7 +30,12 @@ def test_second_call_compiles_nothing(family, tiny_checkpoint, random_batch):
     # the same model read again: equal config, equal hash; the sites in another order
     cfg_again, params_again = load_hf(tiny_checkpoint(family))
     assert cfg_again is not cfg
-    step(params_again, random_batch(cfg, seed=1), cfg=cfg_again, capture=frozenset({"q_out", "mlp_in"}))
+    step(
+        params_again,
+        random_batch(cfg, seed=1),
+        cfg=cfg_again,
+        capture=frozenset({"q_out", "mlp_in"}),
+    )
     assert len(traces) == 1
     assert step._cache_size() == 1
 
@@ -55,7 +60,8 @@ def test_past_tokens_do_change_later_logits(family, tiny_checkpoint, random_batc
     batch = random_batch(cfg, lengths=(7, 6))
     tokens = batch.tokens.at[:, 0].set((batch.tokens[:, 0] + 11) % cfg.vocab_size)
     before, after = (
-        np.asarray(_forward(params, one, cfg=cfg)[0]) for one in (batch, batch._replace(tokens=tokens))
+        np.asarray(_forward(params, one, cfg=cfg)[0])
+        for one in (batch, batch._replace(tokens=tokens))
     )
     assert (np.abs(before - after).max(-1) > 1e-3).all()
 
@@ -81,7 +87,9 @@ def test_padding_changes_nothing(family, side, tiny_checkpoint, random_batch):
         own_logits, own_sites = _forward(params, alone, cfg=cfg, capture=capture)
         np.testing.assert_allclose(logits[row, real], own_logits[0], rtol=0, atol=1e-5)
         for site in capture:
-            np.testing.assert_allclose(sites[site][:, row], own_sites[site][:, 0], rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                sites[site][:, row], own_sites[site][:, 0], rtol=0, atol=1e-5
+            )
 
 
 @families
@@ -115,7 +123,10 @@ def test_batches_do_not_mix(family, tiny_checkpoint, random_batch):
     batch = random_batch(cfg, padding="right")
     turned = jax.tree.map(lambda leaf: leaf[::-1], batch)
     np.testing.assert_allclose(
-        _forward(params, turned, cfg=cfg)[0], _forward(params, batch, cfg=cfg)[0][::-1], rtol=0, atol=1e-6
+        _forward(params, turned, cfg=cfg)[0],
+        _forward(params, batch, cfg=cfg)[0][::-1],
+        rtol=0,
+        atol=1e-6,
     )
 
 
@@ -146,7 +157,9 @@ def test_vmap_over_parameters(family, tiny_checkpoint, random_batch):
     mask = np.asarray(batch.mask)
     for lane, params in zip(lanes, (first, second), strict=True):
         alone = _forward(params, batch, cfg=cfg)[0]
-        np.testing.assert_allclose(np.asarray(lane)[mask], np.asarray(alone)[mask], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(lane)[mask], np.asarray(alone)[mask], rtol=0, atol=1e-5
+        )
 
 
 @families

@@ -95,7 +95,9 @@ def positions(batch):
     return np.maximum(np.cumsum(np.asarray(batch.mask), -1) - 1, 0)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-tied{case[1]:d}-kv{case[2]}")
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case[0]}-tied{case[1]:d}-kv{case[2]}"
+)
 def pair(request, torch_checkpoint, random_batch):
     family, tied, kv_heads = request.param
     folder, model = torch_checkpoint(family, tied=tied, kv_heads=kv_heads, seed=kv_heads)
@@ -260,7 +262,8 @@ def test_projection(pair, name, strict):
         has_bias = pair.cfg.family == "qwen2" and name in ("q_proj", "k_proj", "v_proj")
         assert ("bias" in values) == has_bias
         ours = bind(
-            lambda values=values: layers.Linear(*values["kernel"].shape, bias="bias" in values), values
+            lambda values=values: layers.Linear(*values["kernel"].shape, bias="bias" in values),
+            values,
         )
         full = f"model.layers.{index}.{parent}.{name}"
         with strict():
@@ -274,7 +277,9 @@ def test_attention(pair, padding, strict):
     tables, visible = tables_and_visible(pair.cfg, run.batch)
     for index in LAYERS:
         name = f"model.layers.{index}.self_attn"
-        ours = bind(lambda: layers.Attention(pair.cfg), layer_params(pair.params, index)["self_attn"])
+        ours = bind(
+            lambda: layers.Attention(pair.cfg), layer_params(pair.params, index)["self_attn"]
+        )
         with strict():
             got, _ = ours(jnp.asarray(run.inputs[f"{name}.q_proj"]), tables, visible)
         assert_close(got, run.outputs[name], run.batch, MODULE)

@@ -133,7 +133,11 @@ def test_weights_follow_the_wiring(family, tied, kv_heads, config_dict):
 @small
 def test_vocabulary_tables_follow_the_wiring(family, tied, kv_heads, config_dict):
     cfg = small_config(config_dict, family, tied, kv_heads)
-    tables = {spec.weight: spec.path for spec in specs.param_specs(cfg) if spec.weight in spaces.VOCABULARY}
+    tables = {
+        spec.weight: spec.path
+        for spec in specs.param_specs(cfg)
+        if spec.weight in spaces.VOCABULARY
+    }
     expected = dict(spaces.VOCABULARY)
     if tied:
         del expected["head"]
@@ -168,7 +172,9 @@ def test_masked_site_is_one_of_the_two(weight):
 def test_init_is_what_transformers_makes(config_dict):
     """Normal weights of the asked width, unit norms, zero biases, every leaf its own stream."""
     cfg = families.read(config_dict("qwen2", hidden=64, intermediate=96, layers=2))
-    params = jax.jit(lambda key: specs.init(key, cfg, std=0.05, dtype=jnp.float32))(jax.random.key(3))
+    params = jax.jit(lambda key: specs.init(key, cfg, std=0.05, dtype=jnp.float32))(
+        jax.random.key(3)
+    )
     seen = []
     for spec in specs.param_specs(cfg):
         leaf = np.asarray(specs.get(params, spec.path))

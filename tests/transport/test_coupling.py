@@ -11,7 +11,7 @@ from ot_merge_jax.types import Activations, HParams, MergeSpec
 
 SITES = ("mlp_in", "up_out")
 #: (target layers, source layers): single layers, and both directions.
-DEPTHS = [(1, 1), (2, 3), (4, 2)]
+DEPTHS = [(1, 1), (2, 3), (3, 2)]
 WIDTHS = {"mlp_in": (4, 7), "up_out": (5, 3)}  # (target, source): wider and narrower
 ROWS = 40
 EPSILON = 0.05

@@ -10,7 +10,7 @@ import scipy.optimize
 from ot_merge_jax.transport import solve
 
 #: (target, source), never square by accident.
-SIZES = [(1, 1), (1, 2), (2, 1), (3, 5), (7, 4), (33, 21)]
+SIZES = [(1, 1), (2, 1), (3, 5), (33, 21)]
 EPSILON = 0.05
 EXACT = 1e-6  # the default threshold
 
@@ -182,7 +182,7 @@ def test_a_small_epsilon_gives_the_assignment(rng, n, m):
 
 
 def test_a_smaller_epsilon_is_sharper_and_cheaper(rng):
-    cost = draw(rng, 7, 4)
+    cost = draw(rng, 3, 5)
     costs = [run(cost, epsilon=epsilon).cost for epsilon in (1.0, 0.3, 0.1, 0.05)]
     assert all(later < earlier for earlier, later in zip(costs, costs[1:], strict=False))
 
@@ -205,10 +205,10 @@ def test_a_broken_problem_does_not_spoil_its_batch(rng):
 
 @pytest.mark.parametrize("max_iterations", [1, 7, 15])
 def test_too_few_iterations_do_not_converge(rng, max_iterations):
-    cost = draw(rng, 7, 4)
+    cost = draw(rng, 3, 5)
     found = run(cost, epsilon=0.01, max_iterations=max_iterations)
     coupled = plan(cost, found)
-    error = np.abs(coupled.sum(1) - 1 / 7).sum() + np.abs(coupled.sum(0) - 1 / 4).sum()
+    error = np.abs(coupled.sum(1) - 1 / 3).sum() + np.abs(coupled.sum(0) - 1 / 5).sum()
     assert not found.converged
     assert found.error > 1e-4
     np.testing.assert_allclose(found.error, error, rtol=1e-3)
@@ -248,7 +248,7 @@ def test_each_problem_of_a_batch_may_have_its_epsilon(rng):
 
 
 def test_vmap_over_epsilon_is_the_loop(rng):
-    cost, epsilons = jnp.asarray(draw(rng, 7, 4)), jnp.array([0.05, 0.2, 1.0])
+    cost, epsilons = jnp.asarray(draw(rng, 3, 5)), jnp.array([0.05, 0.2, 1.0])
     swept = jax.vmap(lambda epsilon: solve.solve(cost, epsilon=epsilon))(epsilons)
     for index, epsilon in enumerate(epsilons):
         alone = run(cost, epsilon=epsilon)
@@ -257,7 +257,7 @@ def test_vmap_over_epsilon_is_the_loop(rng):
 
 
 def test_epsilon_may_be_traced(rng):
-    cost = jnp.asarray(draw(rng, 7, 4))
+    cost = jnp.asarray(draw(rng, 3, 5))
     traced = jax.jit(lambda epsilon: solve.solve(cost, epsilon=epsilon).f)(0.05)
     np.testing.assert_allclose(traced, run(cost).f, rtol=0, atol=2e-5)
 
@@ -297,7 +297,7 @@ def test_max_iterations_is_at_least_one(max_iterations):
 
 
 def test_half_precision_costs_are_solved_in_float32(rng):
-    cost = jnp.asarray(draw(rng, 7, 4), jnp.bfloat16)
+    cost = jnp.asarray(draw(rng, 3, 5), jnp.bfloat16)
     found = run(cost)
     assert found.f.dtype == np.float32
     np.testing.assert_allclose(found.f, run(cost.astype(jnp.float32)).f, rtol=0, atol=1e-6)

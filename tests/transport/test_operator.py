@@ -1,0 +1,395 @@
+"""The transported weight: both forms, both layer rules, bias, sign, units; and what would go wrong unnoticed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ot_merge_jax.transport import coupling as couplings
+from ot_merge_jax.transport import operator
+from ot_merge_jax.types import Activations, HParams, MergeSpec
+
+ENDS = {"in_site": "mlp_in", "out_site": "up_out"}
+#: Site -> (target, source) width: the in-space shrinks and the out-space grows on the way to the target.
+WIDTHS = {"mlp_in": (4, 7), "up_out": (5, 3)}
+L, M, ROWS = 2, 3, 40
+KINDS = [(form, layers) for form in ("joint", "barycentric") for layers in ("soft", "top1")]
+
+
+def spec_of(**kw):
+    return MergeSpec(weights=("up",), layer_cost="plain", **kw)
+
+
+def draw(rng, layers, end):
+    latent = np.random.default_rng(5).normal(size=(ROWS, 6))
+    values = {}
+    for site, widths in WIDTHS.items():
+        width = widths[end]
+        mixed = latent @ rng.normal(size=(layers, 6, width)) * rng.uniform(0.2, 5, width)
+        noisy = mixed + 0.3 * rng.normal(size=(layers, ROWS, width))
+        values[site] = noisy.astype(np.float32)
+    return Activations(values, np.arange(ROWS))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unsigned", "signed"])
+def coupled(request):
+    """(target, source, coupling, signed, source kernels, source biases)."""
+    rng = np.random.default_rng(3)
+    target, source = draw(rng, L, 0), draw(rng, M, 1)
+    coupling = couplings.couple(
+        target, source, HParams(1.0, 0.1), spec=spec_of(signed=request.param)
+    )
+    kernels = rng.normal(size=(M, WIDTHS["mlp_in"][1], WIDTHS["up_out"][1])).astype(np.float32)
+    biases = rng.normal(size=(M, WIDTHS["up_out"][1])).astype(np.float32)
+    return target, source, coupling, request.param, jnp.asarray(kernels), jnp.asarray(biases)
+
+
+def transported(coupled, form, layers, *, coupling=None, kernels=None):
+    target, source, found, signed, weights, _ = coupled
+    return operator.transported(
+        weights if kernels is None else kernels,
+        found if coupling is None else coupling,
+        target,
+        source,
+        **ENDS,
+        spec=spec_of(form=form, layers=layers, signed=signed),
+    )
+
+
+def transported_bias(coupled, form, layers, *, coupling=None, biases=None):
+    target, source, found, signed, _, own = coupled
+    return operator.transported_bias(
+        own if biases is None else biases,
+        found if coupling is None else coupling,
+        target,
+        source,
+        **ENDS,
+        spec=spec_of(form=form, layers=layers, signed=signed),
+    )
+
+
+def plans(coupled, site):
+    """All plans of a site, ``[L, M, n_t, n_s]`` float64."""
+    target, source, coupling, signed, *_ = coupled
+    return np.array(
+        [
+            [
+                couplings.plan(coupling, target, source, site=site, l=l, m=m, signed=signed)
+                for m in range(M)
+            ]
+            for l in range(L)
+        ],
+        np.float64,
+    )
+
+
+def oracle(coupled, form, layers):
+    """(``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]``) by the table of SPEC 5."""
+    target, source, coupling, *_ = coupled
+    effective = np.sqrt(
+        np.asarray(coupling.layer["mlp_in"], np.float64) * np.asarray(coupling.layer["up_out"])
+    )
+    best = np.eye(M)[effective.argmax(1)]
+    q_in, q_out = plans(coupled, "mlp_in"), plans(coupled, "up_out")
+    phi_in = np.swapaxes(q_in, 2, 3)
+    if form == "joint":
+        return (effective if layers == "soft" else best * effective), phi_in, q_out
+    deviation = {
+        site: (target.values[site].std(1)[:, None], source.values[site].std(1)[None])
+        for site in WIDTHS
+    }
+    (t_in, s_in), (t_out, s_out) = deviation["mlp_in"], deviation["up_out"]
+    phi_in = s_in[..., :, None] * (WIDTHS["mlp_in"][1] * phi_in) / t_in[..., None, :]
+    phi_out = t_out[..., :, None] * (WIDTHS["up_out"][0] * q_out) / s_out[..., None, :]
+    share = effective / effective.sum(1, keepdims=True) if layers == "soft" else best
+    return share, phi_in, phi_out
+
+
+def close(ours, expected):
+    assert ours.shape == expected.shape
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("form", "layers"), KINDS)
+def test_is_the_formula(coupled, form, layers):
+    share, phi_in, phi_out = oracle(coupled, form, layers)
+    kernels = np.asarray(coupled[4], np.float64)  # [m, d_in, d_out]
+    expected = np.einsum("lm,lmbi,mba,lmoa->lio", share, phi_in, kernels, phi_out)
+    close(transported(coupled, form, layers), expected)
+
+
+@pytest.mark.parametrize(("form", "layers"), KINDS)
+def test_bias_is_the_formula(coupled, form, layers):
+    share, _, phi_out = oracle(coupled, form, layers)
+    expected = np.einsum("lm,lmoa,ma->lo", share, phi_out, np.asarray(coupled[5], np.float64))
+    close(transported_bias(coupled, form, layers), expected)
+
+
+@pytest.mark.parametrize(("form", "layers"), KINDS)
+def test_layer_weights(coupled, form, layers):
+    expected, _, _ = oracle(coupled, form, layers)
+    ours = operator.layer_weights(coupled[2], **ENDS, spec=spec_of(form=form, layers=layers))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    if form == "barycentric":
+        np.testing.assert_allclose(ours.sum(1), 1, rtol=1e-6)
+    if layers == "top1":
+        np.testing.assert_array_equal((np.asarray(ours) > 0).sum(1), 1)
+
+
+def test_the_layer_rules_differ(coupled):
+    """So that the tests above can tell them apart."""
+    soft, hard = (transported(coupled, "barycentric", layers) for layers in ("soft", "top1"))
+    assert np.abs(soft - hard).max() > 0.05 * np.abs(hard).max()
+
+
+def without_units(coupling):
+    """The same coupling with every standard deviation 1."""
+    ones = {name: jax.tree.map(jnp.ones_like, getattr(coupling, name)) for name in STDS}
+    return coupling._replace(**ones)
+
+
+STDS = ("std_target", "std_source")
+
+
+@pytest.mark.parametrize("layers", ["soft", "top1"])
+def test_rows_of_the_out_map_sum_to_one_before_the_units(coupled, layers):
+    """A source bias of ones arrives as ones: the out-map takes the TARGET's marginal."""
+    if coupled[3]:
+        pytest.skip("signed rows need not sum to one")
+    ones = jnp.ones((M, WIDTHS["up_out"][1]))
+    plain = without_units(coupled[2])
+    ours = transported_bias(coupled, "barycentric", layers, coupling=plain, biases=ones)
+    np.testing.assert_allclose(ours, np.ones((L, WIDTHS["up_out"][0])), atol=2e-5)
+
+
+@pytest.mark.parametrize("layers", ["soft", "top1"])
+def test_rows_of_the_in_map_sum_to_one_before_the_units(coupled, layers):
+    """The sum over inputs of a kernel survives: the in-map takes the SOURCE's marginal."""
+    if coupled[3]:
+        pytest.skip("signed rows need not sum to one")
+    d_in, d_out = WIDTHS["mlp_in"][1], WIDTHS["up_out"][1]
+    kernels = jnp.full((M, d_in, d_out), 1 / d_in)  # every column sums to 1
+    plain = without_units(coupled[2])
+    ours = transported(coupled, "barycentric", layers, coupling=plain, kernels=kernels)
+    np.testing.assert_allclose(ours.sum(1), np.ones((L, WIDTHS["up_out"][0])), atol=2e-5)
+
+
+@pytest.mark.parametrize("layers", ["soft", "top1"])
+def test_the_joint_form_vanishes(coupled, layers):
+    """The bound of SPEC section 5; ``sum_m P_eff <= 1/L`` makes it L times smaller still."""
+    kernels = np.abs(coupled[4]).max()
+    bound = kernels / (WIDTHS["mlp_in"][0] * WIDTHS["up_out"][0] * L)
+    assert np.abs(transported(coupled, "joint", layers)).max() <= bound * (1 + 1e-4)
+
+
+def test_the_joint_form_of_a_constant_kernel_meets_its_bound(coupled):
+    """Both plans only average, so a constant arrives as the constant over ``n_out n_in``, times P_eff."""
+    if coupled[3]:
+        pytest.skip("signs cancel")
+    kernels = jnp.full(coupled[4].shape, 3.0)
+    share, _, _ = oracle(coupled, "joint", "soft")
+    expected = 3 * share.sum(1) / (WIDTHS["mlp_in"][0] * WIDTHS["up_out"][0])
+    ours = np.asarray(transported(coupled, "joint", "soft", kernels=kernels))
+    np.testing.assert_allclose(ours, np.broadcast_to(expected[:, None, None], ours.shape), rtol=1e-4)
+
+
+def test_is_linear_in_the_kernel(coupled):
+    """What rule ``delta`` rests on: no difference, no change, bit for bit."""
+    nothing = transported(coupled, "barycentric", "soft", kernels=jnp.zeros_like(coupled[4]))
+    np.testing.assert_array_equal(nothing, 0)
+    twice = transported(coupled, "barycentric", "soft", kernels=2 * coupled[4])
+    np.testing.assert_array_equal(twice, 2 * transported(coupled, "barycentric", "soft"))
+
+
+def test_half_precision_kernels_are_carried_in_float32(coupled):
+    half = coupled[4].astype(jnp.bfloat16)
+    ours = transported(coupled, "barycentric", "top1", kernels=half)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_array_equal(
+        ours, transported(coupled, "barycentric", "top1", kernels=half.astype(jnp.float32))
+    )
+
+
+# ------------------------------------------------------------------------------------ a known answer
+
+
+class Ffn:
+    """A gated FFN in numpy, float64, and its activations."""
+
+    def __init__(self, gate, up, down):
+        self.kernels = {"gate": gate, "up": up, "down": down}
+
+    def __call__(self, x):
+        gate, up = x @ self.kernels["gate"], x @ self.kernels["up"]
+        inner = gate / (1 + np.exp(-gate)) * up
+        out = inner @ self.kernels["down"]
+        return out, {
+            "mlp_in": x,
+            "gate_out": gate,
+            "up_out": up,
+            "down_in": inner,
+            "down_out": out,
+        }
+
+
+WIRING = {"gate": ("mlp_in", "gate_out"), "up": ("mlp_in", "up_out"), "down": ("down_in", "down_out")}
+HIDDEN, INNER, SAMPLES = 6, 9, 400
+
+
+def copy_of(ffn, rng):
+    """The same function in another basis: neurons permuted and rescaled, residual features too.
+
+    Returns:
+        The copy, the residual permutation and the scale of the residual features it reads.
+    """
+    residual, inner = rng.permutation(HIDDEN), rng.permutation(INNER)
+    while (np.argsort(inner) == inner).any() or (np.argsort(residual) == residual).all():
+        residual, inner = rng.permutation(HIDDEN), rng.permutation(INNER)  # not its own inverse
+    read, neuron = rng.uniform(0.2, 5, HIDDEN), rng.uniform(0.2, 5, INNER)
+    gate, up, down = (ffn.kernels[name] for name in WIRING)
+    return (
+        Ffn(
+            (gate / read[:, None])[residual][:, inner],
+            (up / read[:, None] * neuron)[residual][:, inner],
+            (down / neuron[:, None])[inner][:, residual],
+        ),
+        residual,
+        read,
+    )
+
+
+@pytest.fixture(scope="module")
+def copied():
+    """(original, activations of target and source, source kernels): the source is a permuted, rescaled copy."""
+    rng = np.random.default_rng(11)
+    ffn = Ffn(*(rng.normal(size=s) for s in ((HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN))))
+    x = rng.normal(size=(SAMPLES, HIDDEN))
+    copy, residual, read = copy_of(ffn, rng)
+    (out, ours), (other_out, theirs) = ffn(x), copy((x * read)[:, residual])
+    np.testing.assert_allclose(other_out, out[:, residual], rtol=1e-9, atol=1e-9)
+    row_id = np.arange(SAMPLES)
+    target, source = (
+        Activations({k: v[None].astype(np.float32) for k, v in sites.items()}, row_id)
+        for sites in (ours, theirs)
+    )
+    return ffn, x, target, source, {k: v[None].astype(np.float32) for k, v in copy.kernels.items()}
+
+
+def carried(copied, epsilon, *, mutate=None, **kw):
+    """The FFN transported from the copy to the target, float64."""
+    _, _, target, source, kernels = copied
+    spec = MergeSpec(weights=("gate", "up", "down"), **kw)
+    coupling = couplings.couple(target, source, HParams(1.0, epsilon), spec=spec)
+    if mutate is not None:
+        coupling = mutate(coupling)
+    return Ffn(
+        *(
+            np.asarray(
+                operator.transported(
+                    jnp.asarray(kernels[name]),
+                    coupling,
+                    target,
+                    source,
+                    in_site=in_site,
+                    out_site=out_site,
+                    spec=spec,
+                )[0],
+                np.float64,
+            )
+            for name, (in_site, out_site) in WIRING.items()
+        )
+    )
+
+
+def error_of(copied, ffn):
+    """Relative error of an FFN's outputs against the original's."""
+    original, x, *_ = copied
+    expected = original(x)[0]
+    return np.linalg.norm(ffn(x)[0] - expected) / np.linalg.norm(expected)
+
+
+def test_a_permuted_copy_arrives_as_the_original(copied):
+    """Function preserved to 1e-3 at epsilon 0.01, weights to 1e-3 of the largest."""
+    ffn = carried(copied, 0.01)
+    for name, kernel in copied[0].kernels.items():
+        np.testing.assert_allclose(
+            ffn.kernels[name], kernel, rtol=0, atol=1e-3 * np.abs(kernel).max(), err_msg=name
+        )
+    assert error_of(copied, ffn) < 1e-3
+
+
+def test_a_larger_epsilon_blurs_the_function(copied):
+    errors = [error_of(copied, carried(copied, epsilon)) for epsilon in (0.2, 0.1, 0.05, 0.01)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.1
+
+
+def swap_units(coupling):
+    return coupling._replace(std_target=coupling.std_source, std_source=coupling.std_target)
+
+
+@pytest.mark.parametrize("mutate", [swap_units, without_units])
+def test_wrong_units_do_not_pass(copied, mutate):
+    """All matrices of the copy are as wide as the original's: only the numbers can tell."""
+    assert error_of(copied, carried(copied, 0.01, mutate=mutate)) > 0.3
+
+
+def test_transposed_plans_do_not_pass(copied, monkeypatch):
+    right = operator._plan
+    monkeypatch.setattr(operator, "_plan", lambda *args: right(*args).T)
+    fresh = {"max_iterations": 1999}  # a static argument: the mutant is traced, and stays its own
+    assert error_of(copied, carried(copied, 0.01, **fresh)) > 0.3
+
+
+def test_swapped_models_do_not_pass(copied):
+    """The coupling of (source, target) used as that of (target, source): the inverse permutation."""
+    ffn, x, target, source, kernels = copied
+    swapped = (ffn, x, source, target, kernels)
+    assert error_of(copied, carried(swapped, 0.01)) > 0.3
+
+
+# ------------------------------------------------------------------------------------ transformations
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """(target, source, source kernels)."""
+    rng = np.random.default_rng(4)
+    kernels = rng.normal(size=(M, WIDTHS["mlp_in"][1], WIDTHS["up_out"][1])).astype(np.float32)
+    return draw(rng, L, 0), draw(rng, M, 1), jnp.asarray(kernels)
+
+
+def test_vmap_over_epsilon_is_the_loop(drawn):
+    target, source, kernels = drawn
+    spec = spec_of(layers="soft")
+
+    def moved(epsilon):
+        coupling = couplings.couple(target, source, HParams(1.0, epsilon), spec=spec)
+        return operator.transported(kernels, coupling, target, source, **ENDS, spec=spec)
+
+    swept = jax.jit(jax.vmap(moved))(jnp.array([0.1, 0.5]))
+    for index, epsilon in enumerate((0.1, 0.5)):
+        alone = np.asarray(moved(epsilon))
+        np.testing.assert_allclose(swept[index], alone, rtol=0, atol=2e-5 * np.abs(alone).max())
+
+
+def test_the_second_call_compiles_nothing(drawn, caplog):
+    """Not even with another coupling and other kernels."""
+    target, source, kernels = drawn
+    others = jnp.asarray(np.asarray(kernels) + 1)
+    fresh = spec_of(max_iterations=1998)  # a static argument that no other test uses
+    one, other = (
+        couplings.couple(target, source, HParams(1.0, epsilon), spec=spec_of())
+        for epsilon in (0.1, 0.3)
+    )
+
+    def compiled():
+        return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        operator.transported(kernels, one, target, source, **ENDS, spec=fresh)
+        assert compiled()  # the probe works
+        caplog.clear()
+        operator.transported(others, other, target, source, **ENDS, spec=fresh)
+        assert compiled() == []
