@@ -29,7 +29,7 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: Token ids, special tokens included.
-        is_special: True where the tokenizer added a special token.
+        is_special: True where a token is special, added by the tokenizer or written in the text.
     """
 
     ids: list[int]
@@ -190,12 +190,15 @@ def vocabulary(tokenizer: Any, *, size: int) -> dict[str, int]:
 
 def encode(tokenizer: Any, documents: Sequence[str], *, max_length: int) -> list[Encoded]:
     """Tokenises documents as the model was trained to see them, cut at ``max_length`` tokens."""
-    encoded = []
+    encoded, special = [], set(tokenizer.all_special_ids)
     for text in documents:
         one = tokenizer(
             text, truncation=True, max_length=max_length, return_special_tokens_mask=True
         )
-        encoded.append(Encoded(one["input_ids"], [bool(x) for x in one["special_tokens_mask"]]))
+        ids, added = one["input_ids"], one["special_tokens_mask"]
+        # the mask knows what was added, not what the text itself spells out
+        is_special = [bool(x) or token in special for token, x in zip(ids, added, strict=True)]
+        encoded.append(Encoded(ids, is_special))
     return encoded
 
 

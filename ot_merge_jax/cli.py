@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text as Words
 
 from ot_merge_jax import progress
@@ -197,9 +197,12 @@ def run(
 def _mesh_sizes(text: str) -> dict[str, int]:
     """``data=2,model=4`` as a mapping."""
     try:
-        return {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
     except ValueError as error:
         raise RecipeError(f"--mesh {text!r} is not like data=2,model=4.") from error
+    if min(sizes.values()) < 1:
+        raise RecipeError(f"--mesh {text!r} has an axis without devices; write data=2,model=4.")
+    return sizes
 
 
 @app.command(name="eval")
@@ -224,7 +227,9 @@ def evaluate(
     if as_json:
         _print_json(found)
         return
-    table = Table("model", "documents", "tokens", "nats/token", "bits/byte")
+    table = Table(Column("model", overflow="fold"))
+    for name in ("documents", "tokens", "nats/token", "bits/byte"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, one in found["models"].items():
         numbers = (str(one["documents"]), str(one["tokens"]))
         table.add_row(
@@ -271,7 +276,8 @@ def inspect(
          f"{len(shards)} file(s)", _out)  # fmt: skip
     for key, value in cfg.items():
         _say(f"  {key}: {value}", _out)
-    table = Table("parameter", "tensors in the files", "shape", "moves as")
+    names = (Column(name, overflow="fold") for name in ("parameter", "tensors in the files"))
+    table = Table(*names, Column("shape", no_wrap=True), Column("moves as", no_wrap=True))
     for row in parameters:
         table.add_row(
             row["path"], Words(row["tensors"]), str(row["shape"]), row["weight"] or "never"

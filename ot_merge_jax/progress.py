@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 import rich.console
@@ -34,12 +34,13 @@ def shown(console: rich.console.Console) -> Iterator[None]:
         _console.reset(token)
 
 
-def track(items: Sequence[T], description: str) -> Iterable[T]:
+def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterable[T]:
     """Iterates, showing how far it is and how long it will take if a front end wants to know.
 
     Args:
-        items: What to iterate; its length is the total.
+        items: What to iterate.
         description: What is done, e.g. ``gather (batches)``.
+        total: How many items there are; needed where ``items`` has no length.
 
     Returns:
         The same items.
@@ -51,10 +52,14 @@ def track(items: Sequence[T], description: str) -> Iterable[T]:
     console = _console.get()
     if console is None:
         return items
-    return _bar(items, description, console) if console.is_terminal else _lines(items, description)
+    count = len(items) if isinstance(items, Sized) else total or 0
+    show = _bar if console.is_terminal else _lines
+    return show(items, description, count, console)
 
 
-def _bar(items: Sequence[T], description: str, console: rich.console.Console) -> Iterator[T]:
+def _bar(
+    items: Iterable[T], description: str, total: int, console: rich.console.Console
+) -> Iterator[T]:
     """A bar with elapsed and remaining time; it vanishes when done."""
     columns = (
         rich.progress.TextColumn("{task.description}"),
@@ -65,16 +70,19 @@ def _bar(items: Sequence[T], description: str, console: rich.console.Console) ->
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(items, description=description)
+        yield from bar.track(items, total=total, description=description)
 
 
-def _lines(items: Sequence[T], description: str) -> Iterator[T]:
+def _lines(
+    items: Iterable[T], description: str, total: int, console: rich.console.Console
+) -> Iterator[T]:
     """A log line at most every few seconds."""
+    del console  # log handlers know where to write
     start = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
         if done and now - last >= _SECONDS_BETWEEN_LINES:
-            left = (now - start) / done * (len(items) - done)
-            _LOG.info("%s: %d of %d, about %.0f s left", description, done, len(items), left)
+            left = (now - start) / done * (total - done)
+            _LOG.info("%s: %d of %d, about %.0f s left", description, done, total, left)
             last = now
         yield item

@@ -145,7 +145,8 @@ class Recipe(pydantic.BaseModel):
             )
         if len(set(self.weights)) < len(self.weights):
             raise ValueError("weights names one weight twice")
-        if self.rule == "interpolate" and isinstance(self.strength, float) and self.strength > 1:
+        said = self.strength.values() if isinstance(self.strength, dict) else [self.strength]
+        if self.rule == "interpolate" and any(x != "auto" and float(x) > 1 for x in said):
             raise ValueError("strength must lie in [0, 1] for rule interpolate")
         if isinstance(self.strength, dict):
             moving = {group for group, names in GROUPS.items() if names & set(self.weights)}
@@ -257,7 +258,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _unknown(key: str, known: Mapping[str, Any]) -> str:
+def _unknown(key: Any, known: Mapping[str, Any]) -> str:
     """'unknown key ... (did you mean ...?)'."""
     near = difflib.get_close_matches(str(key), known, n=1)
     return f"unknown key {key!r}" + (f" (did you mean {near[0]!r}?)" if near else "")

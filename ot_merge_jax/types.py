@@ -69,7 +69,7 @@ class Potentials(NamedTuple):
         g: Source potential ``[..., m]``, in units of the cost.
         epsilon: Regularisation ``[...]``, in units of the cost.
         cost: Transport cost ``<C, Q>``, without the entropy.
-        error: L1 error of the marginals of the plan.
+        error: L1 error of the marginals of the plan, the larger of the two sides.
         iterations: Sinkhorn iterations spent.
         converged: Whether the solver's error reached the threshold. Callers must look at it.
     """

@@ -5,25 +5,33 @@ Fixtures
 ``rng``
     NumPy generator seeded from the test's own name.
 ``strict``
-    ``with strict(): ...`` makes dtype promotion strict and rank promotion an error. Put it around OUR functions in
-    float32 only: ott-jax, optax and `jax.nn.dot_product_attention` in bfloat16 break under it.
+    ``with strict(): ...`` makes dtype promotion strict and rank promotion an error. Put it around
+    OUR functions in float32 only: ott-jax, optax and `jax.nn.dot_product_attention` in bfloat16
+    break under it.
 ``texts``, ``text_file``
     Small multilingual documents, and a ``.txt`` of them (one document a line).
 ``config_dict``
-    ``config_dict(family="llama", *, tied=False, kv_heads=2, ...)`` -> the dict of a tiny ``config.json``.
+    ``config_dict(family="llama", *, tied=False, kv_heads=2, ...)`` -> the dict of a tiny
+    ``config.json``.
+``tokenizer_folder``
+    ``tokenizer_folder("bpe" | "qwen" | "metaspace")`` -> folder of real, tiny tokenizer files.
 ``tiny_checkpoint``
-    ``tiny_checkpoint(family="llama", *, tied=False, kv_heads=2, head_dim=8, layers=3, seed=0, ...)`` -> folder of a
-    random checkpoint with tokenizer, made without torch by our own writer. Cached for the session: READ-ONLY.
+    ``tiny_checkpoint(family="llama", *, tied=False, kv_heads=2, layers=3, seed=0, ...)`` -> folder
+    of a random checkpoint with tokenizer, made without torch by our own writer. Cached for the
+    session: READ-ONLY.
 ``writable_copy``
     ``writable_copy(folder)`` -> a copy under ``tmp_path`` that the test may damage.
 ``torch_checkpoint``
-    ``torch_checkpoint(family="llama", ...)`` -> (folder, torch model in float32 with eager attention), made by
-    transformers alone: the independent side of parity. Cached for the session: READ-ONLY. Mark the test ``torch``.
+    ``torch_checkpoint(family="llama", ...)`` -> (folder, torch model in float32 with eager
+    attention), made by transformers alone: the independent side of parity. Cached for the session:
+    READ-ONLY. Mark the test ``torch``.
 ``random_batch``
-    ``random_batch(cfg, padding="none"|"left"|"right", ...)`` -> `Batch` with rows of different lengths.
+    ``random_batch(cfg, padding="none"|"left"|"right", ...)`` -> `Batch` with rows of different
+    lengths.
 
-The default sizes are all different, so that nothing passes because a matrix happens to be square: hidden 24,
-4 heads of 8 (q width 32), 2 kv heads (k width 16), MLP 40, 3 layers, and more vocabulary rows than tokens.
+The default sizes are all different, so that nothing passes because a matrix happens to be square:
+hidden 24, 4 heads of 8 (q width 32), 2 kv heads (k width 16), MLP 40, 3 layers, and more vocabulary
+rows than tokens.
 """
 
 import contextlib
@@ -107,17 +115,19 @@ def strict():
     return context
 
 
-# ------------------------------------------------------------------------------------------------ texts, tokenizers
+# ---- texts, tokenizers ----
 
 
 @pytest.fixture(scope="session")
 def texts():
     """Sixty short documents, several scripts, seeded."""
-    words = (
-        "the small target model receives what a larger source model learned from text about rivers mountains "
-        "harbours markets and old songs while nobody counts hours perbualan bahasa sungai gunung rumah "
-        "naïve café übung 河流 山 市場 песня река 1984 3.14 don't"
-    ).split()
+    words = """
+        the small target model receives what a larger source model learned from text about rivers
+        mountains harbours markets and old songs while nobody counts hours
+        perbualan bahasa sungai gunung rumah naïve café übung
+        河流 山 市場 песня река 1984 3.14 don't
+    """
+    words = words.split()
     rng = np.random.default_rng(7)
     return [
         " ".join(rng.choice(words, size=int(rng.integers(6, 30)))) + rng.choice([".", "?", "!"])
@@ -133,7 +143,8 @@ def text_file(tmp_path, texts):
     return path
 
 
-#: Kind -> (tokens, BOS or None, EOS). The ids of BOS and EOS follow from the order of the special tokens.
+#: Kind -> (tokens, BOS or None, EOS). The ids of BOS and EOS follow from the order of the special
+#: tokens.
 TOKENIZERS = {
     "bpe": (300, "<|begin|>", "<|end|>"),  # byte level, as Llama 3
     "qwen": (
@@ -144,7 +155,10 @@ TOKENIZERS = {
     "metaspace": (370, "<s>", "</s>"),  # sentence-piece marks and byte fallback, as Llama 2
 }
 _OF_FAMILY = {"llama": "bpe", "qwen2": "qwen"}
-_QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _special_tokens(kind):
@@ -239,7 +253,7 @@ def tokenizer_folder(tmp_path_factory, texts):
     return make
 
 
-# ------------------------------------------------------------------------------------------------ tiny checkpoints
+# ---- tiny checkpoints ----
 
 
 @pytest.fixture(scope="session")
@@ -261,7 +275,9 @@ def config_dict():
         tokenizer=None,
         **more,
     ):
-        """``head_dim=None`` leaves the key out; ``more`` are further keys of the file (None removes one)."""
+        """``head_dim=None`` leaves the key out; ``more`` are further keys of the file (None removes
+        one).
+        """
         kind = tokenizer or _OF_FAMILY[family]
         tokens, bos, eos = TOKENIZERS[kind]
         ids = {token: place for place, token in enumerate(_special_tokens(kind))}
@@ -298,7 +314,7 @@ def config_dict():
 
 
 def _random_params(cfg, seed, std):
-    """Parameters by the table of specs, in numpy (drawing with JAX would compile once for every shape).
+    """Parameters by the table of specs, in numpy: drawing with JAX compiles once for every shape.
 
     Norms and biases are not the identity, so that leaving one out is seen.
     """
@@ -317,7 +333,9 @@ def _random_params(cfg, seed, std):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
-    """Factory of tiny random checkpoints on disk, torch-free; the folder is shared, so do not write into it."""
+    """Factory of tiny random checkpoints on disk, torch-free; the folder is shared, so do not write
+    into it.
+    """
     made = {}
 
     def make(
@@ -335,16 +353,16 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
         Args:
             family: ``llama`` or ``qwen2``.
             seed: Of the weights.
-            std: Standard deviation of weights (embedding too); 0.2 gives activations of order one.
-            drift: Adds ``drift`` times another random checkpoint's deviations: with the same seed and sizes, a
-                "fine-tuned" copy of the ``drift=0`` checkpoint.
+            std: Standard deviation of weights, embedding too; 0.2 gives activations of order one.
+            drift: Adds ``drift`` times another random checkpoint's deviations: with the same seed
+                and sizes, a "fine-tuned" copy of the ``drift=0`` checkpoint.
             max_shard_bytes: Size of a shard; None: one file.
-            tokenizer: A kind of `TOKENIZERS`; None: ``bpe`` for llama, ``qwen`` for qwen2 (the only one that
-                transformers leaves alone there).
-            **config: See ``config_dict``: tied, kv_heads, head_dim, heads, hidden, intermediate, layers, dtype, ...
+            tokenizer: A kind of `TOKENIZERS`; None: ``bpe`` for llama, ``qwen`` for qwen2 (the only
+                one that transformers leaves alone there).
+            **config: See ``config_dict``: tied, kv_heads, head_dim, heads, hidden, layers, ...
 
         Returns:
-            Folder with config, generation config, tokenizer files, chat template, LICENSE and weights.
+            Folder with config, generation config, tokenizer, chat template, LICENSE and weights.
         """
         key = json.dumps(
             [family, seed, std, drift, max_shard_bytes, tokenizer, config], sort_keys=True
@@ -354,7 +372,7 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
         import jax
 
         from ot_merge_jax.io import hf
-        from ot_merge_jax.models import families, specs
+        from ot_merge_jax.models import families
 
         kind = tokenizer or _OF_FAMILY[family]
         files = config_dict(family, tokenizer=kind, **config)
@@ -396,7 +414,9 @@ def torch_checkpoint(tmp_path_factory, config_dict):
     made = {}
 
     def make(family="llama", *, seed=0, std=0.2, **config):
-        """See ``config_dict`` for the keywords; the weights are ``N(0, std)``, norms and biases lively."""
+        """See ``config_dict`` for the keywords; the weights are ``N(0, std)``, norms and biases
+        lively.
+        """
         torch = pytest.importorskip("torch")
         import transformers
 

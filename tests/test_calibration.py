@@ -303,6 +303,14 @@ def test_token_rows_are_the_tokens_that_are_not_special(texts, tokenizers):
     assert data.documents == len(texts)
 
 
+def test_special_tokens_written_in_a_text_give_no_row(tokenizers):
+    """They are attention sinks wherever they come from."""
+    tokenizer = tokenizers["bpe"]
+    data = align(["river<|end|> sungai", "market"], tokenizer, tokenizer, rows="token")
+    assert tokenizer.eos_token_id in np.concatenate([b.tokens[b.mask] for b in data.target])
+    assert not any(special for _, special in row_tokens(data.target, tokenizer).values())
+
+
 @pytest.mark.parametrize("max_rows", [2, 33, 100_000])
 def test_token_rows_of_the_two_models_correspond(texts, tokenizers, max_rows):
     tokenizer = tokenizers["bpe"]

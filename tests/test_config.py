@@ -31,7 +31,7 @@ def refused(config):
     return message
 
 
-# ---------------------------------------------------------------------------------------- what is read
+# ---- what is read ----
 
 
 def test_every_field(config_dict):
@@ -144,7 +144,7 @@ def test_integer_eps_and_theta_become_floats(config_dict):
     assert isinstance(cfg.rope.theta, float)
 
 
-# ---------------------------------------------------------------------------------------- RoPE, new and old
+# ---- RoPE, new and old ----
 
 
 ROPES = {
@@ -260,7 +260,7 @@ def test_llama3_bands_in_the_wrong_order_are_refused(config_dict):
     assert "low_freq_factor" in refused(config_dict(rope_parameters=rope))
 
 
-# ---------------------------------------------------------------------------------------- what is refused
+# ---- what is refused ----
 
 
 NUMBERS = (
@@ -279,13 +279,13 @@ def test_ill_typed_number_is_refused(key, value, config_dict):
     assert f"{key} must be an integer, not {value!r}" in refused(config_dict() | {key: value})
 
 
-@pytest.mark.parametrize("key", (*NUMBERS, "num_key_value_heads", "head_dim", "rms_norm_eps"))
+@pytest.mark.parametrize("key", [*NUMBERS, "num_key_value_heads", "head_dim", "rms_norm_eps"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_number_that_is_not_positive_is_refused(key, value, config_dict):
     assert f"{key} must be positive" in refused(config_dict() | {key: value})
 
 
-@pytest.mark.parametrize("key", (*NUMBERS, "rms_norm_eps"))
+@pytest.mark.parametrize("key", [*NUMBERS, "rms_norm_eps"])
 def test_missing_number_is_refused(key, config_dict):
     config = config_dict()
     del config[key]
@@ -393,7 +393,7 @@ def test_inert_keys_change_nothing(key, config_dict):
     assert read(config | {key: 1}) == read({k: v for k, v in config.items() if k != key})
 
 
-# ---------------------------------------------------------------------------------------- whole kinds
+# ---- whole kinds ----
 
 
 @pytest.mark.parametrize("family", FAMILIES)

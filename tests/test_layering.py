@@ -1,4 +1,6 @@
-"""The walls of the house, read from the source: who imports whom, how large files are, what is never used."""
+"""The walls of the house, read from the source: who imports whom, how large files are, what is
+never used.
+"""
 
 import ast
 import importlib
@@ -17,7 +19,8 @@ ROOT = Path(ot_merge_jax.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 MAX_LINES = 500
 
-#: From the ground up; a module imports from its own storey and below. What is not listed is only kept free of cycles.
+#: From the ground up; a module imports from its own storey and below. What is not listed is only
+#: kept free of cycles.
 STOREYS = (
     ("errors", "progress", "assets"),
     ("types", "config"),
@@ -119,7 +122,7 @@ def test_the_package_is_seen():
     } <= MODULES.keys()
 
 
-# ---------------------------------------------------------------------------------------- who imports whom
+# ---- who imports whom ----
 
 
 @each_module
@@ -202,7 +205,7 @@ def test_import_has_no_side_effect():
     assert done.stdout == ""
 
 
-# ---------------------------------------------------------------------------------------- how files look
+# ---- how files look ----
 
 
 @each_module
@@ -241,7 +244,7 @@ def test_no_reexport_hides_a_module(name):
         assert getattr(module, child.name) is sys.modules[f"{name}.{child.name}"]
 
 
-# ---------------------------------------------------------------------------------------- what is never used
+# ---- what is never used ----
 
 
 @each_module

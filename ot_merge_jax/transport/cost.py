@@ -31,15 +31,37 @@ def centred(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, "
     return centre, jnp.sqrt(jnp.mean(centre * centre, 0))
 
 
-def std(x: Float[Array, "t n"]) -> Float[Array, " n"]:
-    """Population standard deviation of each column; a constant column counts as 1 (SPEC section 2).
+def standardise(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:
+    """Columns of mean 0 and norm 1, and their standard deviations.
+
+    Args:
+        x: One row per sample.
+
+    Returns:
+        Unit columns, zero where a column is constant, and the population standard deviations
+        ``[n]``, where a constant column counts as 1 (SPEC section 2).
 
     Example:
-        >>> std(jnp.array([[1.0, 5.0], [3.0, 5.0]])).tolist()
-        [1.0, 1.0]
+        >>> unit, std = standardise(jnp.array([[1.0, 5.0], [3.0, 5.0]]))
+        >>> unit.round(3).tolist(), std.tolist()
+        ([[-0.7070000171661377, 0.0], [0.7070000171661377, 0.0]], [1.0, 1.0])
     """
-    deviation = centred(x)[1]
-    return jnp.where(deviation > 0, deviation, 1.0)
+    centre, deviation = centred(x)
+    deviation = jnp.where(deviation > 0, deviation, 1.0)
+    return centre / (deviation * x.shape[0] ** 0.5), deviation
+
+
+def of_units(
+    x: Float[Array, "t n"], y: Float[Array, "t m"], *, signed: bool = False
+) -> Float[Array, "n m"]:
+    """The cost of columns that `standardise` has made; see `correlation_cost`."""
+    rho = correlation_of_units(x, y)
+    return 1.0 - (jnp.abs(rho) if signed else rho)
+
+
+def correlation_of_units(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, "n m"]:
+    """Correlation of columns that `standardise` has made."""
+    return jnp.clip(jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST), -1.0, 1.0)
 
 
 def correlation(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, "n m"]:
@@ -60,14 +82,7 @@ def correlation(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, 
             f"Rows of the two models must correspond one to one and be at least 2, "
             f"not {x.shape[0]} and {y.shape[0]}."
         )
-
-    def unit(z: jax.Array) -> jax.Array:
-        centre, _ = centred(z)
-        norm = jnp.linalg.norm(centre, axis=0, keepdims=True)
-        return centre / jnp.where(norm > 0, norm, 1.0)
-
-    rho = jnp.matmul(unit(x).T, unit(y), precision=jax.lax.Precision.HIGHEST)
-    return jnp.clip(rho, -1.0, 1.0)
+    return correlation_of_units(standardise(x)[0], standardise(y)[0])
 
 
 def correlation_cost(

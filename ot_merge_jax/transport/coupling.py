@@ -62,13 +62,14 @@ def couple(
     steps = iter(progress.track(range(total), "neuron transport (layers x sites)"))
     feature, layer, std_target, std_source = {}, {}, {}, {}
     for site in sites:
-        xs, ys = target.values[site], jnp.asarray(source.values[site])
+        xs, std_target[site] = _standardise(jnp.asarray(target.values[site]))
+        ys, std_source[site] = _standardise(jnp.asarray(source.values[site]))
         rows = []
         for x in xs:
             next(steps)
             rows.append(
                 _one_layer(
-                    jnp.asarray(x), ys, hparams.epsilon, hparams.threshold,
+                    x, ys, hparams.epsilon, hparams.threshold,
                     max_iterations=spec.max_iterations, signed=spec.signed,
                 )
             )  # fmt: skip
@@ -76,9 +77,16 @@ def couple(
         layer[site] = layer_plan(
             feature[site].cost, epsilon=hparams.layer_epsilon, layer_cost=spec.layer_cost
         )
-        std_target[site], std_source[site] = _stds(jnp.asarray(xs), ys)
     next(steps, None)
     return Coupling(layer, feature, std_target, std_source)
+
+
+@jax.jit
+def _standardise(
+    layers: Float[Array, "layers t d"],
+) -> tuple[Float[Array, "layers t d"], Float[Array, "layers d"]]:
+    """Unit columns and standard deviations of every layer; pairs share them."""
+    return jax.lax.map(cost.standardise, layers)
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "signed"))
@@ -91,23 +99,15 @@ def _one_layer(
     max_iterations: int,
     signed: bool,
 ) -> Potentials:
-    """One target layer against all source layers, a few pairs at a time."""
+    """One target layer against all source layers, standardised, a few pairs at a time."""
 
     def pair(y: jax.Array) -> Potentials:
-        costs = cost.correlation_cost(x, y, signed=signed)
+        costs = cost.of_units(x, y, signed=signed)
         return solve.solve(
             costs, epsilon=epsilon, threshold=threshold, max_iterations=max_iterations
         )
 
     return jax.lax.map(pair, ys, batch_size=solve.pairs_at_once(x.shape[1], ys.shape[2]))
-
-
-@jax.jit
-def _stds(
-    xs: Float[Array, "L t n"], ys: Float[Array, "M t m"]
-) -> tuple[Float[Array, "L n"], Float[Array, "M m"]]:
-    """Per-neuron standard deviation of each layer of both models."""
-    return jax.lax.map(cost.std, xs), jax.lax.map(cost.std, ys)
 
 
 def layer_plan(

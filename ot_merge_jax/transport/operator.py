@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,17 +33,14 @@ class Space(NamedTuple):
     std_source: Float[Array, "M m"]
 
 
-def space(
-    coupling: Coupling,
-    target: Activations,
-    source: Activations,
-    site: str,
-    l: int,
-) -> Space:
-    """The `Space` of one site and target layer."""
-    potentials, std = _layer_of((coupling.feature[site], coupling.std_target[site]), l)
-    x, ys = jnp.asarray(target.values[site][l]), jnp.asarray(source.values[site])
-    return Space(x, ys, potentials, std, coupling.std_source[site])
+def spaces(
+    coupling: Coupling, target: Activations, source: Activations, site: str
+) -> Iterator[Space]:
+    """The `Space` of one site for each target layer; the source's rows are moved only once."""
+    ys = jnp.asarray(source.values[site])
+    for l, x in enumerate(target.values[site]):
+        potentials, std = _layer_of((coupling.feature[site], coupling.std_target[site]), l)
+        yield Space(jnp.asarray(x), ys, potentials, std, coupling.std_source[site])
 
 
 @jax.jit
@@ -193,11 +191,15 @@ def transported(
     Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (SPEC section 5).
     """
     share = layer_weights(coupling, in_site=in_site, out_site=out_site, spec=spec)
-    layers = []
-    for l in progress.track(range(len(share)), f"transport {in_site} -> {out_site} (layers)"):
-        into = space(coupling, target, source, in_site, l)
-        out = space(coupling, target, source, out_site, l)
-        layers.append(_kernel_of_layer(weights, into, out, share[l], spec=spec))
+    into = spaces(coupling, target, source, in_site)
+    out = spaces(coupling, target, source, out_site)
+    pairs = zip(share, into, out, strict=True)
+    layers = [
+        _kernel_of_layer(weights, one_in, one_out, one_share, spec=spec)
+        for one_share, one_in, one_out in progress.track(
+            pairs, f"transport {in_site} -> {out_site} (layers)", total=len(share)
+        )
+    ]
     return jnp.stack(layers)
 
 
@@ -226,6 +228,8 @@ def transported_bias(
         ``[L, d_out]`` float32 in the target's widths.
     """
     share = layer_weights(coupling, in_site=in_site, out_site=out_site, spec=spec)
-    spaces = (space(coupling, target, source, out_site, l) for l in range(len(share)))
-    rows = [_bias_of_layer(biases, out, share[l], spec=spec) for l, out in enumerate(spaces)]
+    outs = spaces(coupling, target, source, out_site)
+    rows = [
+        _bias_of_layer(biases, out, one, spec=spec) for one, out in zip(share, outs, strict=True)
+    ]
     return jnp.stack(rows)

@@ -8,6 +8,7 @@ iteration than the kernel form (measured at 320 x 512 and 1024 x 2048).
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -112,22 +113,25 @@ def _solve_one(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: in
             lse_mode=True,
             threshold=threshold,
             norm_error=1,
-            inner_iterations=min(_CHECK_EVERY, max_iterations),
+            inner_iterations=math.gcd(_CHECK_EVERY, max_iterations),  # ott runs whole rounds
             max_iterations=max_iterations,
             implicit_diff=None,
         )
         output = solver(linear_problem.LinearProblem(geometry.Geometry(reduced, epsilon=epsilon)))
     coupled = jnp.exp((output.f[:, None] + output.g - reduced) / epsilon)
     n, m = cost.shape
-    error = jnp.abs(coupled.sum(1) - 1 / n).sum() + jnp.abs(coupled.sum(0) - 1 / m).sum()
+    error = jnp.maximum(
+        jnp.abs(coupled.sum(1) - 1 / n).sum(), jnp.abs(coupled.sum(0) - 1 / m).sum()
+    )
+    total = jnp.sum(coupled * cost)
     return Potentials(
         f=output.f + row,
         g=output.g + column,
         epsilon=epsilon,
-        cost=jnp.sum(coupled * cost),
+        cost=total,
         error=error,
         iterations=jnp.asarray(output.n_iters, jnp.int32),
-        converged=jnp.asarray(output.converged) & jnp.isfinite(error),
+        converged=jnp.asarray(output.converged) & jnp.isfinite(error) & jnp.isfinite(total),
     )
 
 

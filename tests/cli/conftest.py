@@ -1,8 +1,8 @@
-"""What the tests of the command line share: two sizes of tiny models, texts of one length, runs that are made once.
+"""What the tests of the command line share: two sizes of models, texts of one length, merges.
 
-Compiling is nearly all of the time of a tiny merge, so there are only two sizes (`TARGET`, `SOURCE`, different in
-everything) and all documents fall into one bucket of lengths: after the first run of a preset the next ones take a
-second or two.
+Compiling is nearly all of the time of a tiny merge, so there are only two sizes (`TARGET` and
+`SOURCE`, different in everything) and all documents fall into one bucket of lengths: after the
+first run of a preset the next ones take a second or two.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from ot_merge_jax.cli import app
@@ -64,7 +65,9 @@ def call(*arguments, columns=80) -> Called:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder; kinds of everything else."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
         for path in sorted(folder.rglob("*"))
     }
 
@@ -83,16 +86,17 @@ def hashes():
 
 @pytest.fixture(scope="session")
 def counts():
-    """How many documents of the calibration text give rows and the dev split, and of the held-out text."""
+    """Documents that give rows, of the dev split, of the held-out text."""
     return COUNTS
 
 
 @pytest.fixture(scope="session")
 def documents(texts, tokenizer_folder):
-    """Documents that are 17 to 31 tokens long for both kinds of tokenizer, so that all batches have one length."""
-    from tokenizers import Tokenizer
-
-    readers = [Tokenizer.from_file(str(tokenizer_folder(kind) / "tokenizer.json")) for kind in ("bpe", "qwen")]
+    """Documents of 17 to 31 tokens for both kinds of tokenizer: all batches have one length."""
+    readers = [
+        Tokenizer.from_file(str(tokenizer_folder(kind) / "tokenizer.json"))
+        for kind in ("bpe", "qwen")
+    ]
     found, words = [], []
     for word in " ".join(texts).split():
         words.append(word)
@@ -110,8 +114,7 @@ def documents(texts, tokenizer_folder):
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """Folder of the inputs that all tests share; read-only."""
-    folder = tmp_path_factory.mktemp("inputs")
-    return folder
+    return tmp_path_factory.mktemp("inputs")
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +132,9 @@ def models(place, tiny_checkpoint):
     """Name -> folder. The targets are a single float32 file untied, and bfloat16 shards tied."""
     made = {
         "llama-target": tiny_checkpoint("llama", seed=1, **TARGET),
-        "qwen2-target": tiny_checkpoint("qwen2", seed=2, tied=True, dtype="bfloat16", max_shard_bytes=20_000, **TARGET),
+        "qwen2-target": tiny_checkpoint(
+            "qwen2", seed=2, tied=True, dtype="bfloat16", max_shard_bytes=20_000, **TARGET
+        ),
         "llama-base": tiny_checkpoint("llama", seed=3, **SOURCE),
         "llama-source": tiny_checkpoint("llama", seed=3, drift=0.1, **SOURCE),
         "qwen2-source": tiny_checkpoint("qwen2", seed=4, **SOURCE),
@@ -146,7 +151,17 @@ def calls(models, text_files):
     texts = ("--calibration", calibration, "--eval-text", heldout)
 
     def one(preset, target, source, *more):
-        return ("run", "--preset", preset, "--target", models[target], "--source", models[source], *texts, *more)
+        return (
+            "run",
+            "--preset",
+            preset,
+            "--target",
+            models[target],
+            "--source",
+            models[source],
+            *texts,
+            *more,
+        )
 
     base = ("--source-base", models["llama-base"])
     return {
@@ -183,7 +198,9 @@ def merged(tmp_path_factory, calls, place, models, text_files):
             assert digests(place) == before, "a run changed its inputs"
             arguments = calls[name]
             report = json.loads((out / "ot_merge" / "report.json").read_text())
-            target, source = (Path(arguments[arguments.index(flag) + 1]) for flag in ("--target", "--source"))
+            target, source = (
+                Path(arguments[arguments.index(flag) + 1]) for flag in ("--target", "--source")
+            )
             made[name] = Merged(out, target, source, called, report, arguments)
         return made[name]
 

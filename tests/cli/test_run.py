@@ -1,4 +1,4 @@
-"""`ot-merge run` end to end: two folders in, one folder out that transformers loads, and nothing else."""
+"""`ot-merge run` end to end: two folders in, one out that transformers loads, nothing else."""
 
 import getpass
 import json
@@ -10,20 +10,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import transformers
 import yaml
 
+from ot_merge_jax import calibration, forward, load_hf
+from ot_merge_jax.io import provenance
+from ot_merge_jax.types import Batch
+
 INDEX = "model.safetensors.index.json"
-CROSS = ["paper llama<-qwen2", "paper qwen2<-llama", "barycentric llama<-qwen2", "barycentric qwen2<-llama"]
+CROSS = [
+    "paper llama<-qwen2",
+    "paper qwen2<-llama",
+    "barycentric llama<-qwen2",
+    "barycentric qwen2<-llama",
+]
 ALL = [*CROSS, "delta llama<-llama"]
 #: For processes of their own, in which nothing has been compiled yet.
 FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NOTHING = "nothing of the source was transferred"
 DIAGNOSTICS = {
-    "ratio_transported", "ratio_change", "source_layer", "neighbours_out", "neighbours_in", "error", "iterations",
-    "converged",
+    "ratio_transported", "ratio_change", "source_layer", "neighbours_out", "neighbours_in", "error",
+    "iterations", "converged",
 }  # fmt: skip
 
 
@@ -44,20 +56,13 @@ def moved(merge):
     return {name for name in before if before[name][1].tobytes() != after[name][1].tobytes()}
 
 
-# ------------------------------------------------------------------------------------------ what transformers sees
+# ---- what transformers sees ----
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ALL)
 def test_transformers_loads_the_output_and_gives_our_logits(name, merged):
     torch = pytest.importorskip("torch")
-    import jax
-    import jax.numpy as jnp
-    import transformers
-
-    from ot_merge_jax import forward, load_hf
-    from ot_merge_jax.types import Batch
-
     out = merged(name).out
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
@@ -66,7 +71,9 @@ def test_transformers_loads_the_output_and_gives_our_logits(name, merged):
     cfg, params = load_hf(out, dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, 16)).astype(np.int32)
     mask, row = np.ones(tokens.shape, bool), np.zeros((1, 1), np.int32)
-    ours = jax.jit(forward, static_argnames="cfg")(params, Batch(tokens, mask, row, row), cfg=cfg)[0]
+    ours = jax.jit(forward, static_argnames="cfg")(params, Batch(tokens, mask, row, row), cfg=cfg)[
+        0
+    ]
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(np.asarray(ours), expected, rtol=0, atol=1e-4)
@@ -75,14 +82,16 @@ def test_transformers_loads_the_output_and_gives_our_logits(name, merged):
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["barycentric qwen2<-llama", "delta llama<-llama"])
 def test_transformers_tokenizes_as_with_the_target(name, merged, documents):
-    import transformers
-
     merge = merged(name)
-    ours, theirs = (transformers.AutoTokenizer.from_pretrained(one) for one in (merge.out, merge.target))
-    assert [ours(text)["input_ids"] for text in documents] == [theirs(text)["input_ids"] for text in documents]
+    ours, theirs = (
+        transformers.AutoTokenizer.from_pretrained(one) for one in (merge.out, merge.target)
+    )
+    assert [ours(text)["input_ids"] for text in documents] == [
+        theirs(text)["input_ids"] for text in documents
+    ]
 
 
-# ------------------------------------------------------------------------------------------------ output contract
+# ---- output contract ----
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -133,7 +142,9 @@ def test_single_file_has_no_index(merged):
 @pytest.mark.parametrize("name", ALL)
 def test_config_is_the_targets_with_both_spellings(name, merged):
     merge = merged(name)
-    before, after = (json.loads((one / "config.json").read_text()) for one in (merge.target, merge.out))
+    before, after = (
+        json.loads((one / "config.json").read_text()) for one in (merge.target, merge.out)
+    )
     assert {key: after[key] for key in before} == before
     assert [key for key in after if key in before] == list(before)
     assert set(after) - set(before) <= {"torch_dtype", "rope_theta", "rope_scaling"}
@@ -146,7 +157,12 @@ def test_other_files_are_byte_for_byte_the_targets(name, merged):
     merge = merged(name)
     names = {path.name for path in merge.target.iterdir() if path.suffix != ".safetensors"}
     names -= {"config.json", INDEX}
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
+    assert {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    } <= names
     for one in sorted(names):
         assert (merge.out / one).read_bytes() == (merge.target / one).read_bytes(), one
 
@@ -160,7 +176,9 @@ def test_modes_follow_the_umask(calls, tmp_path, cli):
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").rglob("*")}
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
     assert {mode for path, mode in modes.items() if path.is_dir()} == {0o750}
-    assert {str(path): oct(mode) for path, mode in modes.items() if path.is_file() and mode != 0o640} == {}
+    assert {
+        str(path): oct(mode) for path, mode in modes.items() if path.is_file() and mode != 0o640
+    } == {}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -181,7 +199,10 @@ def test_card_says_what_it_is(name, merged):
 def test_licence_is_kept_when_all_agree_and_only_then(calls, models, tmp_path, cli):
     for agree in (True, False):
         folders = {}
-        for role, licence in (("llama-target", "mit"), ("qwen2-source", "mit" if agree else "apache-2.0")):
+        for role, licence in (
+            ("llama-target", "mit"),
+            ("qwen2-source", "mit" if agree else "apache-2.0"),
+        ):
             folders[role] = shutil.copytree(models[role], tmp_path / f"{agree}" / role)
             (folders[role] / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
         words = [
@@ -206,7 +227,11 @@ def test_provenance_holds_hashes_versions_and_the_command(name, merged, hashes):
     for role, folder in (("target", merge.target), ("source", merge.source)):
         assert found["inputs"][role]["name"] == folder.name
         assert found["inputs"][role]["files"].items() <= hashes(folder).items()
-    assert set(found["inputs"]) == {"target", "source", *(["source base"] if "delta" in name else [])}
+    assert set(found["inputs"]) == {
+        "target",
+        "source",
+        *(["source base"] if "delta" in name else []),
+    }
     assert set(found["texts"]) == {"calibration", "evaluation"}
     assert found["command"].startswith("ot-merge run --preset")
     assert found["packages"]["jax"]
@@ -214,7 +239,7 @@ def test_provenance_holds_hashes_versions_and_the_command(name, merged, hashes):
     assert found["peak_memory_bytes"] > 0
 
 
-# ---------------------------------------------------------------------------------------------------- the report
+# ---- the report ----
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -282,7 +307,9 @@ def test_paper_only_shrinks(name, merged):
             continue
         old, new = (one[tensor][1].astype("float32") for one in (before, after))
         scale = np.abs(old).max()
-        shrunk = np.isclose(new, 0.9 * old, atol=1e-2 * scale) | np.isclose(new, old, atol=1e-2 * scale)
+        shrunk = np.isclose(new, 0.9 * old, atol=1e-2 * scale) | np.isclose(
+            new, old, atol=1e-2 * scale
+        )
         if not tensor.endswith(".bias"):
             assert shrunk.all(), tensor
 
@@ -296,7 +323,9 @@ def test_paper_says_on_one_line_that_nothing_moved_and_what_would(columns, calls
     assert max(map(len, called.out.splitlines())) > columns or columns == 80
 
 
-@pytest.mark.parametrize("name", ["barycentric llama<-qwen2", "barycentric qwen2<-llama", "delta llama<-llama"])
+@pytest.mark.parametrize(
+    "name", ["barycentric llama<-qwen2", "barycentric qwen2<-llama", "delta llama<-llama"]
+)
 def test_other_presets_do_not_say_so(name, merged):
     assert NOTHING not in merged(name).called.out
 
@@ -314,7 +343,9 @@ def test_recipe_is_printed_and_saved_resolved(merged):
 
 @pytest.mark.parametrize("columns", [80, 120])
 def test_table_has_a_whole_row_for_every_weight(columns, calls, tmp_path, cli):
-    called = cli(*calls["delta llama<-llama"], "--strength", "1", "--out", tmp_path / "out", columns=columns)
+    called = cli(
+        *calls["delta llama<-llama"], "--strength", "1", "--out", tmp_path / "out", columns=columns
+    )
     table = called.out.split("Held-out text")[0]
     assert "…" not in called.out, "numbers or names are cut off"
     assert max(map(len, table.splitlines())) <= columns
@@ -345,13 +376,15 @@ def test_json_and_quiet_print_the_json_and_nothing_else(calls, tmp_path, cli):
     assert called.json["verdict"]
 
 
-# ------------------------------------------------------------------------------------------ evaluation, strength
+# ---- evaluation, strength ----
 
 
 @pytest.mark.parametrize("name", ["delta llama<-llama", "barycentric qwen2<-llama"])
 def test_eval_text_is_scored_before_and_after(name, merged, text_files, cli, counts):
     merge = merged(name)
-    found = cli("eval", merge.target, merge.out, merge.source, "--text", text_files[1], "--json").json
+    found = cli(
+        "eval", merge.target, merge.out, merge.source, "--text", text_files[1], "--json"
+    ).json
     for role, folder in (("target", merge.target), ("merge", merge.out), ("source", merge.source)):
         expected = found["models"][str(folder)]
         reported = merge.report["evaluation"][role]
@@ -372,13 +405,19 @@ def test_source_with_another_tokenizer_is_compared_in_bits_per_byte(merged):
     assert evaluation["source"]["against_target"]["metric"] == "nll_per_token"
 
 
-@pytest.mark.parametrize("name", ["delta llama<-llama", "barycentric llama<-qwen2", "barycentric qwen2<-llama"])
-def test_auto_takes_the_best_strength_of_the_dev_split(name, merged, text_files, tmp_path, cli, counts):
-    from ot_merge_jax import calibration
-
+@pytest.mark.parametrize(
+    "name", ["delta llama<-llama", "barycentric llama<-qwen2", "barycentric qwen2<-llama"]
+)
+def test_auto_takes_the_best_strength_of_the_dev_split(
+    name, merged, text_files, tmp_path, cli, counts
+):
     merge = merged(name)
     found = merge.report["strength"]
-    grid = [0, 0.2, 0.4, 0.6, 0.8, 1, 1.2] if "delta" in name else [0, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2]
+    grid = (
+        [0, 0.2, 0.4, 0.6, 0.8, 1, 1.2]
+        if "delta" in name
+        else [0, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2]
+    )
     assert [one["strength"] for one in found["tried"][: len(grid)]] == grid
     best = min(found["tried"], key=lambda one: one["loss"])
     assert found["chosen"] == best["strength"]
@@ -403,17 +442,27 @@ def test_strength_zero_returns_the_target_bit_for_bit(name, calls, merged, tmp_p
     assert "dev split" not in called.json["verdict"]  # nothing was chosen: the user said 0
 
 
-def test_delta_of_a_source_that_is_its_base_is_the_target(calls, models, merged, tmp_path, cli, hashes):
-    words = [models["llama-base"] if one == models["llama-source"] else one for one in calls["delta llama<-llama"]]
+def test_delta_of_a_source_that_is_its_base_is_the_target(
+    calls, models, merged, tmp_path, cli, hashes
+):
+    words = [
+        models["llama-base"] if one == models["llama-source"] else one
+        for one in calls["delta llama<-llama"]
+    ]
     called = cli(*words, "--strength", "1", "--out", tmp_path / "out", "--json")
-    assert hashes(tmp_path / "out")["model.safetensors"] == hashes(models["llama-target"])["model.safetensors"]
+    assert (
+        hashes(tmp_path / "out")["model.safetensors"]
+        == hashes(models["llama-target"])["model.safetensors"]
+    )
     assert NOTHING in called.json["verdict"]
 
 
-# ---------------------------------------------------------------------------------------------------- the recipe
+# ---- the recipe ----
 
 
-@pytest.mark.parametrize("name", ["barycentric llama<-qwen2", "paper qwen2<-llama", "delta llama<-llama"])
+@pytest.mark.parametrize(
+    "name", ["barycentric llama<-qwen2", "paper qwen2<-llama", "delta llama<-llama"]
+)
 def test_saved_recipe_gives_the_same_bytes(name, merged, tmp_path, cli, hashes):
     merge = merged(name)
     called = cli("run", merge.out / "ot_merge" / "recipe.yaml", "--out", tmp_path / "again")
@@ -433,7 +482,9 @@ def test_flags_win_over_the_recipe(merged, tmp_path, cli):
     recipe.write_text(yaml.safe_dump({**said, "strength": 0.05, "seed": 0}))
     words = ("run", recipe, "--json", "-q")
     kept = cli(*words, "--out", tmp_path / "kept").json["settings"]
-    won = cli(*words, "--strength", "0.2", "--samples", "1000", "--out", tmp_path / "won").json["settings"]
+    won = cli(*words, "--strength", "0.2", "--samples", "1000", "--out", tmp_path / "won").json[
+        "settings"
+    ]
     assert (kept["strength"], won["strength"]) == (0.05, 0.2)
     assert won["calibration"] == {**kept["calibration"], "samples": 1000}
     same = set(kept) - {"strength", "calibration"}
@@ -455,19 +506,28 @@ def test_relative_paths_and_an_empty_out_folder(calls, place, tmp_path, monkeypa
     monkeypatch.chdir(place)
     out = tmp_path / "out"
     out.mkdir()
-    words = [one.relative_to(place) if isinstance(one, Path) else one for one in calls["paper llama<-qwen2"]]
+    words = [
+        one.relative_to(place) if isinstance(one, Path) else one
+        for one in calls["paper llama<-qwen2"]
+    ]
     called = cli(*words, "--out", os.path.relpath(out))
     assert called.code == 0, called.err
-    assert yaml.safe_load((out / "ot_merge" / "recipe.yaml").read_text())["target"] == "llama-target"
+    assert (
+        yaml.safe_load((out / "ot_merge" / "recipe.yaml").read_text())["target"] == "llama-target"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------- privacy
+# ---- privacy ----
 
 
-def test_outputs_name_neither_the_home_folder_nor_the_user(calls, place, tmp_path, monkeypatch, cli, hashes):
+def test_outputs_name_neither_the_home_folder_nor_the_user(
+    calls, place, tmp_path, monkeypatch, cli, hashes
+):
     home = tmp_path / "zaphod"
     shutil.copytree(place, home / "models")
-    shutil.copytree(home / "models", tmp_path / "zaphod-two" / "models")  # begins like the home folder
+    shutil.copytree(
+        home / "models", tmp_path / "zaphod-two" / "models"
+    )  # begins like the home folder
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     words = [home / "models" / one.relative_to(place) if isinstance(one, Path) else one
@@ -482,7 +542,9 @@ def test_outputs_name_neither_the_home_folder_nor_the_user(calls, place, tmp_pat
             assert b"hf_secret" not in content, path
             if path.suffix in (".json", ".yaml", ".md") and path.name != "tokenizer.json":
                 assert not re.search(rb"\b" + os.uname().nodename.encode() + rb"\b", content), path
-                assert getpass.getuser() == "root" or getpass.getuser().encode() not in content, path
+                assert getpass.getuser() == "root" or getpass.getuser().encode() not in content, (
+                    path
+                )
     recipe = yaml.safe_load((out / "ot_merge" / "recipe.yaml").read_text())
     assert recipe["target"] == "~/models/llama-target"
     again = cli("run", out / "ot_merge" / "recipe.yaml", "--out", tmp_path / "again")
@@ -496,18 +558,20 @@ def test_outputs_name_neither_the_home_folder_nor_the_user(calls, place, tmp_pat
         ("/home/ada", "/home/ada/models/m", "~/models/m"),
         ("/home/ada", "/home/adamant/m", "/home/adamant/m"),
         ("/home/ada", "/home/ada", "~"),
-        ("/home/ada", "target: /home/ada/m\nsource: '/home/ada/n'\n", "target: ~/m\nsource: '~/n'\n"),
+        (
+            "/home/ada",
+            "target: /home/ada/m\nsource: '/home/ada/n'\n",
+            "target: ~/m\nsource: '~/n'\n",
+        ),
         ("/", "/models/m", "/models/m"),
     ],
 )
 def test_home_folder_is_written_as_a_tilde(home, path, written, monkeypatch):
-    from ot_merge_jax.io import provenance
-
     monkeypatch.setenv("HOME", home)
     assert provenance.without_home(path) == written
 
 
-# --------------------------------------------------------------------------------------------------------- torch
+# ---- torch ----
 
 
 def test_the_tool_runs_where_torch_cannot_be_imported(calls, text_files, models, tmp_path):
@@ -518,20 +582,32 @@ def test_the_tool_runs_where_torch_cannot_be_imported(calls, text_files, models,
         "class WithoutTorch(PathFinder):\n"
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
-        "        return None if name.split('.')[0] == 'torch' else super().find_spec(name, path, target)\n"
+        "        is_torch = name.split('.')[0] == 'torch'\n"
+        "        return None if is_torch else super().find_spec(name, path, target)\n"
         "sys.meta_path = [WithoutTorch if one is PathFinder else one for one in sys.meta_path]\n"
     )
     words = [str(one) for one in calls["delta llama<-llama"]]
-    words += ["--weights", "down,embed,head", "--strength", "1", "--rows", "sample", "--out", str(tmp_path / "out")]
+    words += [
+        "--weights",
+        "down,embed,head",
+        "--strength",
+        "1",
+        "--rows",
+        "sample",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     script = (
         "import json, sys\n"
         "from typer.testing import CliRunner\n"
         "from ot_merge_jax.cli import app\n"
-        f"calls = [{words!r}, ['eval', {str(tmp_path / 'out')!r}, '--text', {str(text_files[1])!r}, '--json'],\n"
+        f"calls = [{words!r},\n"
+        f"         ['eval', {str(tmp_path / 'out')!r}, '--text', {str(text_files[1])!r}, '--json'],\n"
         f"         ['inspect', {str(models['llama-target'])!r}], ['families'], ['--help']]\n"
         "codes = [CliRunner().invoke(app, one).exit_code for one in calls]\n"
         "import importlib.util\n"
-        "print(json.dumps([codes, importlib.util.find_spec('torch') is None and 'torch' not in sys.modules]))\n"
+        "is_absent = importlib.util.find_spec('torch') is None and 'torch' not in sys.modules\n"
+        "print(json.dumps([codes, is_absent]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False,

@@ -1,4 +1,6 @@
-"""Reading, checking and changing checkpoint folders with the safetensors library alone, for the tests of io."""
+"""Reading, checking and changing checkpoint folders with the safetensors library alone, for the
+tests of io.
+"""
 
 import hashlib
 import json
@@ -50,7 +52,9 @@ def recast(folder, choose):
 
 
 def mixed(name):
-    """Dtypes that differ inside one stack, between leaves, and where neither holds the other (F16, BF16)."""
+    """Dtypes that differ inside one stack, between leaves, and where neither holds the other (F16,
+    BF16).
+    """
     if "norm" in name:
         return "F32"
     if "up_proj" in name:

@@ -8,7 +8,7 @@ from damaged_weights import ROWS, row
 
 from ot_merge_jax.io.folder import open_folder
 
-# ---------------------------------------------------------------------------------------- config.json
+# ---- config.json ----
 
 
 @row("config.json", "is missing", check=open_folder)
@@ -127,7 +127,7 @@ def remote_code(folder):
     )
 
 
-# ---------------------------------------------------------------------------------------- index.json
+# ---- index.json ----
 
 
 @row(INDEX, "not JSON", "download", check=open_folder)

@@ -1,5 +1,6 @@
 """Damages to weight files and tensors, and what the message that refuses each of them must say."""
 
+import json
 import os
 import re
 
@@ -39,14 +40,14 @@ def row(*needles, check=load_hf, **config):
     return register
 
 
-# ---------------------------------------------------------------------------------------- damaged files
+# ---- damaged files ----
 
 
 def _truncated(offset):
     @row(SINGLE, "bytes", "download", check=open_folder)
     def damage(folder):
         raw = (folder / SINGLE).read_bytes()
-        (folder / SINGLE).write_bytes(raw[:offset] if offset >= 0 else raw[:offset])
+        (folder / SINGLE).write_bytes(raw[:offset])
 
     ROWS[f"truncated_at_{offset}"] = ROWS.pop("damage")
 
@@ -167,7 +168,7 @@ def folder_as_weights(folder):
     (folder / SINGLE).mkdir()
 
 
-# ---------------------------------------------------------------------------------------- files and tensors
+# ---- files and tensors ----
 
 
 @row(
@@ -218,12 +219,10 @@ def tensor_in_two_files(folder):
 def tensor_in_another_shard_than_the_index_says(folder):
     norm = body(folder)[NORM]
     shard(folder, halves(folder))
-    tensors = [dict(safetensors.numpy.load_file(folder / name)) for name in sorted(p.name for p in folder.glob("*.safetensors"))]  # fmt: skip
-    for part in tensors:
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        part = dict(safetensors.numpy.load_file(folder / name))
         part.pop(NORM, None)
-    tensors[1][NORM] = norm
-    for name, part in zip(("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), tensors, strict=True):  # fmt: skip
-        store(folder, part, name)
+        store(folder, part | ({NORM: norm} if "00002-" in name else {}), name)
     index = json.loads((folder / INDEX).read_text())["weight_map"]
     write_index(folder, index | {NORM: "model-00001-of-00002.safetensors"})
 
@@ -345,7 +344,8 @@ def adapter_only(folder):
     for path in folder.iterdir():
         path.unlink()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 16}')
-    store(folder, {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": np.zeros((2, 24), "f4")}, "adapter_model.safetensors")  # fmt: skip
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
+    store(folder, {name: np.zeros((2, 24), "f4")}, "adapter_model.safetensors")
 
 
 @row(UP, "F8_E4M3", "unquantised parent", check=open_folder)

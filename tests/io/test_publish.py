@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -25,7 +26,7 @@ class Stop(Exception):
     """Whatever goes wrong in the middle of the work."""
 
 
-# ---------------------------------------------------------------------------------------- atomic_folder
+# ---- atomic_folder ----
 
 
 def test_success_publishes_everything_and_nothing_else(tmp_path):
@@ -70,7 +71,9 @@ def test_folder_mode_follows_the_umask(tmp_path):
 
 
 def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
-    """A crash after the rename must not find empty files: fsync of each file and folder comes first."""
+    """A crash after the rename must not find empty files: fsync of each file and folder comes
+    first.
+    """
     done = []
     fsync, rename = os.fsync, Path.rename
 
@@ -91,7 +94,7 @@ def test_everything_is_flushed_before_the_rename(tmp_path, monkeypatch):
     assert {"a.txt", "sub", partial.name} <= set(before)
 
 
-# ---------------------------------------------------------------------------------------- overwrite
+# ---- overwrite ----
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def old(tmp_path):
 
 
 def test_existing_folder_is_refused_and_unchanged(old, tmp_path):
-    with pytest.raises(InputError, match="not empty.*--overwrite"), atomic_folder(old):
+    with pytest.raises(InputError, match=r"not empty.*--overwrite"), atomic_folder(old):
         pytest.fail("the block must not run")
     assert names(tmp_path) == ["out"]
     assert (old / "old.txt").read_text() == "old"
@@ -151,7 +154,7 @@ def test_failure_between_the_two_renames_brings_the_old_back(error, old, tmp_pat
     assert names(old) == ["old.txt"]
 
 
-# ---------------------------------------------------------------------------------------- full disk
+# ---- full disk ----
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -173,8 +176,6 @@ def test_other_system_errors_are_not_called_a_full_disk(tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 4096, 10_000])
 def test_file_size_limit_stands_in_for_a_full_disk(limit, tmp_path):
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -191,8 +192,6 @@ def test_file_size_limit_stands_in_for_a_full_disk(limit, tmp_path):
 
 @pytest.mark.parametrize("limit", [1, 4096])
 def test_full_disk_while_overwriting_keeps_the_old(limit, old, tmp_path):
-    import resource
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -219,7 +218,7 @@ def test_killed_process_leaves_no_output(tmp_path):
     assert all(name.startswith("out.partial-") for name in names(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------- check_output
+# ---- check_output ----
 
 
 @pytest.fixture

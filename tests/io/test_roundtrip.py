@@ -1,4 +1,6 @@
-"""Hugging Face folder -> ours -> Hugging Face folder: every byte of every tensor, and every other file."""
+"""Hugging Face folder -> ours -> Hugging Face folder: every byte of every tensor, and every other
+file.
+"""
 
 import json
 import shutil
@@ -118,7 +120,7 @@ def test_same_parameters_make_the_same_file(tiny_checkpoint, tmp_path):
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
-# ------------------------------------------------------------------------------------------------ mesh
+# ---- mesh ----
 
 
 MESHES = [{"model": 8}, {"data": 2, "model": 4}, {"data": 8}]
@@ -180,7 +182,7 @@ def test_mesh_counts_a_broken_value_once(tiny_checkpoint, writable_copy):
     assert "model.layers.1.mlp.up_proj.weight (5 values)" in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------ transformers
+# ---- transformers ----
 
 
 @pytest.mark.torch
@@ -216,7 +218,9 @@ def test_transformers_loads_the_output_with_the_same_logits(
 @pytest.mark.torch
 @FAMILIES
 def test_transformers_stops_at_the_targets_eos(family, tiny_checkpoint, tmp_path):
-    """EOS and the generation settings travel: an output whose head only says EOS stops after one token."""
+    """EOS and the generation settings travel: an output whose head only says EOS stops after one
+    token.
+    """
     torch = pytest.importorskip("torch")
     import transformers
 

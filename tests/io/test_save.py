@@ -1,7 +1,8 @@
-"""What `save_hf` leaves: the file set, config, modes, shards; and what it refuses, leaving nothing."""
+"""What `save_hf` leaves: file set, config, modes, shards; and what it refuses, leaving nothing."""
 
 import json
 import os
+import resource
 import stat
 
 import jax
@@ -18,7 +19,7 @@ from ot_merge_jax.models import specs
 FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2"])
 
 
-# ------------------------------------------------------------------------------------------------ the other files
+# ---- the other files ----
 
 
 def test_file_set_is_the_contract_and_nothing_else(tiny_checkpoint, writable_copy, tmp_path):
@@ -27,8 +28,8 @@ def test_file_set_is_the_contract_and_nothing_else(tiny_checkpoint, writable_cop
     for name in SIDECARS:
         if not (source / name).exists():
             (source / name).write_bytes(b"{}\r\n" + name.encode())
-    for name in ("LICENSE.txt", "consolidated.safetensors", "pytorch_model.bin", "training_args.bin",
-                 "modeling_own.py", "README.md", "optimizer.pt", "adapter_model.safetensors"):  # fmt: skip
+    left = "consolidated.safetensors pytorch_model.bin training_args.bin modeling_own.py README.md"
+    for name in ("LICENSE.txt", "adapter_model.safetensors", "optimizer.pt", *left.split()):
         (source / name).write_bytes(b"not to be touched")
     (source / "LICENSE-folder").mkdir()
     cfg, params = load_hf(source)
@@ -136,13 +137,15 @@ def test_modes_follow_the_umask(umask, shards, tiny_checkpoint, tmp_path):
         assert stat.S_IMODE(file.stat().st_mode) == 0o666 & ~umask, file.name
 
 
-# ------------------------------------------------------------------------------------------------ shards
+# ---- shards ----
 
 
 @pytest.mark.parametrize("source_shards", [None, 12_000], ids=["from-single", "from-sharded"])
 @pytest.mark.parametrize("dtype", ["F32", "mixed"])
 def test_resharding(source_shards, dtype, tiny_checkpoint, writable_copy, tmp_path):
-    """By bytes: every shard within the limit (or one large tensor), and the index as transformers writes it."""
+    """By bytes: every shard within the limit (or one large tensor), and the index as transformers
+    writes it.
+    """
     source = recast(writable_copy(tiny_checkpoint(max_shard_bytes=source_shards)), DTYPES[dtype])
     cfg, params = load_hf(source)
     limit = 20_000
@@ -204,7 +207,7 @@ def test_single_shard_behind_an_index_keeps_its_index(
 def test_shard_that_held_only_a_spare_head_leaves_a_loadable_folder(
     tiny_checkpoint, writable_copy, tmp_path
 ):
-    """A tied model may hold its head once more, even in a shard of its own; the output has neither."""
+    """A tied model may hold its head again, even in a shard of its own; the output has neither."""
     source = writable_copy(tiny_checkpoint(tied=True))
     body = safetensors.numpy.load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
@@ -233,7 +236,7 @@ def test_like_without_weights_uses_the_table_and_the_configs_dtype(
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path / "out")[1], params)
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# ---- refusals ----
 
 
 @pytest.mark.parametrize("there", ["folder", "file"])
@@ -303,8 +306,6 @@ def test_parameter_that_overflows_its_file_dtype_is_refused(
 @pytest.mark.parametrize("limit", [1_000, 9_000, 40_000])
 def test_full_disk_is_a_resource_error_and_leaves_nothing(limit, tiny_checkpoint, tmp_path):
     """Files may not grow beyond the limit: the weights' writer fails, at several places."""
-    import resource
-
     cfg, params = load_hf(tiny_checkpoint())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

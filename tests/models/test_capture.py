@@ -1,4 +1,6 @@
-"""Every site against a torch forward hook: picked rows, pooled rows, and rows that are to be ignored."""
+"""Every site against a torch forward hook: picked rows, pooled rows, and rows that are to be
+ignored.
+"""
 
 import jax
 import numpy as np
@@ -10,7 +12,8 @@ from ot_merge_jax.models.decoder import forward
 
 TOLERANCE = 1e-5
 
-#: Site -> (torch module inside a layer, whether its input or its output is the site). Written from the torch side,
+#: Site -> (torch module inside a layer, whether its input or its output is the site). Written from
+#: the torch side,
 #: independent of our wiring; a site without a row here fails.
 TORCH_PLACE = {
     "attn_in": ("self_attn.q_proj", "input"),
@@ -117,8 +120,10 @@ def test_site_matches_the_hook(captured, site):
 @pytest.mark.torch
 @pytest.mark.parametrize("weight", spaces.PROJECTIONS)
 def test_wiring_joins_the_sites_it_names(captured, weight):
-    """The weight, applied to its input site, gives its output site: the wiring table against the arithmetic."""
-    cfg, params, batch, _, ours = captured
+    """The weight, applied to its input site, gives its output site: the wiring table against the
+    arithmetic.
+    """
+    cfg, params, _, _, ours = captured
     wire = spaces.PROJECTIONS[weight]
     leaf = params
     for key in wire.path.split("/"):

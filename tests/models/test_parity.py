@@ -1,7 +1,7 @@
 """Every module, every layer and the logits against torch transformers (eager, float32).
 
-Modules get the very input torch's module got, so an error shows where it is made. Only real tokens are compared:
-what a padded position holds means nothing.
+Modules get the very input torch's module got, so an error shows where it is made. Only real tokens
+are compared: what a padded position holds means nothing.
 """
 
 import dataclasses

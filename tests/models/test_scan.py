@@ -1,8 +1,8 @@
 """The scanned decoder equals the unrolled one, bit for bit.
 
-XLA's fusion pass may fuse a scanned and an unrolled body differently and then rounds differently (measured: llama the
-same, qwen2 with its biases 1e-6 apart). Without that pass, both programs compute the same operations in the same
-order, so there the equality is exact for every family.
+XLA's fusion pass may fuse a scanned and an unrolled body differently and then rounds differently
+(measured: llama the same, qwen2 with its biases 1e-6 apart). Without that pass, both programs
+compute the same operations in the same order, so there the equality is exact for every family.
 """
 
 import functools
@@ -15,8 +15,10 @@ from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import families, specs
 from ot_merge_jax.models.decoder import forward
 
-NO_FUSION = {"xla_disable_hlo_passes": "fusion"}
-#: Compiling without fusion is slow; these sites come from the start, the middle and the end of a layer.
+#: Level 0 only because compiling every operation by itself is slow.
+NO_FUSION = {"xla_disable_hlo_passes": "fusion", "xla_backend_optimization_level": 0}
+#: These sites come from the start, the middle and the end of a
+#: layer.
 SITES = ("k_out", "o_in", "down_out")
 
 

@@ -107,7 +107,9 @@ def test_forward_of_published_sizes_by_shape(name):
 
 @small
 def test_weights_follow_the_wiring(family, tied, kv_heads, config_dict):
-    """Kernels are ``[in site, out site]``, biases live on the out site, and every wired weight has a kernel."""
+    """Kernels are ``[in site, out site]``, biases live on the out site, and every wired weight has
+    a kernel.
+    """
     cfg = small_config(config_dict, family, tied, kv_heads)
     table = specs.param_specs(cfg)
     kernels = {spec.weight: spec for spec in table if spec.path.endswith("/kernel")}
@@ -171,7 +173,7 @@ def test_masked_site_is_one_of_the_two(weight):
 
 def test_init_is_what_transformers_makes(config_dict):
     """Normal weights of the asked width, unit norms, zero biases, every leaf its own stream."""
-    cfg = families.read(config_dict("qwen2", hidden=64, intermediate=96, layers=2))
+    cfg = families.read(config_dict("qwen2", tied=True, hidden=64, intermediate=96, layers=2))
     params = jax.jit(lambda key: specs.init(key, cfg, std=0.05, dtype=jnp.float32))(
         jax.random.key(3)
     )

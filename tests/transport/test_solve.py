@@ -215,6 +215,16 @@ def test_too_few_iterations_do_not_converge(rng, max_iterations):
     assert found.iterations <= max_iterations
 
 
+@pytest.mark.parametrize("epsilon", [0.02, 0.005])
+def test_costs_of_real_neurons_converge_in_float32(rng, epsilon):
+    """Costs near 1 that differ by a little: rounding of the potentials must not hide convergence."""
+    cost = (1 + 0.1 * rng.normal(size=(33, 21))).astype(np.float32)
+    found = run(cost, epsilon=epsilon)
+    assert found.converged
+    assert found.iterations < 1000
+    assert found.error < 2 * EXACT
+
+
 def test_a_looser_threshold_stops_earlier_within_it(rng):
     cost = draw(rng, 33, 21)
     loose, tight = run(cost, threshold=1e-2), run(cost)

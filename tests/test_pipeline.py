@@ -1,0 +1,372 @@
+"""The pipeline: which texts go where, what it says, and that a run that fails leaves nothing."""
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ot_merge_jax import calibration, errors, pipeline, recipe
+from ot_merge_jax.evaluate.compare import Difference
+from ot_merge_jax.io import hf
+from ot_merge_jax.report import facts
+
+SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_checkpoint):
+    """Role -> folder; all share a tokenizer."""
+    other = {**SIZES, "hidden": 20, "heads": 2, "intermediate": 32, "layers": 2}
+    return {
+        "target": tiny_checkpoint("llama", seed=5, **SIZES),
+        "source_base": tiny_checkpoint("llama", seed=6, **other),
+        "source": tiny_checkpoint("llama", seed=6, drift=0.1, **other),
+    }
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """Sixty documents of one length: every batch has one of two shapes."""
+    path = tmp_path / "texts.txt"
+    path.write_text("".join(f"the river {number:02d}\n" for number in range(60)))
+    return path
+
+
+@pytest.fixture
+def texts(text_file):
+    """The same as a list."""
+    return text_file.read_text().splitlines()
+
+
+@pytest.fixture
+def resolved(folders, text_file):
+    """``resolved(**settings)`` -> recipe that moves the embedding only, which compiles quickly."""
+
+    def make(**settings):
+        given = {
+            "preset": "delta",
+            "weights": ["embed"],
+            "strength": 1.0,
+            "calibration": str(text_file),
+        }
+        given |= {role: str(folder) for role, folder in folders.items()}
+        return recipe.resolve(given | settings)
+
+    return make
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder that does not exist, in a parent that holds nothing else."""
+    (tmp_path / "results").mkdir()
+    return tmp_path / "results" / "out"
+
+
+def left_in(out):
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+# ---- texts ----
+
+
+@pytest.mark.parametrize("rows", ["sample", "token"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_dev_split_gives_no_rows(rows, seed, resolved, out, texts, monkeypatch):
+    aligned = []
+    real = calibration.align
+    monkeypatch.setattr(
+        calibration,
+        "align",
+        lambda documents, *a, **k: aligned.append(documents) or real(documents, *a, **k),
+    )
+    inputs = pipeline.check(resolved(rows=rows, seed=seed), out, overwrite=False)
+    assert not set(inputs.texts) & set(inputs.dev)
+    assert sorted(inputs.texts + inputs.dev) == sorted(texts)
+    assert len(inputs.dev) == 12
+    assert aligned == [inputs.texts, inputs.dev]  # rows, and the unseen rows of the diagnostics
+    assert inputs.data.documents == 48
+    if rows == "sample":
+        assert inputs.data.rows == 48
+
+
+def test_rows_are_the_tokens_of_the_row_documents(resolved, out):
+    """What is really in the batches: decoded, they are the row documents and no dev document."""
+    inputs = pipeline.check(resolved(rows="sample"), out, overwrite=False)
+    tokenizer = inputs.tokenizers["target"]
+    decoded = [
+        tokenizer.decode(tokens[mask], skip_special_tokens=True)
+        for batch in inputs.data.target
+        for tokens, mask in zip(np.asarray(batch.tokens), np.asarray(batch.mask), strict=True)
+        if mask.any()
+    ]
+    assert sorted(decoded) == sorted(inputs.texts)
+
+
+def test_strength_is_chosen_on_the_dev_split_and_nothing_else(
+    resolved, out, text_file, monkeypatch
+):
+    cut = []
+    real = pipeline.nll.windows
+    monkeypatch.setattr(
+        pipeline.nll,
+        "windows",
+        lambda documents, *a, **k: cut.append(documents) or real(documents, *a, **k),
+    )
+    result = pipeline.run(resolved(strength="auto"), out, command="test")
+    dev = calibration.split(text_file.read_text().splitlines(), seed=0)[1]
+    assert cut == [dev]
+    assert len(result.report["strength"]["tried"]) == 7  # one group moves: no search over groups
+    best = min(result.report["strength"]["tried"], key=lambda one: one["loss"])
+    assert result.report["strength"]["chosen"] == best["strength"]
+
+
+def test_held_out_text_is_only_reported(resolved, out, text_file, tmp_path):
+    """The same files come out with and without it, and with another one."""
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"a market {number:02d}\n" for number in range(60)))
+    digests = set()
+    for place, text in enumerate((None, str(text_file), str(other))):
+        folder = out.with_name(f"out-{place}")
+        pipeline.run(resolved(strength="auto", evaluation=text), folder, command="test")
+        digests.add((folder / "model.safetensors").read_bytes())
+    assert len(digests) == 1
+
+
+def test_samples_limits_the_documents_that_give_rows(resolved, out, text_file):
+    settings = {"calibration": {"path": str(text_file), "samples": 20}}
+    inputs = pipeline.check(resolved(**settings), out, overwrite=False)
+    assert (len(inputs.texts), len(inputs.dev)) == (20, 5)
+    again = pipeline.check(resolved(**settings), out, overwrite=False)
+    assert (again.texts, again.dev) == (inputs.texts, inputs.dev)
+    other = pipeline.check(resolved(seed=1, **settings), out, overwrite=False)
+    assert set(other.texts) != set(inputs.texts)
+
+
+def test_check_reads_no_weights(resolved, out, monkeypatch):
+    monkeypatch.setattr(hf, "load_hf", lambda *a, **k: pytest.fail("read weights"))
+    pipeline.check(resolved(), out, overwrite=False)
+    assert left_in(out) == []
+
+
+# ---- verdicts ----
+
+BETTER, WORSE, SAME = (
+    Difference(-0.1, -0.2, -0.05),
+    Difference(0.1, 0.05, 0.2),
+    Difference(-0.01, -0.1, 0.08),
+)
+
+UNCHANGED = "strength 0: the output is the target, unchanged"
+NOTHING = "nothing of the source was transferred"
+
+
+def say(**changes):
+    given = {
+        "is_nothing": False,
+        "strength": 0.5,
+        "is_auto": False,
+        "rule": "delta",
+        "change": SAME,
+    }
+    return facts.verdict(**{**given, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"strength": 0.0}, UNCHANGED),
+        ({"strength": 0.0, "is_auto": True}, "strength 0 was best on the dev split: the output is"),
+        ({"strength": {"projections": 0.0, "vocabulary": 0.0}}, UNCHANGED),
+        ({"strength": 0.0, "is_nothing": True}, UNCHANGED),
+        ({"is_nothing": True, "rule": "interpolate"}, f"{NOTHING}: the presets delta"),
+        ({"is_nothing": True}, f"{NOTHING}: source and source base may be the same"),
+        ({"is_nothing": True, "change": BETTER}, NOTHING),
+        ({"change": None}, "merged; not evaluated"),
+        ({"change": WORSE}, "worse than the target on held-out text: +0.1000 nats"),
+        ({"change": BETTER}, "better than the target on held-out text: -0.1000 nats"),
+        ({"change": SAME}, "no measurable difference from the target on held-out text: -0.0100"),
+        ({"strength": {"projections": 0.0, "vocabulary": 0.2}, "change": BETTER}, "better than"),
+    ],
+)
+def test_verdict_says_what_was_shown(changes, start):
+    sentence = say(**changes)
+    assert sentence.startswith(start)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("change", [BETTER, WORSE, SAME])
+def test_verdict_names_the_interval(change):
+    assert f"95 % interval [{change.low:+.4f}, {change.high:+.4f}]" in say(change=change)
+
+
+def test_better_admits_that_no_controls_were_run():
+    assert "no controls were run" in say(change=BETTER)
+
+
+@pytest.mark.parametrize("edge", [Difference(-0.1, -0.2, 0.0), Difference(0.1, 0.0, 0.2)])
+def test_interval_that_touches_zero_is_no_difference(edge):
+    assert say(change=edge).startswith("no measurable difference")
+
+
+def test_verdict_of_a_run_is_in_report_card_and_result(resolved, out, text_file):
+    result = pipeline.run(resolved(evaluation=str(text_file)), out, command="test")
+    report = json.loads((out / "ot_merge" / "report.json").read_text())
+    assert result.report == report
+    assert result.out == out
+    change = report["evaluation"]["merge"]["against_target"]
+    expected = say(
+        strength=1.0, change=Difference(*(change[key] for key in ("difference", "low", "high")))
+    )
+    assert report["verdict"] == expected
+
+
+def test_strict_refuses_a_worse_verdict(resolved, out, text_file, monkeypatch):
+    monkeypatch.setattr(facts, "verdict", lambda **k: "worse than the target on held-out text: +1.")
+    with pytest.raises(errors.StrictError, match="worse than the target") as caught:
+        pipeline.run(resolved(), out, command="test", strict=True)
+    assert caught.value.exit_code == 5
+    assert left_in(out) == []
+    pipeline.run(resolved(), out, command="test")  # a warning to nobody, but no error
+    assert left_in(out) == ["out"]
+
+
+# ---- atomicity ----
+
+LATE = ["_self_check", "_evaluate", "_write_details", "_write_json"]
+
+
+@pytest.mark.parametrize("stage", LATE)
+@pytest.mark.parametrize(
+    "problem",
+    [ValueError("a bug"), KeyboardInterrupt(), errors.InputError("bad."), OSError(errno.EIO, "io")],
+)
+def test_late_failure_leaves_nothing(stage, problem, resolved, out, monkeypatch):
+    def fail(*a, **k):
+        assert [
+            name for name in left_in(out) if ".partial-" in name
+        ]  # it is late: files have been written
+        raise problem
+
+    monkeypatch.setattr(pipeline, stage, fail)
+    with pytest.raises(type(problem)):
+        pipeline.run(resolved(), out, command="test")
+    assert left_in(out) == []
+
+
+@pytest.mark.parametrize("stage", LATE)
+def test_late_failure_keeps_the_folder_it_would_have_replaced(stage, resolved, out, monkeypatch):
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+
+    def fail(*a, **k):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(pipeline, stage, fail)
+    with pytest.raises(ValueError, match="a bug"):
+        pipeline.run(resolved(), out, command="test", overwrite=True)
+    assert left_in(out) == ["out"]
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("notes.txt", "mine")]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
+def test_disk_that_fills_up_at_the_end_is_a_resource_error(number, resolved, out, monkeypatch):
+    def fail(*a, **k):
+        raise OSError(number, "full")
+
+    monkeypatch.setattr(pipeline, "_write_json", fail)
+    with pytest.raises(errors.ResourceError) as caught:
+        pipeline.run(resolved(), out, command="test")
+    assert caught.value.exit_code == 4
+    assert left_in(out) == []
+
+
+def test_inputs_that_fail_the_check_are_never_loaded(resolved, out, monkeypatch):
+    monkeypatch.setattr(hf, "load_hf", lambda *a, **k: pytest.fail("read weights"))
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(errors.InputError, match="not empty"):
+        pipeline.run(resolved(), out, command="test")
+
+
+# ---- self-check ----
+
+
+def corrupt(folder, change):
+    """Rewrites the weights of a folder with one value changed."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    path.unlink()
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+def one_value(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 1
+
+
+def swapped(tensors):
+    q, o = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qo")
+    tensors[q], tensors[o] = tensors[o], tensors[q]
+
+
+def not_finite(tensors):
+    tensors["model.norm.weight"][0] = np.nan
+
+
+def missing(tensors):
+    del tensors["lm_head.weight"]
+
+
+@pytest.mark.parametrize("change", [one_value, swapped, not_finite, missing])
+def test_self_check_catches_a_corrupted_write(change, resolved, out, monkeypatch):
+    real = hf.write_model
+
+    def write(folder, *a, **k):
+        real(folder, *a, **k)
+        corrupt(folder, change)
+
+    monkeypatch.setattr(hf, "write_model", write)
+    with pytest.raises((OSError, errors.InputError)):
+        pipeline.run(resolved(), out, command="test")
+    assert left_in(out) == []
+
+
+def test_self_check_catches_a_lost_tokenizer(resolved, out, monkeypatch):
+    real = hf.write_model
+
+    def write(folder, *a, **k):
+        real(folder, *a, **k)
+        (folder / "tokenizer.json").unlink()
+
+    monkeypatch.setattr(hf, "write_model", write)
+    with pytest.raises(errors.InputError, match="tokenizer"):
+        pipeline.run(resolved(), out, command="test")
+    assert left_in(out) == []
+
+
+def test_self_check_accepts_what_was_written(resolved, out):
+    result = pipeline.run(resolved(), out, command="test")
+    assert Path(result.out / "model.safetensors").exists()
+
+
+# ---- the API itself ----
+
+
+def test_evaluate_is_what_the_command_prints(folders, text_file):
+    text = recipe.Text(path=str(text_file))
+    found = pipeline.evaluate([str(folders["target"]), str(folders["source"])], text)
+    [pair] = found["pairs"]
+    assert pair["metric"] == "nll_per_token"
+    a, b = (found["models"][pair[key]]["nll_per_token"] for key in "ab")
+    assert pair["difference"] == pytest.approx(a - b)
+
+
+def test_output_parent_that_does_not_exist_is_made(resolved, out):
+    deep = out / "deeper" / "out"
+    pipeline.run(resolved(), deep, command="test")
+    assert (deep / "config.json").exists()
+    assert left_in(deep) == ["out"]
