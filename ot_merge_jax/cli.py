@@ -22,6 +22,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Column, Table
@@ -227,7 +228,7 @@ def evaluate(
     if as_json:
         _print_json(found)
         return
-    table = Table(Column("model", overflow="fold"))
+    table = Table(Column("model", overflow="fold"), box=SIMPLE_HEAD)
     for name in ("documents", "tokens", "nats/token", "bits/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in found["models"].items():
@@ -277,7 +278,9 @@ def inspect(
     for key, value in cfg.items():
         _say(f"  {key}: {value}", _out)
     names = (Column(name, overflow="fold") for name in ("parameter", "tensors in the files"))
-    table = Table(*names, Column("shape", no_wrap=True), Column("moves as", no_wrap=True))
+    table = Table(
+        *names, Column("shape", no_wrap=True), Column("moves as", no_wrap=True), box=SIMPLE_HEAD
+    )
     for row in parameters:
         table.add_row(
             row["path"], Words(row["tensors"]), str(row["shape"]), row["weight"] or "never"
@@ -299,7 +302,7 @@ def families(as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("model_type", "architecture", "q/k/v bias", "only with")
+    table = Table("model_type", "architecture", "q/k/v bias", "only with", box=SIMPLE_HEAD)
     for one in rows:
         only = ", ".join(f"{key}={value}" for key, value in one["only"].items())
         table.add_row(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ot_merge_jax import assets, pipeline, recipe
@@ -57,22 +58,28 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, pipel
 
 def table(results: Mapping[str, pipeline.RunResult]) -> Table:
     """One table of both merges: held-out loss before and after, and what moved."""
-    made = Table(title="Held-out text of the domain, nats per token", title_justify="left")
+    made = Table(
+        title="Held-out text of the domain, nats per token",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     made.add_column("merge")
     for name in ("target", "merged", "change", "95 % interval", "source", "|W~|/|W|"):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", no_wrap=True)
     for name, result in results.items():
         found = result.report["evaluation"]
         change = found["merge"]["against_target"]
-        is_loss = found["source"]["against_target"]["metric"] == "nll_per_token"
+        # a source with other tokens has another loss per token: not comparable
+        is_comparable = found["source"]["against_target"]["metric"] == "nll_per_token"
         largest = max(max(one["ratio_transported"]) for one in result.report["weights"].values())
         made.add_row(
-            f"{name} ({'sibling' if name == 'delta' else 'stranger, another family'})",
-            f"{found['target']['nll_per_token']:.4f}",
-            f"{found['merge']['nll_per_token']:.4f}",
-            f"{change['difference']:+.4f}",
-            f"{change['low']:+.4f} to {change['high']:+.4f}",
-            f"{found['source']['nll_per_token']:.4f}" if is_loss else "other tokens",
-            f"{largest:.1e}",
+            f"{name}, {'sibling' if name == 'delta' else 'stranger'}",
+            f"{found['target']['nll_per_token']:.3f}",
+            f"{found['merge']['nll_per_token']:.3f}",
+            f"{change['difference']:+.3f}",
+            f"{change['low']:+.3f} {change['high']:+.3f}",
+            f"{found['source']['nll_per_token']:.3f}" if is_comparable else "",
+            f"{largest:.0e}",
         )
     return made

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -14,14 +15,15 @@ from ot_merge_jax.types import MergeReport
 
 def weights_table(report: MergeReport) -> Table:
     """One row for each moved weight: mean over layers of the diagnostics of SPEC section 13."""
-    table = Table(title=f"What moved ({report.rows} activation rows)", title_justify="left")
+    title = f"What moved ({report.rows} activation rows)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("weight")
     for name in ("|W~|/|W|", "|dW|/|W|", "neighbours", "error", "iterations", "source layers"):
         table.add_column(name, justify="right")
     for name, one in report.weights.items():
         numbers = f"{np.mean(one.ratio_transported):.1e}", f"{np.mean(one.ratio_change):.1e}"
         if int(np.asarray(one.source_layer)[0]) < 0:
-            table.add_row(name, *numbers, "", "", "", "tokens matched")
+            table.add_row(name, *numbers, "", "", "", "by token")
             continue
         table.add_row(
             name,
@@ -41,9 +43,9 @@ def weights_table(report: MergeReport) -> Table:
 
 def evaluation_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
     """One row for each model: loss, bits per byte, difference from the target."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
-    for name in ("nats/token", "bits/byte", "against the target", "95 % interval"):
+    for name in ("nats/token", "bits/byte", "minus target", "95 % interval"):
         table.add_column(name, justify="right")
     for name, one in evaluation.items():
         change = one.get("against_target")

@@ -1,0 +1,227 @@
+"""Packing, batches, AdamW against torch, and the loop around one pure step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ot_merge_jax.adapt import loop
+from ot_merge_jax.errors import NonFiniteError
+from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.types import Batch
+
+STEPS = 12
+
+# ------------------------------------------------------------------------------------ pack
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 20])
+def test_pack_cuts_the_stream_and_drops_the_tail(rng, length):
+    documents = [rng.integers(0, 99, int(n)).tolist() for n in (5, 0, 9, 1, 7)]
+    stream = [token for document in documents for token in document]
+    blocks = loop.pack(documents, length)
+    assert blocks.shape == (22 // length, length)
+    assert blocks.dtype == np.int32
+    assert blocks.ravel().tolist() == stream[: 22 // length * length]
+
+
+@pytest.mark.parametrize("documents", [[], [[]], [[1, 2], [3]]])
+def test_too_little_text_raises(documents):
+    with pytest.raises(ValueError, match="do not fill one block"):
+        loop.pack(documents, 4)
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def take(blocks, count, **kw):
+    batches = loop.shuffled_batches(blocks, **kw)
+    return [next(batches) for _ in range(count)]
+
+
+@pytest.fixture
+def blocks():
+    return np.arange(36, dtype=np.int32).reshape(12, 3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+def test_each_epoch_shows_every_block_once(blocks, batch_size):
+    per_epoch = 12 // batch_size
+    taken = take(blocks, 2 * per_epoch, batch_size=batch_size, seed=0)
+    epochs = [np.concatenate(taken[:per_epoch]), np.concatenate(taken[per_epoch:])]
+    for epoch in epochs:
+        np.testing.assert_array_equal(epoch[np.argsort(epoch[:, 0])], blocks)
+    assert (epochs[0] != epochs[1]).any()  # a new order
+
+
+def test_incomplete_batches_are_skipped(blocks):
+    taken = take(blocks, 4, batch_size=5, seed=0)
+    assert [batch.shape for batch in taken] == [(5, 3)] * 4
+    assert len({int(x) for x in np.concatenate(taken[:2])[:, 0]}) == 10
+
+
+def test_a_large_batch_is_lowered_to_the_blocks(blocks):
+    [batch] = take(blocks, 1, batch_size=100, seed=0)
+    np.testing.assert_array_equal(batch[np.argsort(batch[:, 0])], blocks)
+
+
+def test_batches_follow_their_seed(blocks):
+    one, same, other = (take(blocks, 5, batch_size=4, seed=s) for s in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert (np.array(one) != np.array(other)).any()
+
+
+# ------------------------------------------------------------------------------------ optimiser
+
+
+def schedule(learning_rate, steps, warmup):
+    """Rate of each step: from 0 up to the peak, then half a cosine down to 0."""
+    rise = max(1, int(np.ceil(warmup * steps)))
+    return [
+        learning_rate * step / rise
+        if step < rise
+        else learning_rate * (1 + np.cos(np.pi * (step - rise) / (steps - rise))) / 2
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 0.25), (20, 0.0), (7, 0.5)])
+def test_the_rate_rises_and_falls(steps, warmup):
+    """A constant gradient of one makes Adam step by the rate itself."""
+    transform = loop.optimizer(learning_rate=0.1, steps=steps, warmup=warmup, clip=1e9)
+    params, gradient = jnp.zeros(()), jnp.ones(())
+    state, rates = transform.init(params), []
+    for _ in range(steps):
+        update, state = transform.update(gradient, state, params)
+        rates.append(-float(update))
+    np.testing.assert_allclose(rates, schedule(0.1, steps, warmup), atol=1e-6)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("clip", [0.5, 1e9])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_steps_are_torchs_adamw(rng, weight_decay, clip):
+    torch = pytest.importorskip("torch")
+    shapes, steps = {"a": (3, 5), "b": (4,)}, 6
+    start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    transform = loop.optimizer(
+        learning_rate=0.1, steps=steps, warmup=0.5, weight_decay=weight_decay, clip=clip
+    )
+    ours = jax.tree.map(jnp.asarray, start)
+    state = transform.init(ours)
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+    adamw = torch.optim.AdamW(
+        theirs.values(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay
+    )
+    for rate in schedule(0.1, steps, 0.5):
+        gradient = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+        updates, state = transform.update(gradient, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[name])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), clip)
+        adamw.param_groups[0]["lr"] = rate
+        adamw.step()
+    for name, parameter in theirs.items():
+        assert np.abs(ours[name] - start[name]).max() > 0.1
+        np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return load_hf(tiny_checkpoint("llama", layers=1))
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+    """Eight blocks of a repeating text that can be learned."""
+    return loop.pack([[5, 9, 2, 7, 11, 3] * 22], 16)
+
+
+class Run:
+    """A training run and what it left."""
+
+    def __init__(self, model, tokens, *, dtype="float32", transform=None, steps=STEPS):
+        self.cfg, params = model
+        self.start = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        self.before = jax.tree.map(np.array, self.start)
+        self.calls = []
+        self.params, self.losses = loop.train(
+            self.start,
+            loop.shuffled_batches(tokens, batch_size=4, seed=0),
+            cfg=self.cfg,
+            steps=steps,
+            transform=transform or loop.optimizer(learning_rate=0.02, steps=steps),
+            on_step=lambda step, loss: self.calls.append((step, loss)),
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(model, tokens):
+    return Run(model, tokens)
+
+
+def test_loss_of_a_block_against_numpy(model, tokens):
+    cfg, params = model
+    blocks = tokens[:4]
+    no_rows = np.zeros((4, 1), np.int32)
+    batch = Batch(blocks, np.ones_like(blocks, bool), no_rows, no_rows - 1)
+    logits = np.asarray(forward(params, batch, cfg=cfg)[0], np.float64)[:, :-1]
+    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_softmax, blocks[:, 1:, None].astype(int), -1)
+    ours = loop.next_token_loss(params, jnp.asarray(blocks), cfg=cfg)
+    np.testing.assert_allclose(ours, -chosen.mean(), rtol=1e-5)
+
+
+def test_the_loss_falls(trained):
+    assert trained.losses.shape == (STEPS,)
+    assert trained.losses[-1] < 0.7 * trained.losses[0]
+
+
+def test_the_first_loss_is_that_of_the_start(trained, tokens):
+    [first] = take(tokens, 1, batch_size=4, seed=0)
+    expected = loop.next_token_loss(trained.start, jnp.asarray(first), cfg=trained.cfg)
+    np.testing.assert_allclose(trained.losses[0], expected, rtol=1e-5)
+
+
+def test_every_parameter_learns(trained):
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), trained.params, trained.before)
+    assert all(jax.tree.leaves(changed))
+
+
+def test_on_step_hears_every_step(trained):
+    assert [step for step, _ in trained.calls] == list(range(1, STEPS + 1))
+    np.testing.assert_array_equal([loss for _, loss in trained.calls], trained.losses)
+
+
+def test_the_start_is_neither_changed_nor_donated(trained):
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained.start))
+    jax.tree.map(np.testing.assert_array_equal, trained.start, trained.before)
+
+
+def test_the_same_run_gives_the_same_bits(model, tokens, trained):
+    again = Run(model, tokens)
+    np.testing.assert_array_equal(again.losses, trained.losses)
+    jax.tree.map(np.testing.assert_array_equal, again.params, trained.params)
+
+
+def test_half_precision_trains_as_float32(model, tokens):
+    """And a rate of zero changes nothing but the dtype."""
+    run = Run(model, tokens, dtype="bfloat16", transform=optax.sgd(0.0), steps=2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.params)} == {np.dtype("float32")}
+    jax.tree.map(
+        lambda ours, start: np.testing.assert_array_equal(ours, start.astype(np.float32)),
+        run.params,
+        run.before,
+    )
+
+
+def test_a_loss_that_is_not_finite_names_its_step(model, tokens):
+    """A step of 1e30 breaks the second loss, not the first."""
+    with pytest.raises(NonFiniteError, match="training step 2;"):
+        Run(model, tokens, transform=optax.sgd(1e30))
