@@ -36,7 +36,7 @@ def text_file(tmp_path):
 
 
 @pytest.fixture
-def texts(text_file):
+def lines(text_file):
     """The same as a list."""
     return text_file.read_text().splitlines()
 
@@ -74,7 +74,7 @@ def left_in(out):
 
 @pytest.mark.parametrize("rows", ["sample", "token"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_dev_split_gives_no_rows(rows, seed, resolved, out, texts, monkeypatch):
+def test_dev_split_gives_no_rows(rows, seed, resolved, out, lines, monkeypatch):
     aligned = []
     real = calibration.align
     monkeypatch.setattr(
@@ -84,7 +84,7 @@ def test_dev_split_gives_no_rows(rows, seed, resolved, out, texts, monkeypatch):
     )
     inputs = pipeline.check(resolved(rows=rows, seed=seed), out, overwrite=False)
     assert not set(inputs.texts) & set(inputs.dev)
-    assert sorted(inputs.texts + inputs.dev) == sorted(texts)
+    assert sorted(inputs.texts + inputs.dev) == sorted(lines)
     assert len(inputs.dev) == 12
     assert aligned == [inputs.texts, inputs.dev]  # rows, and the unseen rows of the diagnostics
     assert inputs.data.documents == 48
@@ -116,8 +116,7 @@ def test_strength_is_chosen_on_the_dev_split_and_nothing_else(
         lambda documents, *a, **k: cut.append(documents) or real(documents, *a, **k),
     )
     result = pipeline.run(resolved(strength="auto"), out, command="test")
-    dev = calibration.split(text_file.read_text().splitlines(), seed=0)[1]
-    assert cut == [dev]
+    assert cut == [calibration.split(lines, seed=0)[1]]
     assert len(result.report["strength"]["tried"]) == 7  # one group moves: no search over groups
     best = min(result.report["strength"]["tried"], key=lambda one: one["loss"])
     assert result.report["strength"]["chosen"] == best["strength"]

@@ -13,6 +13,7 @@ from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.types import Batch
 
 STEPS = 12
+_loss = jax.jit(loop.next_token_loss, static_argnames="cfg")
 
 # ------------------------------------------------------------------------------------ pack
 
@@ -125,7 +126,7 @@ def test_steps_are_torchs_adamw(rng, weight_decay, clip):
         adamw.param_groups[0]["lr"] = rate
         adamw.step()
     for name, parameter in theirs.items():
-        assert np.abs(ours[name] - start[name]).max() > 0.1
+        assert np.abs(ours[name] - start[name]).max() > 0.05
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -171,11 +172,11 @@ def test_loss_of_a_block_against_numpy(model, tokens):
     blocks = tokens[:4]
     no_rows = np.zeros((4, 1), np.int32)
     batch = Batch(blocks, np.ones_like(blocks, bool), no_rows, no_rows - 1)
-    logits = np.asarray(forward(params, batch, cfg=cfg)[0], np.float64)[:, :-1]
+    logits = jax.jit(forward, static_argnames="cfg")(params, batch, cfg=cfg)[0]
+    logits = np.asarray(logits, np.float64)[:, :-1]
     log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_softmax, blocks[:, 1:, None].astype(int), -1)
-    ours = loop.next_token_loss(params, jnp.asarray(blocks), cfg=cfg)
-    np.testing.assert_allclose(ours, -chosen.mean(), rtol=1e-5)
+    np.testing.assert_allclose(_loss(params, blocks, cfg=cfg), -chosen.mean(), rtol=1e-5)
 
 
 def test_the_loss_falls(trained):
@@ -185,7 +186,7 @@ def test_the_loss_falls(trained):
 
 def test_the_first_loss_is_that_of_the_start(trained, tokens):
     [first] = take(tokens, 1, batch_size=4, seed=0)
-    expected = loop.next_token_loss(trained.start, jnp.asarray(first), cfg=trained.cfg)
+    expected = _loss(trained.start, first, cfg=trained.cfg)
     np.testing.assert_allclose(trained.losses[0], expected, rtol=1e-5)
 
 
@@ -222,6 +223,7 @@ def test_half_precision_trains_as_float32(model, tokens):
 
 
 def test_a_loss_that_is_not_finite_names_its_step(model, tokens):
-    """A step of 1e30 breaks the second loss, not the first."""
-    with pytest.raises(NonFiniteError, match="training step 2;"):
-        Run(model, tokens, transform=optax.sgd(1e30))
+    """The second update is NaN, so the third loss is."""
+    breaking = optax.sgd(lambda step: jnp.where(step == 1, jnp.nan, 0.0))
+    with pytest.raises(NonFiniteError, match="training step 3;"):
+        Run(model, tokens, transform=breaking)

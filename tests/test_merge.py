@@ -1,0 +1,620 @@
+"""Merges of tiny random models of other depth, width, heads, vocabulary and family."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ot_merge_jax import activations, calibration, fuse, merge, recipe
+from ot_merge_jax.errors import InputError, RecipeError
+from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.models import specs
+from ot_merge_jax.spaces import PROJECTIONS, sites_of
+from ot_merge_jax.transport import coupling as couplings
+from ot_merge_jax.transport import operator
+from ot_merge_jax.types import HParams, MergeSpec, VocabularyMatch
+
+#: Sizes of the source; the target has the defaults of the fixture (hidden 24, 4 heads of 8, MLP 40).
+SOURCE = {"layers": 3, "hidden": 20, "heads": 3, "kv_heads": 1, "head_dim": 10, "intermediate": 56}
+TARGET = {"layers": 2}
+PATHS = {name: projection.path for name, projection in PROJECTIONS.items()}
+EMBED, HEAD = "embed_tokens/embedding", "lm_head/kernel"
+K = 7
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    """``model(role, family, **more)`` -> (cfg, params); roles: target, source, base (of the source)."""
+
+    @functools.cache
+    def load(role, family="llama", **more):
+        sizes = {**(TARGET if role == "target" else SOURCE), **more}
+        drift = {"source": 0.3}.get(role, 0.0)
+        seed = 0 if role == "target" else 5
+        return load_hf(tiny_checkpoint(family, seed=seed, drift=drift, **sizes))
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Row-aligned batches, four rows of each of 16 random sequences; ids below both vocabularies."""
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(2, 300, 16).tolist() for _ in range(16)]
+    rows = [([3, 7, 11, 15], list(range(4 * i, 4 * i + 4))) for i in range(16)]
+    target = calibration.batches(sequences, rows)
+    source = calibration.batches([s[::-1] for s in sequences[::-1]][::-1], rows)
+    return target, source
+
+
+@pytest.fixture(scope="module")
+def matched():
+    """120 matched rows, in another order on either side."""
+    rng = np.random.default_rng(1)
+    target, source = (rng.permutation(n)[:120].astype(np.int32) for n in (300, 290))
+    return VocabularyMatch(jnp.asarray(np.sort(target)), jnp.asarray(source))
+
+
+def spec_of(preset):
+    """The preset through the recipe, with a mask that masks at these widths."""
+    said = {"target": "t", "source": "s", "source_base": "b", "calibration": "c", "preset": preset}
+    if preset == "paper":
+        said |= {"k": K, "max_iterations": 2000}  # the solver's program is shared with the others
+    return recipe.resolve(said).spec()
+
+
+def bits(array):
+    array = np.asarray(array)
+    return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+
+
+def same_bits(one, other):
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(bits(one), bits(other))
+
+
+# ------------------------------------------------------------------------------------ presets
+
+PRESETS = ("paper", "barycentric", "delta")
+HPARAMS = HParams(0.1)
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def merged(request, model, batches, matched):
+    """(spec, target, source, base, prepared, params, report): llama from a wider and deeper qwen2."""
+    spec = spec_of(request.param)
+    target, source, base = model("target"), model("source", "qwen2"), model("base", "qwen2")
+    base = base if request.param == "delta" else None
+    prepared = merge.prepare(
+        target, source, batches, HPARAMS, spec=spec, source_base=base, vocabulary=matched
+    )
+    params = fuse.fuse(
+        target[1], prepared.moved, HPARAMS.strength, spec=spec, mask=prepared.masks
+    )
+    return spec, target, source, base, prepared, params, merge.describe(
+        target, prepared, HPARAMS, spec=spec
+    )  # fmt: skip
+
+
+def test_the_result_has_the_targets_shapes_and_dtypes(merged):
+    _, (_, before), *_, params, _ = merged
+    assert jax.tree.structure(params) == jax.tree.structure(before)
+    for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+        assert np.isfinite(new).all()
+
+
+def moving(spec, cfg):
+    """Paths of the leaves that a spec moves in a model without biases."""
+    paths = {f"{PATHS[name]}/kernel" for name in spec.weights if name in PATHS}
+    if set(spec.weights) & {"embed", "head"}:
+        paths |= {EMBED} if cfg.tie_word_embeddings else {EMBED, HEAD}
+    return paths
+
+
+def test_what_moves_moves_and_nothing_else(merged):
+    spec, (cfg, before), *_, params, _ = merged
+    for leaf in specs.param_specs(cfg):
+        new, old = specs.get(params, leaf.path), specs.get(before, leaf.path)
+        if leaf.path in moving(spec, cfg):
+            assert (bits(new) != bits(old)).any(), leaf.path
+        else:
+            assert new is old, leaf.path
+
+
+def test_strength_zero_is_the_target_bit_for_bit(merged):
+    spec, target, _, _, prepared, *_ = merged
+    fused = fuse.fuse(target[1], prepared.moved, 0.0, spec=spec, mask=prepared.masks)
+    jax.tree.map(same_bits, fused, target[1])
+
+
+def test_transported_weights_are_those_of_the_operator(merged):
+    """Alignment by the source (or its base), weights of the source (or the delta)."""
+    spec, _, source, base, prepared, *_ = merged
+    for name in spec.weights:
+        if name not in PATHS:
+            continue
+        path, wiring = f"{PATHS[name]}/kernel", PROJECTIONS[name]
+        kernels = specs.get(source[1], path)
+        if base is not None:
+            kernels = kernels - specs.get(base[1], path)
+        expected = operator.transported(
+            kernels,
+            prepared.coupling,
+            prepared.target,
+            prepared.source,
+            in_site=wiring.in_site,
+            out_site=wiring.out_site,
+            spec=spec,
+        )
+        np.testing.assert_allclose(
+            prepared.moved[path], expected, rtol=0, atol=1e-5 * float(np.abs(expected).max())
+        )
+
+
+def test_alignment_is_by_the_base_where_there_is_one(merged, batches):
+    spec, target, source, base, prepared, *_ = merged
+    sites = sites_of(spec.weights)
+    for (cfg, params), side, found in (
+        (target, batches[0], prepared.target),
+        (base or source, batches[1], prepared.source),
+    ):
+        expected = activations.gather(params, side, cfg=cfg, sites=sites)
+        assert set(found.values) == set(sites)
+        for site in sites:
+            np.testing.assert_array_equal(found.values[site], expected.values[site])
+
+
+def test_report(merged):
+    spec, (cfg, before), _, _, prepared, params, report = merged
+    assert set(report.weights) == set(spec.weights)
+    assert report.rows == 64
+    assert report.coupling is prepared.coupling
+    for name, facts in report.weights.items():
+        count = cfg.num_layers if name in PATHS else 1
+        for field, value in facts._asdict().items():
+            assert np.shape(value) == (count,), (name, field)
+            assert np.isfinite(value).all(), (name, field)
+        path = f"{PATHS[name]}/kernel" if name in PATHS else {"embed": EMBED, "head": HEAD}[name]
+        old, moved = specs.get(before, path), prepared.moved[path]
+        mask = np.broadcast_to(prepared.masks.get(path, 1.0), old.shape)
+        change = specs.get(params, path) - old
+
+        def norms(x, count=count):
+            return np.linalg.norm(np.asarray(x, np.float64).reshape(count, -1), axis=1)
+
+        size = norms(mask * old)
+        np.testing.assert_allclose(facts.ratio_transported, norms(mask * moved) / size, rtol=1e-4)
+        np.testing.assert_allclose(facts.ratio_change, norms(change) / size, rtol=1e-2)
+
+
+def test_report_of_the_plans(merged):
+    """Source layers, neighbours and solver facts of the plans that were used."""
+    spec, (cfg, _), (source_cfg, _), _, prepared, _, report = merged
+    for name in spec.weights:
+        facts = report.weights[name]
+        if name not in PATHS:
+            np.testing.assert_array_equal(facts.source_layer, [-1])
+            np.testing.assert_array_equal(facts.neighbours_out, [1])
+            assert facts.converged.all()
+            continue
+        wiring = PROJECTIONS[name]
+        share = operator.layer_weights(
+            prepared.coupling, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
+        )
+        np.testing.assert_array_equal(facts.source_layer, np.asarray(share).argmax(1))
+        for site, found in (
+            (wiring.in_site, facts.neighbours_in),
+            (wiring.out_site, facts.neighbours_out),
+        ):
+            for l in range(cfg.num_layers):
+                plan = couplings.plan(
+                    prepared.coupling,
+                    prepared.target,
+                    prepared.source,
+                    site=site,
+                    l=l,
+                    m=int(facts.source_layer[l]),
+                )
+                p = np.asarray(plan, np.float64) * len(plan)
+                p = p / p.sum(1, keepdims=True)
+                expected = np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum(1)).mean()
+                np.testing.assert_allclose(found[l], expected, rtol=1e-3)
+        used = np.asarray(share) > 0
+        assert used.sum() == (used.size if spec.layers == "soft" else cfg.num_layers)
+        potentials = [prepared.coupling.feature[s] for s in (wiring.in_site, wiring.out_site)]
+        for fact, field in ((facts.error, "error"), (facts.iterations, "iterations")):
+            worst = np.max([np.where(used, getattr(p, field), 0) for p in potentials], 0).max(1)
+            np.testing.assert_allclose(fact, worst, rtol=1e-6)
+        assert facts.converged.all()
+
+
+def test_only_the_joint_form_transfers_nothing(merged):
+    spec, *_, report = merged
+    assert merge.is_nothing_transferred(report, HPARAMS) == (spec.form == "joint")
+    assert merge.is_nothing_transferred(report, HPARAMS._replace(strength=0.0))
+    groups = HPARAMS._replace(strength={"projections": 0.1, "vocabulary": 0.1})
+    assert merge.is_nothing_transferred(report, groups) == (spec.form == "joint")
+
+
+def test_the_mask_keeps_k_neurons(merged):
+    spec, (_, before), *_, params, _ = merged
+    if spec.k is None:
+        pytest.skip("no mask")
+    for name in spec.weights:
+        path = f"{PATHS[name]}/kernel"
+        changed = bits(specs.get(params, path)) != bits(specs.get(before, path))
+        axis = 1 if PROJECTIONS[name].masked == "out" else 2
+        neurons = changed.any(axis)
+        np.testing.assert_array_equal(neurons.sum(1), np.full(len(neurons), K), err_msg=name)
+
+
+def test_source_equal_to_its_base_is_the_target_bit_for_bit(merged, model, batches, matched):
+    spec, target, source, base, *_ = merged
+    if base is None:
+        pytest.skip("rule delta")
+    params, report = merge.merge(
+        target, source, batches, HParams(1.2), spec=spec, source_base=source, vocabulary=matched
+    )
+    jax.tree.map(same_bits, params, target[1])
+    assert merge.is_nothing_transferred(report, HParams(1.2))
+
+
+# ------------------------------------------------------------------------------------ one weight
+
+UP = MergeSpec(weights=("up",), rule="interpolate")
+UP_PATH = f"{PATHS['up']}/kernel"
+
+
+def test_merge_is_its_stages(model, batches):
+    target, source = model("target"), model("source", "qwen2")
+    params, report = merge.merge(target, source, batches, HParams(0.3), spec=UP)
+    prepared = merge.prepare(target, source, batches, HParams(0.3), spec=UP)
+    expected = fuse.fuse(target[1], prepared.moved, 0.3, spec=UP, mask=prepared.masks)
+    jax.tree.map(same_bits, params, expected)
+    same = merge.describe(target, prepared, HParams(0.3), spec=UP)
+    jax.tree.map(np.testing.assert_array_equal, report, same)
+
+
+def test_strength_zero_through_merge(model, batches):
+    target, source = model("target"), model("source", "qwen2")
+    params, report = merge.merge(target, source, batches, HParams(0.0), spec=UP)
+    jax.tree.map(same_bits, params, target[1])
+    np.testing.assert_array_equal(report.weights["up"].ratio_change, 0)
+
+
+def test_half_precision_targets_stay_half_precision(model, batches):
+    cfg, params = model("target")
+    half = cfg, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    source = model("source", "qwen2")
+    prepared = merge.prepare(half, source, batches, HParams(0.3), spec=UP)
+    still, moved = (
+        fuse.fuse(half[1], prepared.moved, s, spec=UP, mask=prepared.masks) for s in (0.0, 0.3)
+    )
+    jax.tree.map(same_bits, still, half[1])
+    assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.bfloat16}
+    assert (bits(specs.get(moved, UP_PATH)) != bits(specs.get(half[1], UP_PATH))).any()
+
+
+def test_interpolate_with_a_base_aligns_by_it_and_carries_the_source(model, batches):
+    target, source, base = model("target"), model("source", "qwen2"), model("base", "qwen2")
+    with_base = merge.prepare(target, source, batches, HPARAMS, spec=UP, source_base=base)
+    carried_base = merge.prepare(target, base, batches, HPARAMS, spec=UP)
+    for site, rows in with_base.source.values.items():
+        np.testing.assert_array_equal(rows, carried_base.source.values[site])
+    wiring = PROJECTIONS["up"]
+    expected = operator.transported(
+        specs.get(source[1], UP_PATH),
+        carried_base.coupling,
+        carried_base.target,
+        carried_base.source,
+        in_site=wiring.in_site,
+        out_site=wiring.out_site,
+        spec=UP,
+    )
+    np.testing.assert_allclose(with_base.moved[UP_PATH], expected, atol=1e-6)
+    assert np.abs(with_base.moved[UP_PATH] - carried_base.moved[UP_PATH]).max() > 1e-3
+
+
+def test_vmap_over_hparams_is_the_loop(model, batches):
+    target, source = model("target"), model("source", "qwen2")
+
+    def run(strength, epsilon):
+        params, report = merge.merge(target, source, batches, HParams(strength, epsilon), spec=UP)
+        return specs.get(params, UP_PATH), report.weights["up"].ratio_change
+
+    strengths, epsilons = (0.0, 0.3, 1.0), (0.02, 0.1, 0.5)
+    swept = jax.jit(jax.vmap(run))(jnp.array(strengths), jnp.array(epsilons))
+    for index, (strength, epsilon) in enumerate(zip(strengths, epsilons, strict=True)):
+        kernel, ratio = run(strength, epsilon)
+        np.testing.assert_allclose(swept[0][index], kernel, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(swept[1][index], ratio, rtol=1e-4, atol=1e-7)
+    same_bits(swept[0][0], specs.get(target[1], UP_PATH))
+
+
+def test_the_second_merge_compiles_nothing(model, batches, caplog):
+    target, source = model("target"), model("source", "qwen2")
+    merge.merge(target, source, batches, HParams(0.3, 0.05), spec=UP)
+    others = [(cfg, jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * 0.9), params))
+              for cfg, params in (target, source)]  # fmt: skip
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        merge.merge(*others, batches, HParams(0.7, 0.03, 0.2, 1e-5), spec=UP)
+    assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []
+
+
+# ------------------------------------------------------------------------------------ biases
+
+BIASED = MergeSpec(weights=("k",), rule="interpolate")
+K_BIAS = f"{PATHS['k']}/bias"
+
+
+def biases_of(model, batches, families):
+    target, source = model("target", families[0]), model("source", families[1])
+    prepared = merge.prepare(target, source, batches, HPARAMS, spec=BIASED)
+    fused = fuse.fuse(target[1], prepared.moved, 0.5, spec=BIASED, mask=prepared.masks)
+    return target[1], source[1], prepared, fused
+
+
+def test_a_bias_moves_where_both_have_one(model, batches):
+    before, source, prepared, fused = biases_of(model, batches, ("qwen2", "qwen2"))
+    expected = operator.transported_bias(
+        specs.get(source, K_BIAS),
+        prepared.coupling,
+        prepared.target,
+        prepared.source,
+        in_site="attn_in",
+        out_site="k_out",
+        spec=BIASED,
+    )
+    old = specs.get(before, K_BIAS)
+    np.testing.assert_allclose(
+        specs.get(fused, K_BIAS), old + 0.5 * (expected - old), rtol=0, atol=1e-5
+    )
+    assert (bits(specs.get(fused, K_BIAS)) != bits(old)).all()
+    assert specs.get(fused, f"{PATHS['q']}/bias") is specs.get(before, f"{PATHS['q']}/bias")
+
+
+def test_a_bias_without_a_counterpart_stays(model, batches):
+    before, _, _, fused = biases_of(model, batches, ("qwen2", "llama"))
+    assert specs.get(fused, K_BIAS) is specs.get(before, K_BIAS)
+
+
+def test_a_target_without_biases_gets_none(model, batches):
+    _, source, prepared, fused = biases_of(model, batches, ("llama", "qwen2"))
+    assert specs.has(source, K_BIAS)
+    assert K_BIAS not in prepared.moved
+    assert not specs.has(fused, K_BIAS)
+
+
+# ------------------------------------------------------------------------------------ known answers
+
+
+def test_a_model_merged_with_itself_finds_itself(model, batches):
+    """Layers and neurons match themselves, and W~ tends to W as epsilon falls (plans blur at first)."""
+    target = model("target")
+    spec = MergeSpec(weights=("v", "down"), rule="interpolate")
+    errors = []
+    for epsilon in (0.1, 0.02, 0.005):
+        prepared = merge.prepare(
+            target, target, (batches[0],) * 2, HParams(1.0, epsilon), spec=spec
+        )
+        errors.append({})
+        for name in spec.weights:
+            path = f"{PATHS[name]}/kernel"
+            weight, moved = specs.get(target[1], path), prepared.moved[path]
+            errors[-1][name] = float(jnp.linalg.norm(moved - weight) / jnp.linalg.norm(weight))
+            wiring = PROJECTIONS[name]
+            for site in (wiring.in_site, wiring.out_site):
+                np.testing.assert_array_equal(
+                    prepared.coupling.layer[site].argmax(1), np.arange(TARGET["layers"])
+                )
+                for l in range(TARGET["layers"]):
+                    plan = couplings.plan(
+                        prepared.coupling, prepared.target, prepared.source, site=site, l=l, m=l
+                    )
+                    is_active = prepared.target.values[site][l].std(0) > 0
+                    assert is_active.any()
+                    np.testing.assert_array_equal(
+                        np.asarray(plan).argmax(1)[is_active], np.flatnonzero(is_active)
+                    )
+    for name in spec.weights:
+        falling = [error[name] for error in errors]
+        assert falling == sorted(falling, reverse=True), name
+        assert falling[-1] < 1e-3, name
+        assert falling[0] > 0.01, name
+
+
+KEPT_LAYERS = [0, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny_checkpoint):
+    """(target, source, neurons): the target is the source without layer 1 and some FFN neurons."""
+    cfg, source = load_hf(tiny_checkpoint("llama", seed=9, layers=4, intermediate=56))
+    smaller, _ = load_hf(tiny_checkpoint("llama", seed=9, layers=3, intermediate=40))
+    rng = np.random.default_rng(2)
+    neurons = np.stack([rng.permutation(56)[:40] for _ in KEPT_LAYERS])
+    target = jax.tree.map(lambda leaf: leaf, source)
+    target["layers"] = jax.tree.map(lambda leaf: leaf[jnp.array(KEPT_LAYERS)], source["layers"])
+    mlp = target["layers"]["mlp"]
+    for name, axis in (("gate_proj", 2), ("up_proj", 2), ("down_proj", 1)):
+        index = neurons[:, None, :] if axis == 2 else neurons[:, :, None]
+        mlp[name]["kernel"] = jnp.take_along_axis(mlp[name]["kernel"], index, axis)
+    for leaf in specs.param_specs(smaller):
+        assert specs.get(target, leaf.path).shape == leaf.shape
+    return (smaller, target), (cfg, source), neurons
+
+
+@pytest.fixture(scope="module")
+def unpruned(pruned, batches):
+    spec = MergeSpec(weights=("gate", "up", "down"), rule="interpolate")
+    target, source, _ = pruned
+    prepared = merge.prepare(target, source, (batches[0],) * 2, HPARAMS, spec=spec)
+    return prepared, merge.describe(target, prepared, HPARAMS, spec=spec)
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down"])
+def test_the_layers_of_a_pruned_model_are_recovered(unpruned, name):
+    assert unpruned[1].weights[name].source_layer.tolist() == KEPT_LAYERS
+
+
+@pytest.mark.parametrize("site", ["gate_out", "up_out", "down_in"])
+def test_the_neurons_of_a_pruned_model_are_recovered(pruned, unpruned, site):
+    """In the first layer, which reads what the source's reads: exactly."""
+    prepared, _ = unpruned
+    plan = couplings.plan(prepared.coupling, prepared.target, prepared.source, site=site, l=0, m=0)
+    np.testing.assert_array_equal(np.asarray(plan).argmax(1), pruned[2][0])
+
+
+# ------------------------------------------------------------------------------------ vocabulary
+
+BOTH = MergeSpec(weights=("embed", "head"), rule="delta")
+TIES = [(t, s) for t in (False, True) for s in (False, True)]
+
+
+def table(model, role):
+    """The table ``[v, d]`` of a role; a tied table plays both."""
+    cfg, params = model
+    if role == "head" and not cfg.tie_word_embeddings:
+        return np.asarray(params["lm_head"]["kernel"], np.float64).T
+    return np.asarray(params["embed_tokens"]["embedding"], np.float64)
+
+
+def moved_table(models, matched, role, strength):
+    """SPEC 5.1 in float64: the role's table of the target after rule ``delta``."""
+    target, source, base = (table(one, role) for one in models)
+    target = target.copy()
+    rows_t, rows_s = np.asarray(matched.target_ids), np.asarray(matched.source_ids)
+    left, right = base[rows_s], target[rows_t]
+    u, _, vt = np.linalg.svd(left.T @ right, full_matrices=False)
+    rotation = u @ vt
+    rotation *= np.linalg.norm(right) / np.linalg.norm(left @ rotation)
+    target[rows_t] += strength * (source - base)[rows_s] @ rotation
+    return target
+
+
+def merge_tables(model, matched, ties, weights, strength=0.8):
+    target = model("target", tied=ties[0])
+    source, base = (model(role, "qwen2", tied=ties[1]) for role in ("source", "base"))
+    params, report = merge.merge(
+        target,
+        source,
+        ([], []),
+        HParams(strength),
+        spec=BOTH._replace(weights=weights),
+        source_base=base,
+        vocabulary=matched,
+    )
+    return (target, source, base), params, report
+
+
+@pytest.mark.parametrize("ties", TIES, ids=["t-s", "t-S", "T-s", "T-S"])  # capital: tied
+def test_tables_move_by_their_role(model, matched, ties):
+    models, params, report = merge_tables(model, matched, ties, ("embed", "head"))
+    cfg, before = models[0]
+    if ties[0]:  # one table: once, by the head's map and delta
+        expected = moved_table(models, matched, "head", 0.8)
+        np.testing.assert_allclose(specs.get(params, EMBED), expected, rtol=0, atol=1e-4)
+        assert not specs.has(params, HEAD)
+    else:
+        for role, ours in (("embed", specs.get(params, EMBED)), ("head", specs.get(params, HEAD).T)):
+            expected = moved_table(models, matched, role, 0.8)
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4, err_msg=role)
+    unmatched = np.setdiff1d(np.arange(cfg.vocab_size), matched.target_ids)
+    same_bits(specs.get(params, EMBED)[unmatched], specs.get(before, EMBED)[unmatched])
+    assert params["layers"]["mlp"]["up_proj"]["kernel"] is before["layers"]["mlp"]["up_proj"]["kernel"]
+    assert report.coupling is None
+    assert report.rows == 0
+
+
+def test_the_roles_differ(model, matched):
+    """So that the test above can tell them apart."""
+    models, *_ = merge_tables(model, matched, (False, False), ("embed",))
+    embed, head = (moved_table(models, matched, role, 0.8) for role in ("embed", "head"))
+    assert np.abs(embed - table(models[0], "embed")).max() > 0.05
+    tied, *_ = merge_tables(model, matched, (True, False), ("embed",))
+    by_embed, by_head = (
+        moved_table((tied[0], *((cfg, {**p, "lm_head": {"kernel": p["embed_tokens"]["embedding"].T}})
+                                for cfg, p in tied[1:])), matched, "head", 0.8)
+        if role == "embed" else moved_table(tied, matched, "head", 0.8)
+        for role in ("embed", "head")
+    )  # fmt: skip
+    assert np.abs(by_embed - by_head).max() > 0.05
+    assert head.shape == embed.shape
+
+
+@pytest.mark.parametrize("source_tied", [False, True])
+def test_a_tied_table_moves_once_whatever_it_is_called(model, matched, source_tied):
+    found = [
+        merge_tables(model, matched, (True, source_tied), weights)[1]
+        for weights in (("embed",), ("head",), ("embed", "head"))
+    ]
+    for other in found[1:]:
+        jax.tree.map(same_bits, found[0], other)
+
+
+@pytest.mark.parametrize(("weights", "still"), [(("embed",), HEAD), (("head",), EMBED)])
+def test_an_untied_table_that_is_not_named_stays(model, matched, weights, still):
+    models, params, report = merge_tables(model, matched, (False, True), weights)
+    assert specs.get(params, still) is specs.get(models[0][1], still)
+    assert set(report.weights) == set(weights)
+
+
+def test_strength_zero_of_the_vocabulary(model, matched):
+    models, params, _ = merge_tables(model, matched, (False, False), ("embed", "head"), 0.0)
+    jax.tree.map(same_bits, params, models[0][1])
+
+
+def test_weights_of_the_match_reach_the_map(model, matched):
+    """Token frequencies change the map; equal ones do not."""
+    skewed = np.ones(120, np.float32)
+    skewed[:10] = 500
+    plain, equal, other = (
+        merge_tables(model, matched._replace(weights=w), (True, True), ("embed",))[1]
+        for w in (None, jnp.full(120, 3.0), jnp.asarray(skewed))
+    )
+    np.testing.assert_allclose(specs.get(equal, EMBED), specs.get(plain, EMBED), atol=1e-4)
+    assert np.abs(specs.get(other, EMBED) - specs.get(plain, EMBED)).max() > 0.01
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def test_delta_needs_a_base(model):
+    with pytest.raises(RecipeError, match="source_base"):
+        merge.merge(model("target"), model("source"), ([], []), HPARAMS, spec=BOTH)
+
+
+@pytest.mark.parametrize("weights", [("embed",), ("head",), ("up", "embed")])
+def test_moving_tables_needs_the_matched_tokens(model, batches, weights):
+    target, source = model("target"), model("source", "qwen2")
+    spec = MergeSpec(weights=weights, rule="interpolate")
+    with pytest.raises(RecipeError, match="matched tokens"):
+        merge.merge(target, source, batches, HPARAMS, spec=spec)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"layers": 2}, "layers/"),
+        ({"intermediate": 48}, "layers/mlp"),
+        ({"vocab_size": 320}, "embed_tokens/embedding"),
+        ({"tied": True}, "lm_head/kernel"),
+        ({"kv_heads": 3}, "layers/self_attn/k_proj"),
+    ],
+    ids=["layers", "width", "vocabulary", "tied", "heads"],
+)
+@pytest.mark.parametrize("rule", ["delta", "interpolate"])
+def test_a_base_of_other_shapes_is_refused(model, more, named, rule):
+    source, base = model("source"), model("base", **more)
+    spec = BOTH._replace(rule=rule)
+    with pytest.raises(InputError, match=named):
+        merge.merge(model("target"), source, ([], []), HPARAMS, spec=spec, source_base=base)
+
+
+def test_a_base_of_another_family_is_refused(model):
+    source, base = model("source", vocab_size=304), model("base", "qwen2", vocab_size=304)
+    with pytest.raises(InputError, match="bias"):
+        merge.merge(model("target"), source, ([], []), HPARAMS, spec=BOTH, source_base=base)
