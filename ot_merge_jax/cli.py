@@ -63,6 +63,15 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 _err.print_exception()
             _say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
+        except BrokenPipeError:
+            raise  # click ends quietly when the reader of a pipe has gone
+        except OSError as error:
+            if kwargs.get("verbose"):
+                _err.print_exception()
+            where = f"{error.filename or 'a file'} cannot be used ({error.strerror})"
+            _say(f"error: {error if error.errno is None else f'{where}; check rights and disk.'}")
+            is_input = isinstance(error, PermissionError | FileNotFoundError)
+            raise typer.Exit(3 if is_input else 4) from None
         except MemoryError:
             _say("error: out of memory; use smaller models, fewer samples or a larger machine.")
             raise typer.Exit(4) from None

@@ -7,7 +7,7 @@ could change what the model computes.
 from __future__ import annotations
 
 import difflib
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -171,7 +171,7 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         if key in fixed:
             if value != fixed[key] and value is not None:
                 problems.append(
-                    f"{key}={value!r} is not supported for {family.model_type} (only "
+                    f"{key}={_shown(value)} is not supported for {family.model_type} (only "
                     f"{fixed[key]!r})"
                 )
         elif key not in _READ and key not in _INERT and key not in family.inert:
@@ -185,14 +185,10 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         value = default if value is None else value
         if value is None:
             problems.append(f"{key} is missing")
-        elif isinstance(value, bool) or not isinstance(
-            value, (int, float) if kind is float else int
-        ):
-            problems.append(
-                f"{key} must be {'a number' if kind is float else 'an integer'}, not {value!r}"
-            )
-        elif not math.isfinite(value) or value <= 0:
-            problems.append(f"{key} must be positive, not {value!r}")
+        elif kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+            problems.append(f"{key} must be an integer, not {_shown(value)}")
+        elif not _is_positive(value):
+            problems.append(f"{key} must be positive, not {_shown(value)}")
         else:
             return kind(value)
         return kind(1)
@@ -211,17 +207,15 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         )
     if head_dim % 2:
         problems.append(f"head_dim {head_dim} is odd, which rotary embeddings cannot use")
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        problems.append(
-            f"layer_types {sorted(set(config['layer_types']))} is not supported (only "
-            "'full_attention')"
-        )
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(one != "full_attention" for one in layer_types):
+        problems.append(f"layer_types {_shown(layer_types)} is not supported (only full_attention)")
     tie = config.get("tie_word_embeddings")
     if not isinstance(tie, bool | None):
-        problems.append(f"tie_word_embeddings must be true or false, not {tie!r}")
+        problems.append(f"tie_word_embeddings must be true or false, not {_shown(tie)}")
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in _DTYPES:
-        problems.append(f"dtype {dtype!r} is not supported (only {', '.join(_DTYPES)})")
+        problems.append(f"dtype {_shown(dtype)} is not supported (only {', '.join(_DTYPES)})")
     rope = _read_rope(config, problems)
     result = ModelConfig(
         family=family.model_type,
@@ -240,43 +234,56 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         dtype=str(dtype),
     )
     if problems:
-        raise InputError(f"{where} cannot be used: {'; '.join(problems)}.")
+        raise InputError(f"{where} cannot be used: {'; '.join(problems)}; mend it or use another.")
     return result
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a value is a number above 0 that fits 32 bits, which every size and factor does."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut short."""
+    return reprlib.repr(value)
 
 
 def _read_rope(config: Mapping[str, Any], problems: list[str]) -> Rope:
     """Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling`` (before)."""
-    scaling = dict(config.get("rope_scaling") or {})
-    scaling |= dict(config.get("rope_parameters") or {})
+    scaling: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        part = config.get(key) or {}
+        if not isinstance(part, Mapping):
+            problems.append(f"{key} must be an object, not {_shown(part)}")
+            return Rope(10000.0)
+        scaling |= part
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)  # old files name the kind twice
     # 10000 is the default of transformers for files that predate the key
     theta = scaling.pop("rope_theta", config.get("rope_theta") or 10000.0)
+    if kind not in ("default", "llama3"):
+        problems.append(f"RoPE type {_shown(kind)} is not supported (only default and llama3)")
+        return Rope(10000.0)
     names = {
         "factor": "factor",
         "low_freq_factor": "low_freq_factor",
         "high_freq_factor": "high_freq_factor",
         "original_max_position_embeddings": "original_positions",
     }
-    if kind not in ("default", "llama3"):
-        problems.append(f"RoPE type {kind!r} is not supported (only default and llama3)")
-        return Rope(10000.0)
     expected = names if kind == "llama3" else {}
-    missing, unknown = (
-        sorted(expected.keys() - scaling.keys()),
-        sorted(scaling.keys() - names.keys()),
-    )
+    missing = sorted(expected.keys() - scaling.keys())
+    unknown = sorted(scaling.keys() - names.keys())
     if missing or unknown:
-        problems.append(f"RoPE settings of type {kind}: missing {missing}, unknown {unknown}")
+        problems.append(
+            f"RoPE settings of type {kind}: missing {missing}, unknown {_shown(unknown)}"
+        )
         return Rope(10000.0)
     values = {"rope_theta": theta, **{key: scaling[key] for key in expected}}
     for key, value in values.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value <= 0
-        ):
-            problems.append(f"RoPE {key} must be a positive number, not {value!r}")
+        if not _is_positive(value):
+            problems.append(f"RoPE {key} must be a positive number, not {_shown(value)}")
             return Rope(10000.0)
-    return Rope(float(theta), kind, **{names[key]: scaling[key] for key in expected})
+    rope = Rope(float(theta), kind, **{names[key]: scaling[key] for key in expected})
+    if kind == "llama3" and rope.low_freq_factor >= rope.high_freq_factor:
+        problems.append("RoPE low_freq_factor must be below high_freq_factor")
+    return rope

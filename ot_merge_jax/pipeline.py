@@ -155,6 +155,7 @@ def run(
             "settings": yaml.safe_load(provenance.without_home(recipe.to_yaml())),
         }
         _write_details(partial, recipe, inputs, prepared, facts.plain(found), command, started)
+        publish.check_output(out, overwrite=overwrite)  # somebody may have written it meanwhile
     return RunResult(out, facts.plain(found), report, warnings)
 
 

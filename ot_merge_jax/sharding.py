@@ -41,6 +41,8 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
             f"Unknown mesh axis {unknown[0]!r}; known are {', '.join(sorted(known))}."
         )
     try:
+        if min(sizes.values(), default=0) < 1:
+            raise ValueError("an axis without devices")
         return jax.make_mesh(
             tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
         )

@@ -27,7 +27,15 @@ def documents(model):
     rng = np.random.default_rng(0)
     lengths = (5, 12, 3, 9, 20, 7, 16)
     sequences = [rng.integers(0, model[0].vocab_size, n).tolist() for n in lengths]
-    rows = [([1, 3], [4, 0]), ([-1], [2]), ([], []), ([8], [9]), ([0, 19, 4], [1, 6, 3]), ([-1], [8]), ([15], [5])]
+    rows = [
+        ([1, 3], [4, 0]),
+        ([-1], [2]),
+        ([], []),
+        ([8], [9]),
+        ([0, 19, 4], [1, 6, 3]),
+        ([-1], [8]),
+        ([15], [5]),
+    ]
     return sequences, rows
 
 
@@ -51,7 +59,9 @@ def expected(model, documents):
         everywhere = np.arange(24, dtype=np.int32)[None]  # one length: one compilation
         tokens = np.zeros((1, 24), np.int32)
         tokens[0, : len(sequence)] = sequence
-        batch = Batch(*map(jnp.asarray, (tokens, everywhere < len(sequence), everywhere, everywhere)))
+        batch = Batch(
+            *map(jnp.asarray, (tokens, everywhere < len(sequence), everywhere, everywhere))
+        )
         sites = run(params, batch, cfg=cfg, capture=frozenset(WANTED))[1]
         for site in WANTED:
             values = np.asarray(sites[site])[:, 0, : len(sequence)]  # [layers, s, d]
@@ -153,7 +163,7 @@ def test_compiles_once_for_each_shape(model, made):
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "model": 4}, {"data": 8}], ids=str)
 def test_eight_devices_equal_one(tiny_checkpoint, model, made, sizes):
-    """Parameters split over ``model``, batches over ``data`` where they fit: four do not fit eight."""
+    """Parameters split over ``model``, batches over ``data``; four sequences do not fit eight."""
     cfg, params = model
     made = made if "model" in sizes else made[:1]
     mesh = sharding.make_mesh(sizes)

@@ -80,7 +80,7 @@ def same_bits(one, other):
     np.testing.assert_array_equal(bits(one), bits(other))
 
 
-# ------------------------------------------------------------------------------------ top k
+# ------------------------------------------------------------------------ top k
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 11])
@@ -115,12 +115,12 @@ def test_each_layer_has_its_own_neurons():
     np.testing.assert_array_equal(fuse.top_k(values, 1), np.eye(3))
 
 
-# ------------------------------------------------------------------------------------ masks
+# ------------------------------------------------------------------------ masks
 
 
 @pytest.fixture
 def activations(rng):
-    """Every site of its own width and its own favourite neuron, so that no site passes for another."""
+    """Every site has its own width and favourite neuron, so that none passes for another."""
     values = {}
     for place, site in enumerate(SITES):
         width = 13 + place
@@ -172,7 +172,7 @@ def test_the_vocabulary_has_no_activation_mask(activations):
     assert fuse.masks(None, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
 
 
-# ------------------------------------------------------------------------------------ rules
+# ------------------------------------------------------------------------ rules
 
 
 def formula(weight, moved, strength, mask, rule):
@@ -227,7 +227,7 @@ def test_half_precision_is_rounded_once(rng, rule, dtype):
     same_bits(fused, expected)
 
 
-# ------------------------------------------------------------------------------------ what stays
+# ------------------------------------------------------------------------ what stays
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -248,9 +248,7 @@ def test_masked_entries_stay_bit_for_bit(rng, rule, dtype):
     moved = moved_like(rng, params, [DOWN])
     mask = rng.integers(0, 2, (L, INNER, 1)).astype(np.float32)
     mask[0, 0] = 0  # where -0.0, 0.0 and the extreme numbers are
-    fused = fuse.fuse(
-        params, moved, 0.9, spec=MergeSpec(rule=rule), mask={DOWN: jnp.asarray(mask)}
-    )
+    fused = fuse.fuse(params, moved, 0.9, spec=MergeSpec(rule=rule), mask={DOWN: jnp.asarray(mask)})
     kept = np.broadcast_to(mask == 0, (L, INNER, HIDDEN))
     np.testing.assert_array_equal(bits(at(fused, DOWN))[kept], bits(at(params, DOWN))[kept])
     assert (bits(at(fused, DOWN))[~kept] != bits(at(params, DOWN))[~kept]).mean() > 0.9
@@ -296,7 +294,7 @@ def test_dtypes_are_the_targets_leaf_by_leaf(rng):
     assert at(fused, EMBED).dtype == jnp.float32
 
 
-# ------------------------------------------------------------------------------------ strengths
+# ------------------------------------------------------------------------ strengths
 
 
 def test_one_strength_for_each_layer(rng):
@@ -337,9 +335,7 @@ def test_a_missing_group_raises(rng, path, given):
     params = target(rng)
     missing = {"vocabulary": "projections", "projections": "vocabulary"}[given]
     with pytest.raises(RecipeError, match=f"no strength for {missing}"):
-        fuse.fuse(
-            params, moved_like(rng, params, [path]), {given: 0.5}, spec=MergeSpec(), mask={}
-        )
+        fuse.fuse(params, moved_like(rng, params, [path]), {given: 0.5}, spec=MergeSpec(), mask={})
 
 
 def test_a_group_that_does_not_move_needs_no_strength(rng):
@@ -354,9 +350,7 @@ def test_a_group_that_does_not_move_needs_no_strength(rng):
 def test_a_strength_that_does_not_fit_raises(rng, shape):
     params = target(rng)
     with pytest.raises(ValueError, match="strength"):
-        fuse.fuse(
-            params, moved_like(rng, params, [UP]), jnp.ones(shape), spec=MergeSpec(), mask={}
-        )
+        fuse.fuse(params, moved_like(rng, params, [UP]), jnp.ones(shape), spec=MergeSpec(), mask={})
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -385,7 +379,7 @@ def test_the_compiled_rule_keeps_strength_zero_exact(rng):
     jax.tree.map(same_bits, compiled(0.0), params)
 
 
-# ------------------------------------------------------------------------------------ wrong input
+# ------------------------------------------------------------------------ wrong input
 
 
 @pytest.mark.parametrize("shape", [(L, INNER, HIDDEN), (HIDDEN, INNER), (L - 1, HIDDEN, INNER)])

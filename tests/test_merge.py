@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from ot_merge_jax import activations, calibration, fuse, merge, recipe
-from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import specs
 from ot_merge_jax.spaces import PROJECTIONS, sites_of
@@ -16,7 +15,7 @@ from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
 from ot_merge_jax.types import HParams, MergeSpec, VocabularyMatch
 
-#: Sizes of the source; the target has the defaults of the fixture (hidden 24, 4 heads of 8, MLP 40).
+#: Sizes of the source; the target has the fixture's (hidden 24, 4 heads of 8, MLP 40).
 SOURCE = {"layers": 3, "hidden": 20, "heads": 3, "kv_heads": 1, "head_dim": 10, "intermediate": 56}
 TARGET = {"layers": 2}
 PATHS = {name: projection.path for name, projection in PROJECTIONS.items()}
@@ -26,7 +25,7 @@ K = 7
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint):
-    """``model(role, family, **more)`` -> (cfg, params); roles: target, source, base (of the source)."""
+    """``model(role, family, **more)`` -> (cfg, params) of the target, source or (its) base."""
 
     @functools.cache
     def load(role, family="llama", **more):
@@ -40,7 +39,7 @@ def model(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def batches():
-    """Row-aligned batches, four rows of each of 16 random sequences; ids below both vocabularies."""
+    """Row-aligned batches, four rows of each of 16 random sequences, ids in both vocabularies."""
     rng = np.random.default_rng(0)
     sequences = [rng.integers(2, 300, 16).tolist() for _ in range(16)]
     rows = [([3, 7, 11, 15], list(range(4 * i, 4 * i + 4))) for i in range(16)]
@@ -75,7 +74,7 @@ def same_bits(one, other):
     np.testing.assert_array_equal(bits(one), bits(other))
 
 
-# ------------------------------------------------------------------------------------ presets
+# ------------------------------------------------------------------------ presets
 
 PRESETS = ("paper", "barycentric", "delta")
 HPARAMS = HParams(0.1)
@@ -83,16 +82,14 @@ HPARAMS = HParams(0.1)
 
 @pytest.fixture(scope="module", params=PRESETS)
 def merged(request, model, batches, matched):
-    """(spec, target, source, base, prepared, params, report): llama from a wider and deeper qwen2."""
+    """(spec, target, source, base, prepared, params, report): llama from a deeper qwen2."""
     spec = spec_of(request.param)
     target, source, base = model("target"), model("source", "qwen2"), model("base", "qwen2")
     base = base if request.param == "delta" else None
     prepared = merge.prepare(
         target, source, batches, HPARAMS, spec=spec, source_base=base, vocabulary=matched
     )
-    params = fuse.fuse(
-        target[1], prepared.moved, HPARAMS.strength, spec=spec, mask=prepared.masks
-    )
+    params = fuse.fuse(target[1], prepared.moved, HPARAMS.strength, spec=spec, mask=prepared.masks)
     return spec, target, source, base, prepared, params, merge.describe(
         target, prepared, HPARAMS, spec=spec
     )  # fmt: skip
@@ -192,7 +189,7 @@ def test_report(merged):
 
 def test_report_of_the_plans(merged):
     """Source layers, neighbours and solver facts of the plans that were used."""
-    spec, (cfg, _), (source_cfg, _), _, prepared, _, report = merged
+    spec, (cfg, _), _, _, prepared, _, report = merged
     for name in spec.weights:
         facts = report.weights[name]
         if name not in PATHS:
@@ -239,10 +236,9 @@ def test_only_the_joint_form_transfers_nothing(merged):
     assert merge.is_nothing_transferred(report, groups) == (spec.form == "joint")
 
 
+@pytest.mark.parametrize("merged", ["paper"], indirect=True)
 def test_the_mask_keeps_k_neurons(merged):
     spec, (_, before), *_, params, _ = merged
-    if spec.k is None:
-        pytest.skip("no mask")
     for name in spec.weights:
         path = f"{PATHS[name]}/kernel"
         changed = bits(specs.get(params, path)) != bits(specs.get(before, path))
@@ -251,10 +247,9 @@ def test_the_mask_keeps_k_neurons(merged):
         np.testing.assert_array_equal(neurons.sum(1), np.full(len(neurons), K), err_msg=name)
 
 
-def test_source_equal_to_its_base_is_the_target_bit_for_bit(merged, model, batches, matched):
-    spec, target, source, base, *_ = merged
-    if base is None:
-        pytest.skip("rule delta")
+@pytest.mark.parametrize("merged", ["delta"], indirect=True)
+def test_source_equal_to_its_base_is_the_target_bit_for_bit(merged, batches, matched):
+    spec, target, source, *_ = merged
     params, report = merge.merge(
         target, source, batches, HParams(1.2), spec=spec, source_base=source, vocabulary=matched
     )
@@ -262,7 +257,7 @@ def test_source_equal_to_its_base_is_the_target_bit_for_bit(merged, model, batch
     assert merge.is_nothing_transferred(report, HParams(1.2))
 
 
-# ------------------------------------------------------------------------------------ one weight
+# ------------------------------------------------------------------------ one weight
 
 UP = MergeSpec(weights=("up",), rule="interpolate")
 UP_PATH = f"{PATHS['up']}/kernel"
@@ -294,7 +289,7 @@ def test_half_precision_targets_stay_half_precision(model, batches):
         fuse.fuse(half[1], prepared.moved, s, spec=UP, mask=prepared.masks) for s in (0.0, 0.3)
     )
     jax.tree.map(same_bits, still, half[1])
-    assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype(jnp.bfloat16)}
     assert (bits(specs.get(moved, UP_PATH)) != bits(specs.get(half[1], UP_PATH))).any()
 
 
@@ -326,7 +321,7 @@ def test_vmap_over_hparams_is_the_loop(model, batches):
         return specs.get(params, UP_PATH), report.weights["up"].ratio_change
 
     strengths, epsilons = (0.0, 0.3, 1.0), (0.02, 0.1, 0.5)
-    swept = jax.jit(jax.vmap(run))(jnp.array(strengths), jnp.array(epsilons))
+    swept = jax.vmap(run)(jnp.array(strengths), jnp.array(epsilons))
     for index, (strength, epsilon) in enumerate(zip(strengths, epsilons, strict=True)):
         kernel, ratio = run(strength, epsilon)
         np.testing.assert_allclose(swept[0][index], kernel, rtol=0, atol=1e-5)
@@ -344,7 +339,7 @@ def test_the_second_merge_compiles_nothing(model, batches, caplog):
     assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []
 
 
-# ------------------------------------------------------------------------------------ biases
+# ------------------------------------------------------------------------ biases
 
 BIASED = MergeSpec(weights=("k",), rule="interpolate")
 K_BIAS = f"{PATHS['k']}/bias"
@@ -388,15 +383,15 @@ def test_a_target_without_biases_gets_none(model, batches):
     assert not specs.has(fused, K_BIAS)
 
 
-# ------------------------------------------------------------------------------------ known answers
+# ------------------------------------------------------------------------ known answers
 
 
 def test_a_model_merged_with_itself_finds_itself(model, batches):
-    """Layers and neurons match themselves, and W~ tends to W as epsilon falls (plans blur at first)."""
+    """Layers and neurons match themselves; W~ tends to W as epsilon falls (plans blur at first)."""
     target = model("target")
     spec = MergeSpec(weights=("v", "down"), rule="interpolate")
     errors = []
-    for epsilon in (0.1, 0.02, 0.005):
+    for epsilon in (0.5, 0.1, 0.02, 0.005):
         prepared = merge.prepare(
             target, target, (batches[0],) * 2, HParams(1.0, epsilon), spec=spec
         )
@@ -420,10 +415,10 @@ def test_a_model_merged_with_itself_finds_itself(model, batches):
                         np.asarray(plan).argmax(1)[is_active], np.flatnonzero(is_active)
                     )
     for name in spec.weights:
-        falling = [error[name] for error in errors]
-        assert falling == sorted(falling, reverse=True), name
-        assert falling[-1] < 1e-3, name
-        assert falling[0] > 0.01, name
+        blurred, soft, sharp, sharpest = (error[name] for error in errors)
+        assert blurred > 0.3, name
+        assert blurred > 3 * soft > 9 * sharp, name
+        assert max(sharp, sharpest) < 1e-3, name  # both are down to the rounding
 
 
 KEPT_LAYERS = [0, 2, 3]
@@ -449,172 +444,29 @@ def pruned(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def unpruned(pruned, batches):
+    """(spec, coupling, target and source activations)."""
     spec = MergeSpec(weights=("gate", "up", "down"), rule="interpolate")
     target, source, _ = pruned
-    prepared = merge.prepare(target, source, (batches[0],) * 2, HPARAMS, spec=spec)
-    return prepared, merge.describe(target, prepared, HPARAMS, spec=spec)
+    rows = [
+        activations.gather(params, batches[0], cfg=cfg, sites=sites_of(spec.weights))
+        for cfg, params in (target, source)
+    ]
+    return spec, couplings.couple(*rows, HPARAMS, spec=spec), rows
 
 
 @pytest.mark.parametrize("name", ["gate", "up", "down"])
 def test_the_layers_of_a_pruned_model_are_recovered(unpruned, name):
-    assert unpruned[1].weights[name].source_layer.tolist() == KEPT_LAYERS
+    spec, coupling, _ = unpruned
+    wiring = PROJECTIONS[name]
+    share = operator.layer_weights(
+        coupling, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
+    )
+    assert share.argmax(1).tolist() == KEPT_LAYERS
 
 
 @pytest.mark.parametrize("site", ["gate_out", "up_out", "down_in"])
 def test_the_neurons_of_a_pruned_model_are_recovered(pruned, unpruned, site):
     """In the first layer, which reads what the source's reads: exactly."""
-    prepared, _ = unpruned
-    plan = couplings.plan(prepared.coupling, prepared.target, prepared.source, site=site, l=0, m=0)
+    _, coupling, rows = unpruned
+    plan = couplings.plan(coupling, *rows, site=site, l=0, m=0)
     np.testing.assert_array_equal(np.asarray(plan).argmax(1), pruned[2][0])
-
-
-# ------------------------------------------------------------------------------------ vocabulary
-
-BOTH = MergeSpec(weights=("embed", "head"), rule="delta")
-TIES = [(t, s) for t in (False, True) for s in (False, True)]
-
-
-def table(model, role):
-    """The table ``[v, d]`` of a role; a tied table plays both."""
-    cfg, params = model
-    if role == "head" and not cfg.tie_word_embeddings:
-        return np.asarray(params["lm_head"]["kernel"], np.float64).T
-    return np.asarray(params["embed_tokens"]["embedding"], np.float64)
-
-
-def moved_table(models, matched, role, strength):
-    """SPEC 5.1 in float64: the role's table of the target after rule ``delta``."""
-    target, source, base = (table(one, role) for one in models)
-    target = target.copy()
-    rows_t, rows_s = np.asarray(matched.target_ids), np.asarray(matched.source_ids)
-    left, right = base[rows_s], target[rows_t]
-    u, _, vt = np.linalg.svd(left.T @ right, full_matrices=False)
-    rotation = u @ vt
-    rotation *= np.linalg.norm(right) / np.linalg.norm(left @ rotation)
-    target[rows_t] += strength * (source - base)[rows_s] @ rotation
-    return target
-
-
-def merge_tables(model, matched, ties, weights, strength=0.8):
-    target = model("target", tied=ties[0])
-    source, base = (model(role, "qwen2", tied=ties[1]) for role in ("source", "base"))
-    params, report = merge.merge(
-        target,
-        source,
-        ([], []),
-        HParams(strength),
-        spec=BOTH._replace(weights=weights),
-        source_base=base,
-        vocabulary=matched,
-    )
-    return (target, source, base), params, report
-
-
-@pytest.mark.parametrize("ties", TIES, ids=["t-s", "t-S", "T-s", "T-S"])  # capital: tied
-def test_tables_move_by_their_role(model, matched, ties):
-    models, params, report = merge_tables(model, matched, ties, ("embed", "head"))
-    cfg, before = models[0]
-    if ties[0]:  # one table: once, by the head's map and delta
-        expected = moved_table(models, matched, "head", 0.8)
-        np.testing.assert_allclose(specs.get(params, EMBED), expected, rtol=0, atol=1e-4)
-        assert not specs.has(params, HEAD)
-    else:
-        for role, ours in (("embed", specs.get(params, EMBED)), ("head", specs.get(params, HEAD).T)):
-            expected = moved_table(models, matched, role, 0.8)
-            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4, err_msg=role)
-    unmatched = np.setdiff1d(np.arange(cfg.vocab_size), matched.target_ids)
-    same_bits(specs.get(params, EMBED)[unmatched], specs.get(before, EMBED)[unmatched])
-    assert params["layers"]["mlp"]["up_proj"]["kernel"] is before["layers"]["mlp"]["up_proj"]["kernel"]
-    assert report.coupling is None
-    assert report.rows == 0
-
-
-def test_the_roles_differ(model, matched):
-    """So that the test above can tell them apart."""
-    models, *_ = merge_tables(model, matched, (False, False), ("embed",))
-    embed, head = (moved_table(models, matched, role, 0.8) for role in ("embed", "head"))
-    assert np.abs(embed - table(models[0], "embed")).max() > 0.05
-    tied, *_ = merge_tables(model, matched, (True, False), ("embed",))
-    by_embed, by_head = (
-        moved_table((tied[0], *((cfg, {**p, "lm_head": {"kernel": p["embed_tokens"]["embedding"].T}})
-                                for cfg, p in tied[1:])), matched, "head", 0.8)
-        if role == "embed" else moved_table(tied, matched, "head", 0.8)
-        for role in ("embed", "head")
-    )  # fmt: skip
-    assert np.abs(by_embed - by_head).max() > 0.05
-    assert head.shape == embed.shape
-
-
-@pytest.mark.parametrize("source_tied", [False, True])
-def test_a_tied_table_moves_once_whatever_it_is_called(model, matched, source_tied):
-    found = [
-        merge_tables(model, matched, (True, source_tied), weights)[1]
-        for weights in (("embed",), ("head",), ("embed", "head"))
-    ]
-    for other in found[1:]:
-        jax.tree.map(same_bits, found[0], other)
-
-
-@pytest.mark.parametrize(("weights", "still"), [(("embed",), HEAD), (("head",), EMBED)])
-def test_an_untied_table_that_is_not_named_stays(model, matched, weights, still):
-    models, params, report = merge_tables(model, matched, (False, True), weights)
-    assert specs.get(params, still) is specs.get(models[0][1], still)
-    assert set(report.weights) == set(weights)
-
-
-def test_strength_zero_of_the_vocabulary(model, matched):
-    models, params, _ = merge_tables(model, matched, (False, False), ("embed", "head"), 0.0)
-    jax.tree.map(same_bits, params, models[0][1])
-
-
-def test_weights_of_the_match_reach_the_map(model, matched):
-    """Token frequencies change the map; equal ones do not."""
-    skewed = np.ones(120, np.float32)
-    skewed[:10] = 500
-    plain, equal, other = (
-        merge_tables(model, matched._replace(weights=w), (True, True), ("embed",))[1]
-        for w in (None, jnp.full(120, 3.0), jnp.asarray(skewed))
-    )
-    np.testing.assert_allclose(specs.get(equal, EMBED), specs.get(plain, EMBED), atol=1e-4)
-    assert np.abs(specs.get(other, EMBED) - specs.get(plain, EMBED)).max() > 0.01
-
-
-# ------------------------------------------------------------------------------------ refusals
-
-
-def test_delta_needs_a_base(model):
-    with pytest.raises(RecipeError, match="source_base"):
-        merge.merge(model("target"), model("source"), ([], []), HPARAMS, spec=BOTH)
-
-
-@pytest.mark.parametrize("weights", [("embed",), ("head",), ("up", "embed")])
-def test_moving_tables_needs_the_matched_tokens(model, batches, weights):
-    target, source = model("target"), model("source", "qwen2")
-    spec = MergeSpec(weights=weights, rule="interpolate")
-    with pytest.raises(RecipeError, match="matched tokens"):
-        merge.merge(target, source, batches, HPARAMS, spec=spec)
-
-
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        ({"layers": 2}, "layers/"),
-        ({"intermediate": 48}, "layers/mlp"),
-        ({"vocab_size": 320}, "embed_tokens/embedding"),
-        ({"tied": True}, "lm_head/kernel"),
-        ({"kv_heads": 3}, "layers/self_attn/k_proj"),
-    ],
-    ids=["layers", "width", "vocabulary", "tied", "heads"],
-)
-@pytest.mark.parametrize("rule", ["delta", "interpolate"])
-def test_a_base_of_other_shapes_is_refused(model, more, named, rule):
-    source, base = model("source"), model("base", **more)
-    spec = BOTH._replace(rule=rule)
-    with pytest.raises(InputError, match=named):
-        merge.merge(model("target"), source, ([], []), HPARAMS, spec=spec, source_base=base)
-
-
-def test_a_base_of_another_family_is_refused(model):
-    source, base = model("source", vocab_size=304), model("base", "qwen2", vocab_size=304)
-    with pytest.raises(InputError, match="bias"):
-        merge.merge(model("target"), source, ([], []), HPARAMS, spec=BOTH, source_base=base)

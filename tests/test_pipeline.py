@@ -105,9 +105,7 @@ def test_rows_are_the_tokens_of_the_row_documents(resolved, out):
     assert sorted(decoded) == sorted(inputs.texts)
 
 
-def test_strength_is_chosen_on_the_dev_split_and_nothing_else(
-    resolved, out, text_file, monkeypatch
-):
+def test_strength_is_chosen_on_the_dev_split_and_nothing_else(resolved, out, lines, monkeypatch):
     cut = []
     real = pipeline.nll.windows
     monkeypatch.setattr(
@@ -269,6 +267,29 @@ def test_late_failure_keeps_the_folder_it_would_have_replaced(stage, resolved, o
         pipeline.run(resolved(), out, command="test", overwrite=True)
     assert left_in(out) == ["out"]
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("notes.txt", "mine")]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_that_appears_meanwhile_is_not_replaced_unasked(
+    overwrite, resolved, out, monkeypatch
+):
+    """Two runs with one output: the second must not delete what the first has just published."""
+    real = pipeline._write_details
+
+    def late(*a, **k):
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+        return real(*a, **k)
+
+    monkeypatch.setattr(pipeline, "_write_details", late)
+    if overwrite:
+        pipeline.run(resolved(), out, command="test", overwrite=True)
+        assert (out / "config.json").exists()
+    else:
+        with pytest.raises(errors.InputError, match="not empty"):
+            pipeline.run(resolved(), out, command="test")
+        assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert left_in(out) == ["out"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])

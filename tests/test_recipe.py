@@ -27,12 +27,14 @@ def load(tmp_path, content):
     return recipe.load(write(tmp_path, content))
 
 
-# ------------------------------------------------------------------------------------ presets
+# ------------------------------------------------------------------------ presets
 
 #: SPEC section 9, and the defaults of sections 2 to 6.
 PRESETS = {
     "paper": {
-        "spec": MergeSpec(("q", "k", "v", "o"), "joint", "interpolate", "soft", "plain", 128, False, 200),
+        "spec": MergeSpec(
+            ("q", "k", "v", "o"), "joint", "interpolate", "soft", "plain", 128, False, 200,
+        ),
         "hparams": HParams(0.1, 0.1, 0.1, 1e-6),
         "rows": "sample",
         "strength": 0.1,
@@ -141,7 +143,7 @@ def test_a_text_may_be_its_path_alone():
     assert found.evaluation.path == "e.txt"
 
 
-# ------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------ refusals
 
 
 def refused(*words, **said):
@@ -274,7 +276,7 @@ def test_the_place_is_named():
         recipe.resolve({}, where="my.yaml")
 
 
-# ------------------------------------------------------------------------------------ YAML
+# ------------------------------------------------------------------------ YAML
 
 FILE = """\
 # ot-merge run recipe.yaml
@@ -366,7 +368,8 @@ def test_deep_nesting_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize(
     "content",
-    ["target: [t\n", "target: t: u\n", "\ttarget: t\n", b"target: \xff\n", b"target: \x00\n", "? {a: b}\n: c\n"],
+    ["target: [t\n", "target: t: u\n", "\ttarget: t\n", b"target: \xff\n", b"target: \x00\n",
+     "? {a: b}\n: c\n"],
     ids=["open bracket", "two colons", "tab", "latin-1", "nul", "mapping as key"],
 )  # fmt: skip
 def test_damaged_yaml_is_refused(tmp_path, content):

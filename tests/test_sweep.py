@@ -14,7 +14,7 @@ from ot_merge_jax.types import HParams, MergeSpec
 
 UP, EMBED = "layers/mlp/up_proj/kernel", "embed_tokens/embedding"
 
-# ------------------------------------------------------------------------------------ search
+# ------------------------------------------------------------------------ search
 
 
 class Counted:
@@ -113,7 +113,7 @@ def test_a_group_that_changes_nothing_does_not_win():
     assert best_of(points).strength == 1.0
 
 
-# ------------------------------------------------------------------------------------ sweep
+# ------------------------------------------------------------------------ sweep
 
 GRID = (0.0, 0.5, 1.0, 2.0)
 
@@ -125,7 +125,9 @@ def setup(tiny_checkpoint, texts):
     cfg, params = load_hf(folder)
     dev = nll.windows(texts[:8], calibration.load_tokenizer(folder), max_positions=64)
     tokens = jnp.asarray(np.concatenate([b.tokens for b in dev.batches])[:, :24])
-    gradient = jax.jit(jax.grad(loop.next_token_loss), static_argnames="cfg")(params, tokens, cfg=cfg)
+    gradient = jax.jit(jax.grad(loop.next_token_loss), static_argnames="cfg")(
+        params, tokens, cfg=cfg
+    )
 
     def step(leaf, size):
         return -size * leaf / jnp.linalg.norm(leaf)
@@ -175,9 +177,9 @@ def test_vmap_over_strengths_is_the_loop(setup):
     """All strengths fused in one call give the losses of the sweep."""
     (cfg, params), prepared, dev = setup
     spec = MergeSpec(weights=("up", "embed"))
-    fused = jax.jit(
-        jax.vmap(lambda s: fuse.fuse(params, prepared.moved, s, spec=spec, mask={}))
-    )(jnp.array(GRID))
+    fused = jax.jit(jax.vmap(lambda s: fuse.fuse(params, prepared.moved, s, spec=spec, mask={})))(
+        jnp.array(GRID)
+    )
     for index, strength in enumerate(GRID):
         one = jax.tree.map(lambda leaf, i=index: leaf[i], fused)
         ours = nll.score(one, dev, cfg=cfg).nll_per_token

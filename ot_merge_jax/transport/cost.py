@@ -48,7 +48,7 @@ def standardise(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Arra
     """
     centre, deviation = centred(x)
     deviation = jnp.where(deviation > 0, deviation, 1.0)
-    return centre / (deviation * x.shape[0] ** 0.5), deviation
+    return centre / (deviation[None] * x.shape[0] ** 0.5), deviation
 
 
 def of_units(

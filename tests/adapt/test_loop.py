@@ -15,7 +15,7 @@ from ot_merge_jax.types import Batch
 STEPS = 12
 _loss = jax.jit(loop.next_token_loss, static_argnames="cfg")
 
-# ------------------------------------------------------------------------------------ pack
+# ------------------------------------------------------------------------ pack
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 20])
@@ -34,7 +34,7 @@ def test_too_little_text_raises(documents):
         loop.pack(documents, 4)
 
 
-# ------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------ batches
 
 
 def take(blocks, count, **kw):
@@ -74,7 +74,7 @@ def test_batches_follow_their_seed(blocks):
     assert (np.array(one) != np.array(other)).any()
 
 
-# ------------------------------------------------------------------------------------ optimiser
+# ------------------------------------------------------------------------ optimiser
 
 
 def schedule(learning_rate, steps, warmup):
@@ -130,7 +130,7 @@ def test_steps_are_torchs_adamw(rng, weight_decay, clip):
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------ training
+# ------------------------------------------------------------------------ training
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import pytest
 import safetensors.numpy
 import yaml
 
+from ot_merge_jax import pipeline
 from ot_merge_jax.io import folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,7 +40,8 @@ class Desk:
         self.calibration, self.heldout = (Path(shutil.copy(one, folder)) for one in text_files)
         self.parts = {
             "--preset": "barycentric", "--target": self.copy("llama-target"),
-            "--source": models["llama-source"], "--calibration": self.calibration, "--strength": "0.1", "--out": self.out,
+            "--source": models["llama-source"], "--calibration": self.calibration,
+            "--strength": "0.1", "--out": self.out,
         }  # fmt: skip
 
     def copy(self, model, name="copy"):
@@ -606,6 +608,29 @@ def test_bad_input_is_refused(name, desk, cli, everything):
 def test_untouched_desk_works(desk, cli):
     called = cli(*desk.run())
     assert called.code == 0, called.err
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "words"),
+    [
+        (PermissionError(13, "Permission denied", "m/model.safetensors"), 3, "m/model.safetensors"),
+        (OSError(5, "Input/output error", "m/model.safetensors"), 4, "m/model.safetensors"),
+        (OSError("out does not hold the merged parameters; check the disk."), 4, "check the disk"),
+        (MemoryError(), 4, "out of memory"),
+    ],
+)
+def test_trouble_with_files_and_memory_is_one_sentence(
+    problem, code, words, desk, cli, monkeypatch
+):
+    def fail(*a, **k):
+        raise problem
+
+    monkeypatch.setattr(pipeline, "check", fail)
+    called = cli(*desk.run("--quiet"))
+    assert (called.code, called.out) == (code, "")
+    [sentence] = called.err.splitlines()
+    assert re.fullmatch(r"error: .+\.", sentence)
+    assert words in sentence
 
 
 def test_error_with_json_leaves_stdout_empty(desk, cli):

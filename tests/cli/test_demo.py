@@ -1,6 +1,12 @@
 """`ot-merge demo`: the real pipeline on the models that ship with the package."""
 
-import time
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import transformers
@@ -14,26 +20,43 @@ pytestmark = pytest.mark.skipif(
     ),
     reason="the demo's models have not been trained yet",
 )
-SECONDS = 90  # on 2 cores that do nothing else
+
+
+class Demo(NamedTuple):
+    """The folder, the reports, and what it cost."""
+
+    out: Path
+    reports: dict
+    cpu_seconds: float
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, cli):
-    """(folder, call, seconds)."""
+def demo(tmp_path_factory):
+    """`Demo`, run once in a process of its own, as a user runs it."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    started = time.process_time()
-    called = cli("demo", "--out", out, "--json")
-    return out, called, time.process_time() - started
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "ot_merge_jax.cli", "demo", "--out", str(out), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env=environment,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Demo(out, json.loads(done.stdout), spent)
 
 
-def test_demo_ends_in_time(demo):
-    _, called, seconds = demo
-    assert called.code == 0, called.err
-    assert seconds < 2 * SECONDS, "CPU seconds; two cores have twice the time"
+def test_demo_ends_in_90_seconds_on_2_cores(demo):
+    """Counted in CPU seconds, which other programs on the machine do not stretch."""
+    assert demo.cpu_seconds < 2 * 90
 
 
 def test_delta_is_better_than_the_target(demo):
-    report = demo[1].json["delta"]
+    report = demo.reports["delta"]
     assert report["verdict"].startswith("better than the target")
     change = report["evaluation"]["merge"]["against_target"]
     assert change["metric"] == "nll_per_token"
@@ -41,14 +64,14 @@ def test_delta_is_better_than_the_target(demo):
 
 
 def test_paper_says_that_nothing_was_transferred(demo):
-    verdict = demo[1].json["paper"]["verdict"]
+    verdict = demo.reports["paper"]["verdict"]
     assert verdict.startswith("nothing of the source was transferred")
     assert "delta" in verdict
 
 
 def test_source_is_clearly_better_on_the_domain_than_the_sibling(demo):
     """What the issue asks of the trained models: at least 0.3 nats per token."""
-    evaluation = demo[1].json["delta"]["evaluation"]
+    evaluation = demo.reports["delta"]["evaluation"]
     assert evaluation["target"]["nll_per_token"] - evaluation["source"]["nll_per_token"] >= 0.3
 
 
@@ -56,12 +79,12 @@ def test_source_is_clearly_better_on_the_domain_than_the_sibling(demo):
 @pytest.mark.parametrize("name", ["delta", "paper"])
 def test_transformers_loads_both_folders(name, demo):
     torch = pytest.importorskip("torch")
-    folder = demo[0] / name
+    folder = demo.out / name
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info.values()), info
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokens = tokenizer("def main():", return_tensors="pt")
+    tokens = torch.tensor([tokenizer("def main():")["input_ids"]])
     with torch.no_grad():
-        assert torch.isfinite(model(**tokens).logits).all()
+        assert torch.isfinite(model(tokens).logits).all()

@@ -119,7 +119,7 @@ def test_one_document_has_no_spread():
 
 
 def test_coverage(rng):
-    """300 studies of 40 documents with a true difference of 0.2: about 95 % of the intervals hold it."""
+    """300 studies of 40 documents, true difference 0.2: about 95 % of the intervals hold it."""
     hits = 0
     for seed in range(300):
         b = rng.normal(30, 5, 40)

@@ -206,6 +206,18 @@ def tensor_absent_from_its_shard(folder):
 
 
 @row(
+    NORM,
+    "is in model-00001-of-00002.safetensors and in model-00002-of-00002.safetensors",
+    check=open_folder,
+)
+def tensor_in_two_files_and_not_in_the_index(folder):
+    tensor_in_two_files(folder)
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    del index[NORM]
+    write_index(folder, index)
+
+
+@row(
     NORM, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", check=open_folder
 )
 def tensor_in_two_files(folder):

@@ -71,7 +71,7 @@ def test_past_tokens_do_change_later_logits(family, tiny_checkpoint, random_batc
 def test_padding_changes_nothing(family, side, tiny_checkpoint, random_batch):
     """Each sequence alone gives the logits and rows that it gives in a padded batch."""
     cfg, params = load_hf(tiny_checkpoint(family))
-    batch = random_batch(cfg, padding=side, lengths=(7, 4, 6))
+    batch = random_batch(cfg, padding=side, lengths=(7, 4))  # every length compiles anew
     capture = frozenset({"o_in", "down_in"})
     logits, sites = _forward(params, batch, cfg=cfg, capture=capture)
     for row, mask in enumerate(np.asarray(batch.mask)):
@@ -130,10 +130,9 @@ def test_batches_do_not_mix(family, tiny_checkpoint, random_batch):
     )
 
 
-@families
 @pytest.mark.parametrize("graph_mode", [True, False])
-def test_both_graph_modes_of_nnx(family, graph_mode, tiny_checkpoint, random_batch):
-    cfg, params = load_hf(tiny_checkpoint(family))
+def test_both_graph_modes_of_nnx(graph_mode, tiny_checkpoint, random_batch):
+    cfg, params = load_hf(tiny_checkpoint("qwen2"))
     batch = random_batch(cfg, padding="left")
     expected = _forward(params, batch, cfg=cfg)[0]
     decoder._graph.cache_clear()

@@ -101,12 +101,8 @@ def test_layer_plan_is_that_of_the_costs(coupled):
 def test_standard_deviations(coupled):
     target, source, coupling = coupled
     for site in SITES:
-        np.testing.assert_allclose(
-            coupling.std_target[site], target.values[site].std(1), rtol=1e-5
-        )
-        np.testing.assert_allclose(
-            coupling.std_source[site], source.values[site].std(1), rtol=1e-5
-        )
+        np.testing.assert_allclose(coupling.std_target[site], target.values[site].std(1), rtol=1e-5)
+        np.testing.assert_allclose(coupling.std_source[site], source.values[site].std(1), rtol=1e-5)
 
 
 def test_only_the_sites_of_the_weights_are_solved(rng):
@@ -127,9 +123,7 @@ def test_reordering_layers_reorders_the_coupling(rng):
     )
     for site in SITES:
         np.testing.assert_allclose(other.layer[site], one.layer[site][:, order], atol=1e-5)
-        np.testing.assert_allclose(
-            other.feature[site].f, one.feature[site].f[:, order], atol=1e-5
-        )
+        np.testing.assert_allclose(other.feature[site].f, one.feature[site].f[:, order], atol=1e-5)
 
 
 def test_a_constant_neuron_counts_as_one_and_matches_nothing(rng):
@@ -140,7 +134,7 @@ def test_a_constant_neuron_counts_as_one_and_matches_nothing(rng):
     assert np.isfinite(coupling.feature["up_out"].f).all()
 
 
-# ------------------------------------------------------------------------------------ layer problem
+# ------------------------------------------------------------------------ layer problem
 
 LAYERS = [(1, 1), (1, 3), (4, 1), (3, 5), (6, 4)]
 layer_plan = jax.jit(couplings.layer_plan, static_argnames=("layer_cost",))
@@ -223,7 +217,7 @@ def test_layer_cost_must_be_known(unchecked):
         couplings.layer_plan(jnp.zeros((2, 3)), epsilon=0.1, layer_cost="mean")
 
 
-# ------------------------------------------------------------------------------------ row alignment
+# ------------------------------------------------------------------------ row alignment
 
 
 @pytest.mark.parametrize(
@@ -244,7 +238,7 @@ def test_one_row_is_too_few(rng):
         couplings.couple(*one, HParams(1.0), spec=spec_of())
 
 
-# ------------------------------------------------------------------------------------ planted answers
+# ------------------------------------------------------------------------ planted answers
 
 PLANTED_LAYERS = (3, 0, 4)  # source layer of each target layer, of 5
 NEURONS = {"mlp_in": (9, 14), "up_out": (12, 15)}
@@ -328,7 +322,7 @@ def test_a_smaller_epsilon_is_sharper(rng):
     assert peaks[-1] > 2 * peaks[0]
 
 
-# ------------------------------------------------------------------------------------ transformations
+# ------------------------------------------------------------------------ transformations
 
 
 def test_vmap_over_epsilon_is_the_loop(rng):

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.transport import diagnostics, solve
 from ot_merge_jax.transport import cost as costs
+from ot_merge_jax.transport import diagnostics, solve
 
 SIZES = [(1, 1), (2, 5), (7, 3), (60, 97)]
 
@@ -20,7 +20,7 @@ def uniform(n, m):
     return jnp.full((n, m), 1 / (n * m), jnp.float32)
 
 
-# ------------------------------------------------------------------------------------ neighbours
+# ------------------------------------------------------------------------ neighbours
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -57,7 +57,7 @@ def test_neighbours_of_an_empty_row_are_finite():
     assert np.isfinite(diagnostics.effective_neighbours(jnp.zeros((2, 3))))
 
 
-# ------------------------------------------------------------------------------------ mass
+# ------------------------------------------------------------------------ mass
 
 
 @pytest.mark.parametrize(("n", "m"), SIZES)
@@ -75,7 +75,7 @@ def test_mass_curve_counts_negative_entries_by_their_size():
     assert diagnostics.mass_curve(plan, (1, 3)).tolist() == [0.5, 1.0]
 
 
-# ------------------------------------------------------------------------------------ picture
+# ------------------------------------------------------------------------ picture
 
 
 @pytest.mark.parametrize("bins", [1, 4, 48])
@@ -100,7 +100,7 @@ def test_a_flat_plan_shows_no_diagonal():
     np.testing.assert_allclose(picture, 1 / 48**2, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------ held-out R^2
+# ------------------------------------------------------------------------ held-out R^2
 
 
 def halves(values):
@@ -114,7 +114,9 @@ def test_a_perfect_plan_explains_everything(rng):
     plan, order = permutation(rng, 7)
     source = rng.normal(size=(150, 7)) * rng.uniform(0.1, 10, 7) + rng.normal(size=7)
     target = 3 * source[:, order] - 5
-    np.testing.assert_allclose(diagnostics.held_out_r2(plan, *halves((target, source))), 1, rtol=1e-4)
+    np.testing.assert_allclose(
+        diagnostics.held_out_r2(plan, *halves((target, source))), 1, rtol=1e-4
+    )
 
 
 def test_the_permuted_map_explains_less(rng):

@@ -59,7 +59,12 @@ def coupled(request, activations):
 
 def transported(golden, activations, coupling, weights, **kw):
     return operator.transported(
-        kernels(weights), coupling, *activations, in_site="mlp_in", out_site="up_out", spec=spec_of(**kw)
+        kernels(weights),
+        coupling,
+        *activations,
+        in_site="mlp_in",
+        out_site="up_out",
+        spec=spec_of(**kw),
     )
 
 

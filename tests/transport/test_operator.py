@@ -1,4 +1,4 @@
-"""The transported weight: both forms, both layer rules, bias, sign, units; and what would go wrong unnoticed."""
+"""The transported weight: forms, layer rules, bias, sign, units; and mistakes nobody would see."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from ot_merge_jax.transport import operator
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
 ENDS = {"in_site": "mlp_in", "out_site": "up_out"}
-#: Site -> (target, source) width: the in-space shrinks and the out-space grows on the way to the target.
+#: Site -> (target, source) width: on the way to the target one space shrinks, the other grows.
 WIDTHS = {"mlp_in": (4, 7), "up_out": (5, 3)}
 L, M, ROWS = 2, 3, 40
 KINDS = [(form, layers) for form in ("joint", "barycentric") for layers in ("soft", "top1")]
@@ -31,17 +31,24 @@ def draw(rng, layers, end):
     return Activations(values, np.arange(ROWS))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["unsigned", "signed"])
-def coupled(request):
+def made(signed):
     """(target, source, coupling, signed, source kernels, source biases)."""
     rng = np.random.default_rng(3)
     target, source = draw(rng, L, 0), draw(rng, M, 1)
-    coupling = couplings.couple(
-        target, source, HParams(1.0, 0.1), spec=spec_of(signed=request.param)
-    )
+    coupling = couplings.couple(target, source, HParams(1.0, 0.1), spec=spec_of(signed=signed))
     kernels = rng.normal(size=(M, WIDTHS["mlp_in"][1], WIDTHS["up_out"][1])).astype(np.float32)
     biases = rng.normal(size=(M, WIDTHS["up_out"][1])).astype(np.float32)
-    return target, source, coupling, request.param, jnp.asarray(kernels), jnp.asarray(biases)
+    return target, source, coupling, signed, jnp.asarray(kernels), jnp.asarray(biases)
+
+
+@pytest.fixture(scope="module")
+def coupled():
+    return made(signed=False)
+
+
+@pytest.fixture(scope="module")
+def signed():
+    return made(signed=True)
 
 
 def transported(coupled, form, layers, *, coupling=None, kernels=None):
@@ -84,7 +91,7 @@ def plans(coupled, site):
 
 
 def oracle(coupled, form, layers):
-    """(``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]``) by the table of SPEC 5."""
+    """``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]`` of SPEC section 5."""
     target, source, coupling, *_ = coupled
     effective = np.sqrt(
         np.asarray(coupling.layer["mlp_in"], np.float64) * np.asarray(coupling.layer["up_out"])
@@ -126,6 +133,18 @@ def test_bias_is_the_formula(coupled, form, layers):
     close(transported_bias(coupled, form, layers), expected)
 
 
+def test_signed_is_the_formula(signed):
+    """The same maps with the plans' signs; some are negative, or this shows nothing."""
+    share, phi_in, phi_out = oracle(signed, "barycentric", "soft")
+    assert (phi_in < 0).any()
+    assert (phi_out < 0).any()
+    kernels, biases = (np.asarray(leaf, np.float64) for leaf in signed[4:])
+    expected = np.einsum("lm,lmbi,mba,lmoa->lio", share, phi_in, kernels, phi_out)
+    close(transported(signed, "barycentric", "soft"), expected)
+    expected = np.einsum("lm,lmoa,ma->lo", share, phi_out, biases)
+    close(transported_bias(signed, "barycentric", "soft"), expected)
+
+
 @pytest.mark.parametrize(("form", "layers"), KINDS)
 def test_layer_weights(coupled, form, layers):
     expected, _, _ = oracle(coupled, form, layers)
@@ -155,8 +174,6 @@ STDS = ("std_target", "std_source")
 @pytest.mark.parametrize("layers", ["soft", "top1"])
 def test_rows_of_the_out_map_sum_to_one_before_the_units(coupled, layers):
     """A source bias of ones arrives as ones: the out-map takes the TARGET's marginal."""
-    if coupled[3]:
-        pytest.skip("signed rows need not sum to one")
     ones = jnp.ones((M, WIDTHS["up_out"][1]))
     plain = without_units(coupled[2])
     ours = transported_bias(coupled, "barycentric", layers, coupling=plain, biases=ones)
@@ -166,8 +183,6 @@ def test_rows_of_the_out_map_sum_to_one_before_the_units(coupled, layers):
 @pytest.mark.parametrize("layers", ["soft", "top1"])
 def test_rows_of_the_in_map_sum_to_one_before_the_units(coupled, layers):
     """The sum over inputs of a kernel survives: the in-map takes the SOURCE's marginal."""
-    if coupled[3]:
-        pytest.skip("signed rows need not sum to one")
     d_in, d_out = WIDTHS["mlp_in"][1], WIDTHS["up_out"][1]
     kernels = jnp.full((M, d_in, d_out), 1 / d_in)  # every column sums to 1
     plain = without_units(coupled[2])
@@ -184,14 +199,14 @@ def test_the_joint_form_vanishes(coupled, layers):
 
 
 def test_the_joint_form_of_a_constant_kernel_meets_its_bound(coupled):
-    """Both plans only average, so a constant arrives as the constant over ``n_out n_in``, times P_eff."""
-    if coupled[3]:
-        pytest.skip("signs cancel")
+    """Both plans only average: a constant arrives over ``n_out n_in``, times P_eff."""
     kernels = jnp.full(coupled[4].shape, 3.0)
     share, _, _ = oracle(coupled, "joint", "soft")
     expected = 3 * share.sum(1) / (WIDTHS["mlp_in"][0] * WIDTHS["up_out"][0])
     ours = np.asarray(transported(coupled, "joint", "soft", kernels=kernels))
-    np.testing.assert_allclose(ours, np.broadcast_to(expected[:, None, None], ours.shape), rtol=1e-4)
+    np.testing.assert_allclose(
+        ours, np.broadcast_to(expected[:, None, None], ours.shape), rtol=1e-4
+    )
 
 
 def test_is_linear_in_the_kernel(coupled):
@@ -211,7 +226,7 @@ def test_half_precision_kernels_are_carried_in_float32(coupled):
     )
 
 
-# ------------------------------------------------------------------------------------ a known answer
+# ------------------------------------------------------------------------ a known answer
 
 
 class Ffn:
@@ -233,7 +248,11 @@ class Ffn:
         }
 
 
-WIRING = {"gate": ("mlp_in", "gate_out"), "up": ("mlp_in", "up_out"), "down": ("down_in", "down_out")}
+WIRING = {
+    "gate": ("mlp_in", "gate_out"),
+    "up": ("mlp_in", "up_out"),
+    "down": ("down_in", "down_out"),
+}
 HIDDEN, INNER, SAMPLES = 6, 9, 400
 
 
@@ -261,7 +280,7 @@ def copy_of(ffn, rng):
 
 @pytest.fixture(scope="module")
 def copied():
-    """(original, activations of target and source, source kernels): the source is a permuted, rescaled copy."""
+    """(original, its input, activations of target and source, kernels of the source, a copy)."""
     rng = np.random.default_rng(11)
     ffn = Ffn(*(rng.normal(size=s) for s in ((HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN))))
     x = rng.normal(size=(SAMPLES, HIDDEN))
@@ -343,25 +362,17 @@ def test_transposed_plans_do_not_pass(copied, monkeypatch):
 
 
 def test_swapped_models_do_not_pass(copied):
-    """The coupling of (source, target) used as that of (target, source): the inverse permutation."""
+    """The coupling of (source, target) used as that of (target, source): the inverse one."""
     ffn, x, target, source, kernels = copied
     swapped = (ffn, x, source, target, kernels)
     assert error_of(copied, carried(swapped, 0.01)) > 0.3
 
 
-# ------------------------------------------------------------------------------------ transformations
+# ------------------------------------------------------------------------ transformations
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    """(target, source, source kernels)."""
-    rng = np.random.default_rng(4)
-    kernels = rng.normal(size=(M, WIDTHS["mlp_in"][1], WIDTHS["up_out"][1])).astype(np.float32)
-    return draw(rng, L, 0), draw(rng, M, 1), jnp.asarray(kernels)
-
-
-def test_vmap_over_epsilon_is_the_loop(drawn):
-    target, source, kernels = drawn
+def test_vmap_over_epsilon_is_the_loop(coupled):
+    target, source, _, _, kernels, _ = coupled
     spec = spec_of(layers="soft")
 
     def moved(epsilon):
@@ -374,9 +385,9 @@ def test_vmap_over_epsilon_is_the_loop(drawn):
         np.testing.assert_allclose(swept[index], alone, rtol=0, atol=2e-5 * np.abs(alone).max())
 
 
-def test_the_second_call_compiles_nothing(drawn, caplog):
+def test_the_second_call_compiles_nothing(coupled, caplog):
     """Not even with another coupling and other kernels."""
-    target, source, kernels = drawn
+    target, source, _, _, kernels, _ = coupled
     others = jnp.asarray(np.asarray(kernels) + 1)
     fresh = spec_of(max_iterations=1998)  # a static argument that no other test uses
     one, other = (

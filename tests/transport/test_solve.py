@@ -1,4 +1,6 @@
-"""The Sinkhorn wrapper: marginals, duality, both limits of epsilon, a second library, compilation."""
+"""The Sinkhorn wrapper: marginals, duality, limits of epsilon, a second library, compilation."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +95,7 @@ def test_duality_gap_is_not_negative_and_closes(solved):
     cost, found = solved
     n, m = cost.shape
     coupled, epsilon = plan(cost, found), float(found.epsilon)
-    dual = (
-        found.f.mean(dtype=np.float64) + found.g.mean(dtype=np.float64) - epsilon * coupled.sum()
-    )
+    dual = found.f.mean(dtype=np.float64) + found.g.mean(dtype=np.float64) - epsilon * coupled.sum()
     candidate = feasible(coupled)
     np.testing.assert_allclose(candidate.sum(1), 1 / n, rtol=1e-12)
     np.testing.assert_allclose(candidate.sum(0), 1 / m, rtol=1e-12)
@@ -167,7 +167,7 @@ def test_a_constant_cost_gives_the_product_plan(value):
 
 @pytest.mark.parametrize(("n", "m"), [(7, 7), (3, 6), (8, 2)])
 def test_a_small_epsilon_gives_the_assignment(rng, n, m):
-    """Against scipy on the problem with repeated rows or columns; the gap is at most eps log min(n, m)."""
+    """Against scipy, rows or columns repeated; the gap is at most epsilon log min(n, m)."""
     epsilon, slack, size = 0.002, 2e-3, max(n, m)
     cost = draw(rng, n, m)
     big = np.repeat(np.repeat(cost, size // n, 0), size // m, 1)
@@ -184,7 +184,7 @@ def test_a_small_epsilon_gives_the_assignment(rng, n, m):
 def test_a_smaller_epsilon_is_sharper_and_cheaper(rng):
     cost = draw(rng, 3, 5)
     costs = [run(cost, epsilon=epsilon).cost for epsilon in (1.0, 0.3, 0.1, 0.05)]
-    assert all(later < earlier for earlier, later in zip(costs, costs[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(costs))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -217,7 +217,7 @@ def test_too_few_iterations_do_not_converge(rng, max_iterations):
 
 @pytest.mark.parametrize("epsilon", [0.02, 0.005])
 def test_costs_of_real_neurons_converge_in_float32(rng, epsilon):
-    """Costs near 1 that differ by a little: rounding of the potentials must not hide convergence."""
+    """Costs near 1 that differ a little: rounding of the potentials must not hide convergence."""
     cost = (1 + 0.1 * rng.normal(size=(33, 21))).astype(np.float32)
     found = run(cost, epsilon=epsilon)
     assert found.converged

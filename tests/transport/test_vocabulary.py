@@ -18,7 +18,9 @@ procrustes = jax.jit(vocabulary.procrustes)
 def rotation_of(rng, d_s, d_t):
     """A random matrix with orthonormal rows or columns, whichever fit."""
     size = max(d_s, d_t)
-    return scipy.stats.ortho_group.rvs(size, random_state=rng)[:d_s, :d_t] if size > 1 else np.eye(1)
+    return (
+        scipy.stats.ortho_group.rvs(size, random_state=rng)[:d_s, :d_t] if size > 1 else np.eye(1)
+    )
 
 
 @pytest.fixture(params=SIZES, ids=str)
@@ -33,11 +35,13 @@ def ours(source, target, **kw):
     return np.asarray(found)
 
 
-# ------------------------------------------------------------------------------------ matching
+# ------------------------------------------------------------------------ matching
 
 
 def test_match_by_string_with_gaps():
-    found = vocabulary.match({"b": 4, "a": 9, "only": 2, "c": 1}, {"a": 0, "c": 7, "else": 3, "b": 5})
+    found = vocabulary.match(
+        {"b": 4, "a": 9, "only": 2, "c": 1}, {"a": 0, "c": 7, "else": 3, "b": 5}
+    )
     assert found.target_ids.tolist() == [1, 4, 9]
     assert found.source_ids.tolist() == [7, 5, 0]
     assert found.weights is None
@@ -69,7 +73,7 @@ def test_no_shared_token_raises(target, source):
         vocabulary.match(target, source)
 
 
-# ------------------------------------------------------------------------------------ the map
+# ------------------------------------------------------------------------ the map
 
 
 def test_is_orthogonal_up_to_its_scale(tables):
@@ -166,9 +170,7 @@ def test_empty_tables_stay_finite():
 
 
 def test_half_precision_tables_are_fitted_in_float32(rng):
-    source, target = (
-        jnp.asarray(rng.normal(size=(12, d)), jnp.bfloat16) for d in (5, 3)
-    )
+    source, target = (jnp.asarray(rng.normal(size=(12, d)), jnp.bfloat16) for d in (5, 3))
     found = procrustes(source, target)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(
@@ -189,7 +191,7 @@ def test_promotes_nothing_implicitly(rng, strict):
     np.testing.assert_allclose(found, ours(source, target), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------ the moved table
+# ------------------------------------------------------------------------ the moved table
 
 
 def pairs(target_ids, source_ids):
@@ -218,7 +220,7 @@ def test_half_precision_rows_are_moved_in_float32(rng):
 
 @pytest.mark.parametrize(("d_s", "d_t"), [(5, 5), (4, 9)])
 def test_a_rotated_vocabulary_arrives(rng, d_s, d_t):
-    """Matching, map and move together: shuffled rows, gaps on both sides, another basis and scale."""
+    """Matching, map and move together: shuffled rows, gaps, another basis and scale."""
     source = rng.normal(size=(30, d_s)).astype(np.float32)
     names = [f"t{i}" for i in range(30)]
     shared = rng.permutation(30)[:21]
