@@ -136,6 +136,18 @@ class Recipe(pydantic.BaseModel):
     k: Literal["all"] | Annotated[int, pydantic.Field(ge=1)]
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
+    @pydantic.field_validator(
+        "epsilon", "layer_epsilon", "threshold", "strength", "k", "seed",
+        "max_rows", "max_length", "max_iterations", mode="before",
+    )  # fmt: skip
+    @classmethod
+    def _check_number(cls, value: Any) -> Any:
+        # YAML reads yes, no, on and off as booleans, and pydantic would read those as 1 and 0
+        values = value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(one, bool) for one in values):
+            raise ValueError("must be a number, not true or false")
+        return value
+
     @pydantic.model_validator(mode="after")
     def _check(self) -> Recipe:
         if self.rule == "delta" and self.source_base is None:

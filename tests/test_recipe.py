@@ -192,12 +192,14 @@ def test_epsilons_must_be_positive_and_finite(key, value):
     refused(key, **{key: value})
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "some", "0", [1]])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "some", "0", [1], True])
 def test_k_is_all_or_at_least_one(value):
     refused("k: must be all, or an integer of at least 1", k=value)
 
 
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "full", [0.1], {"others": 0.1}])
+@pytest.mark.parametrize(
+    "value", [-0.1, math.nan, math.inf, "full", [0.1], {"others": 0.1}, True, {"projections": True}]
+)
 def test_strength_is_auto_a_number_or_one_for_each_group(value):
     refused("strength: must be auto", strength=value)
 
@@ -298,6 +300,16 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, text):
     """YAML 1.1 takes 1e-3 for a string."""
     found = recipe.resolve(load(tmp_path, FILE + f"epsilon: {text}\nthreshold: {text}\n"))
     assert found.epsilon == found.threshold == 0.001
+
+
+@pytest.mark.parametrize(
+    "key", ["epsilon", "layer_epsilon", "threshold", "strength", "k", "seed", "max_rows"]
+)
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off"])
+def test_words_that_yaml_reads_as_booleans_are_no_numbers(tmp_path, key, word):
+    """Without care, ``k: yes`` is 1 and ``strength: off`` is 0."""
+    with pytest.raises(RecipeError, match=f"{key}: must"):
+        recipe.resolve(load(tmp_path, FILE + f"{key}: {word}\n"))
 
 
 def test_strength_written_as_1e_3_is_a_number(tmp_path):

@@ -77,8 +77,11 @@ def windows(documents: Sequence[str], tokenizer: Any, *, max_positions: int) -> 
         Padded windows of few shapes.
 
     Raises:
-        InputError: if there is no document, or the tokenizer has neither BOS nor EOS.
+        InputError: if there is no document, the tokenizer has neither BOS nor EOS, or the context
+            holds no more than the prefix.
     """
+    if max_positions < 2:
+        raise InputError("The model's context is 1 token, so no text can be scored; check config.")
     prefix = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
@@ -92,7 +95,7 @@ def windows(documents: Sequence[str], tokenizer: Any, *, max_positions: int) -> 
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         counts.append(len(ids))
         for start, stop, context in _spans(len(ids), max_positions):
-            sequence = [prefix, *ids[:stop]] if context == 0 else ids[context:stop]
+            sequence = [prefix, *ids[:stop]] if start == 0 else ids[context:stop]
             pieces.append((index, sequence, stop - start))
     if not sum(counts):
         raise InputError("The evaluation text has 0 documents with tokens; add text.")
@@ -122,7 +125,7 @@ def _spans(length: int, max_positions: int) -> list[tuple[int, int, int]]:
         # the first window spends a position on the prefix; later ones keep half a context before
         # them
         context = 0 if start == 0 else start - max_positions // 2
-        stop = min(length, context + max_positions - (context == 0))
+        stop = min(length, context + max_positions - (start == 0))
         spans.append((start, stop, context))
         start = stop
     return spans

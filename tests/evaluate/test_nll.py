@@ -116,7 +116,7 @@ def pieces(cut):
     return found
 
 
-@pytest.mark.parametrize("max_positions", [3, 4, 7, 16, 33, 512])
+@pytest.mark.parametrize("max_positions", [2, 3, 4, 7, 16, 33, 512])
 def test_every_token_counts_once(tokenizer, texts, max_positions):
     documents = [*texts[:12], "a", " ".join(texts[:9])]
     cut = nll.windows(documents, tokenizer, max_positions=max_positions)
@@ -132,7 +132,7 @@ def test_every_token_counts_once(tokenizer, texts, max_positions):
         assert starts == [[tokenizer.bos_token_id, *ids][: min(max_positions, len(ids) + 1)]]
 
 
-@pytest.mark.parametrize("max_positions", [4, 7, 16, 33])
+@pytest.mark.parametrize("max_positions", [2, 3, 4, 7, 16, 33])
 def test_windows_put_together_are_the_document(tokenizer, texts, max_positions):
     """Tokens in order, each with at least half a context before it, except at the start."""
     text = " ".join(texts[:3])
@@ -195,6 +195,12 @@ def test_an_empty_document_costs_nothing(scored):
     alone = nll.score(params, nll.windows(documents[:2], tokenizer, max_positions=64), cfg=cfg)
     assert scores.tokens[1] == scores.bytes[1] == scores.nll[1] == 0
     np.testing.assert_allclose(scores.nll[[0, 2]], alone.nll, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_positions", [-1, 0, 1])
+def test_a_context_that_holds_no_token_raises(tokenizer, max_positions):
+    with pytest.raises(InputError, match="context"):
+        nll.windows(["a text"], tokenizer, max_positions=max_positions)
 
 
 @pytest.mark.parametrize("documents", [[], [""], ["", ""]])
