@@ -290,7 +290,7 @@ def _sentences(errors: Iterable[Any]) -> list[str]:
     for error in errors:
         key = str(error["loc"][0]) if error["loc"] else ""
         place = ".".join(str(part) for part in error["loc"])
-        message = _UNIONS.get(key, error["msg"].removeprefix("Value error, "))
+        message = _UNIONS.get(key, str(error["msg"]).removeprefix("Value error, "))
         if error["type"] == "missing":
             found[place] = f"{place} is missing"
         elif not key:

@@ -44,7 +44,7 @@ def test_mesh_larger_than_the_machine_is_refused(sizes):
 
 @pytest.mark.parametrize("sizes", [{"data": 0}, {"data": -2}, {"data": 2, "model": 0}, {}], ids=str)
 def test_mesh_axis_without_a_device_is_refused(sizes):
-    with pytest.raises(RecipeError, match="at least one device"):
+    with pytest.raises(RecipeError, match="does not fit the 8 device"):
         sharding.make_mesh(sizes)
 
 

@@ -115,8 +115,6 @@ def forward(
     block, stacked = nnx.split(model.layers)
 
     def layer(x: jax.Array, state: Any) -> tuple[jax.Array, Sites]:
-        # the barrier keeps XLA from fusing across layers, so scanned and unrolled programs round
-        # alike
         x, sites = nnx.merge(block, state)(x, tables, visible)
         return x, {site: _rows(sites[site], batch) for site in sorted(capture)}
 
