@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from ot_merge_jax.types import Activations, MergeSpec, Params
 Leaves = Mapping[str, jax.Array]
 
 
+@functools.partial(jax.jit, static_argnames="k")
 def top_k(values: Float[Array, "layers t d"], k: int | None) -> Float[Array, "layers d"]:
     """1 at the ``k`` neurons of each layer with the largest mean absolute activation, else 0.
 
@@ -146,6 +148,7 @@ def scaled(strength: Any, moved: jax.Array) -> jax.Array:
     return strength.reshape(strength.shape + (1,) * (moved.ndim - strength.ndim))
 
 
+@functools.partial(jax.jit, static_argnames="rule")
 def _fuse_leaf(
     weight: jax.Array, moved: jax.Array, strength: Any, mask: jax.Array | None, *, rule: str
 ) -> jax.Array:

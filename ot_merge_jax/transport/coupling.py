@@ -73,7 +73,7 @@ def couple(
                     max_iterations=spec.max_iterations, signed=spec.signed,
                 )
             )  # fmt: skip
-        feature[site] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        feature[site] = _stacked(rows)
         layer[site] = layer_plan(
             feature[site].cost, epsilon=hparams.layer_epsilon, layer_cost=spec.layer_cost
         )
@@ -87,6 +87,12 @@ def _standardise(
 ) -> tuple[Float[Array, "layers t d"], Float[Array, "layers d"]]:
     """Unit columns and standard deviations of every layer; pairs share them."""
     return jax.lax.map(cost.standardise, layers)
+
+
+@jax.jit
+def _stacked(rows: list[Potentials]) -> Potentials:
+    """One set of potentials, target layers leading."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "signed"))

@@ -49,6 +49,7 @@ def _layer_of(tree: Any, l: jax.Array | int) -> Any:
     return jax.tree.map(lambda leaf: leaf[l], tree)
 
 
+@functools.partial(jax.jit, static_argnames=("in_site", "out_site", "spec"))
 def layer_weights(
     coupling: Coupling, *, in_site: str, out_site: str, spec: MergeSpec
 ) -> Float[Array, "L M"]:
