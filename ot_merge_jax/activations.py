@@ -31,6 +31,7 @@ def gather(
     cfg: ModelConfig,
     sites: Iterable[str],
     mesh: jax.sharding.Mesh | None = None,
+    model: str = "model",
 ) -> Activations:
     """Runs a model over batches and keeps the wanted rows of the wanted sites.
 
@@ -43,6 +44,7 @@ def gather(
         cfg: The model.
         sites: Names of `ot_merge_jax.spaces.SITES`.
         mesh: Splits each batch along its ``data`` axis; None: one device.
+        model: Which model this is, for messages.
 
     Returns:
         Activations on the host, rows sorted by ``row_id``.
@@ -64,7 +66,7 @@ def gather(
         site: np.empty((cfg.num_layers, len(row_id), site_width(site, cfg)), np.float32)
         for site in sorted(sites)
     }
-    for host_batch in progress.track(batches, "gather activations (batches)"):
+    for host_batch in progress.track(batches, f"gather activations of the {model} (batches)"):
         batch, ids = host_batch, np.asarray(host_batch.row_id)
         if mesh is not None:
             batch = jax.tree.map(
@@ -80,7 +82,7 @@ def gather(
         for layer, one in enumerate(rows):
             if not np.isfinite(one).all():
                 raise NonFiniteError(
-                    f"Activations at site {site}, layer {layer}, are not finite; "
-                    f"the weights overflow there, so check the checkpoint or compute in float32."
+                    f"Activations of the {model} at site {site}, layer {layer}, are not finite: "
+                    f"its weights overflow there; check the checkpoint."
                 )
     return Activations(values, row_id)  # pyright: ignore[reportArgumentType]

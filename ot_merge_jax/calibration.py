@@ -168,7 +168,9 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the libraries behind it raise anything
         first = str(error).strip().split("\n")[0]
-        raise InputError(f"The tokenizer of {path} cannot be loaded ({first}).") from error
+        raise InputError(
+            f"The tokenizer of {path} cannot be loaded ({first}); download its files again."
+        ) from error
 
 
 def is_same_tokenizer(target: Any, source: Any, documents: Sequence[str]) -> bool:
@@ -253,7 +255,8 @@ def align(
         places, total = _token_rows([t for t, _ in both], max_rows, seed)
     if total < 2:
         raise InputError(
-            f"The calibration text gives {total} usable rows, and at least 2 are needed; add text."
+            f"The calibration text gives {total} usable row{'s' * (total != 1)}, "
+            "and at least 2 are needed; add text."
         )
     return Calibration(
         target=batches([t.ids for t, _ in both], places),

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -96,7 +97,9 @@ def _print_json(value: Any) -> None:
 def _session(*, verbose: bool, quiet: bool) -> Iterator[None]:
     """Logging and progress on stderr."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    handler = RichHandler(console=_err, show_path=False, show_level=False, markup=False)
+    handler = RichHandler(
+        console=_err, show_path=False, show_level=False, markup=False, log_time_format="[%X]"
+    )
     logger = logging.getLogger("ot_merge_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
@@ -176,7 +179,7 @@ def run(
         known = said.get("calibration")
         known = {"path": known} if isinstance(known, str) else dict(known or {})
         said["calibration"] = {**known, "samples": samples}
-    resolved = recipes.resolve(said, where=str(recipe or "the flags"))
+    resolved = recipes.resolve(said, where=str(recipe or "the command line"))
     if out is None:
         raise RecipeError("There is no --out; name the folder to write.")
     with _session(verbose=verbose, quiet=quiet):
@@ -286,14 +289,10 @@ def inspect(
          f"{len(shards)} file(s)", _out)  # fmt: skip
     for key, value in cfg.items():
         _say(f"  {key}: {value}", _out)
-    names = (Column(name, overflow="fold") for name in ("parameter", "tensors in the files"))
-    table = Table(
-        *names, Column("shape", no_wrap=True), Column("moves as", no_wrap=True), box=SIMPLE_HEAD
-    )
+    names = (Column(name, no_wrap=True) for name in ("parameter", "shape", "moves as"))
+    table = Table(*names, box=SIMPLE_HEAD)
     for row in parameters:
-        table.add_row(
-            row["path"], Words(row["tensors"]), str(row["shape"]), row["weight"] or "never"
-        )
+        table.add_row(row["path"], str(row["shape"]), row["weight"] or "never")
     _out.print(table)
 
 
@@ -348,8 +347,14 @@ def demo(
          f"({time.monotonic() - started:.0f} s)", _out)  # fmt: skip
 
 
+def _interrupt(*_: Any) -> None:
+    """A signal that ends the run like Ctrl-C, so that partial folders are removed."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point of the command."""
+    signal.signal(signal.SIGTERM, _interrupt)
     app()
 
 

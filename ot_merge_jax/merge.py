@@ -140,8 +140,9 @@ def prepare(
     masks: dict[str, jax.Array] = {}
     found = rows_target = rows_source = None
     if sites := sites_of(spec.weights):
-        rows_target = gather(target[1], batches[0], cfg=target[0], sites=sites)
-        rows_source = gather(reference[1], batches[1], cfg=reference[0], sites=sites)
+        rows_target = gather(target[1], batches[0], cfg=target[0], sites=sites, model="target")
+        role = "source base" if source_base else "source"
+        rows_source = gather(reference[1], batches[1], cfg=reference[0], sites=sites, model=role)
         found = couplings.couple(rows_target, rows_source, hparams, spec=spec)
         moved = _projections(target[1], carried, found, rows_target, rows_source, spec=spec)
         masks = fuse.masks(rows_target, spec=spec)
@@ -173,7 +174,7 @@ def check_base(source: Model, source_base: Model | None) -> None:
         differing = sorted(path for path in shapes[0].keys() | shapes[1].keys()
                            if shapes[0].get(path) != shapes[1].get(path))  # fmt: skip
         raise InputError(
-            f"The source base is not what the source was fine-tuned from: "
+            "The source base is not what the source was fine-tuned from: "
             f"{', '.join(differing[:4])} differ in shape; give the right checkpoint."
         )
 

@@ -155,7 +155,6 @@ def run(
             "settings": yaml.safe_load(provenance.without_home(recipe.to_yaml())),
         }
         _write_details(partial, recipe, inputs, prepared, facts.plain(found), command, started)
-        publish.check_output(out, overwrite=overwrite)  # somebody may have written it meanwhile
     return RunResult(out, facts.plain(found), report, warnings)
 
 
@@ -349,8 +348,6 @@ def _write_details(
     (details / "recipe.yaml").write_text(text, encoding="utf-8")
     if prepared.coupling is not None:
         checkpoint.save_coupling(details / "coupling", prepared.coupling)
-        # orbax needs this file, and signs it with the absolute path of the partial folder
-        (details / "coupling" / "commit_success.txt").write_text("written\n", encoding="utf-8")
     _write_json(details / "report.json", found)
     (folder / "README.md").write_text(
         provenance.model_card(

@@ -22,6 +22,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _console: contextvars.ContextVar[rich.console.Console | None] = contextvars.ContextVar(
     "console", default=None
 )
+_is_inside = contextvars.ContextVar("is_inside", default=False)  # of a loop that is shown
 
 
 @contextlib.contextmanager
@@ -50,11 +51,20 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
         [1, 2]
     """
     console = _console.get()
-    if console is None:
+    if console is None or _is_inside.get():
         return items
     count = len(items) if isinstance(items, Sized) else total or 0
     show = _bar if console.is_terminal else _lines
-    return show(items, description, count, console)
+    return _outermost(show(items, description, count, console))
+
+
+def _outermost(items: Iterator[T]) -> Iterator[T]:
+    """Silences the loops inside this one, which would flicker and say nothing of the whole."""
+    _is_inside.set(True)
+    try:
+        yield from items
+    finally:
+        _is_inside.set(False)
 
 
 def _bar(

@@ -152,7 +152,8 @@ class Recipe(pydantic.BaseModel):
     def _check(self) -> Recipe:
         if self.rule == "delta" and self.source_base is None:
             raise ValueError(
-                "rule delta needs source_base, the checkpoint the source was fine-tuned from; "
+                "rule delta needs source_base (--source-base), the checkpoint the source was "
+                "fine-tuned from; "
                 "give it or choose preset barycentric"
             )
         if len(set(self.weights)) < len(self.weights):

@@ -75,7 +75,7 @@ def sweep(
     )
 
     def loss(strength: Any) -> float:
-        return nll.score(fused(strength), dev, cfg=cfg).nll_per_token
+        return nll.score(fused(strength), dev, cfg=cfg, text="dev split").nll_per_token
 
     groups = [name for name, members in GROUPS.items() if members & set(spec.weights)]
     points = search(loss, groups, GRIDS[spec.rule] if grid is None else grid)

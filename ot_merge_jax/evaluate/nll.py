@@ -140,13 +140,14 @@ def _sequence_nll(
     return jnp.sum(losses * scored, -1)
 
 
-def score(params: Params, cut: Windows, *, cfg: ModelConfig) -> Scores:
+def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-out text") -> Scores:
     """Scores every document.
 
     Args:
         params: Parameters, in the dtype to compute in.
         cut: From `windows`.
         cfg: The model.
+        text: What the documents are, for the progress line.
 
     Returns:
         Loss, tokens and bytes of each document.
@@ -156,7 +157,7 @@ def score(params: Params, cut: Windows, *, cfg: ModelConfig) -> Scores:
     """
     nll = np.zeros(len(cut.tokens))
     parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
-    for batch, scored, document in progress.track(parts, "score held-out text (batches)"):
+    for batch, scored, document in progress.track(parts, f"score {text} (batches)"):
         np.add.at(
             nll, document, np.asarray(_sequence_nll(params, batch, scored, cfg=cfg), np.float64)
         )

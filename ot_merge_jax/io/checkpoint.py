@@ -16,6 +16,8 @@ def save_coupling(path: Path, coupling: Coupling) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.resolve(), tree)
         checkpointer.wait_until_finished()
+    # orbax needs this file, and signs it with the absolute path it was written under
+    (path / "commit_success.txt").write_text("written\n", encoding="utf-8")
 
 
 def load_coupling(path: Path) -> Coupling:

@@ -120,7 +120,7 @@ def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
         try:
             header = safetensors.read_header(path / shard)
         except InputError as error:
-            problems.append(str(error).rstrip("."))
+            problems.append(str(error).rstrip(".").removesuffix("; download it again"))
             continue
         for name, info in header.items():
             if name in owner:

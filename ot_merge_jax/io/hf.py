@@ -97,9 +97,13 @@ def load_hf(
             )
     if broken:
         counts = {name: sum(parts.values()) for name, parts in broken.items()}
-        listed = ", ".join(f"{name} ({count} values)" for name, count in list(counts.items())[:12])
+        listed = ", ".join(
+            f"{name} ({count} value{'s' * (count > 1)})"
+            for name, count in list(counts.items())[:12]
+        )
         raise InputError(
-            f"{folder.path} holds NaN or infinite weights: {listed}; download it again."
+            f"{folder.path} holds NaN or infinite weights"
+            f"{'' if dtype is None else f' in {np.dtype(dtype)}'}: {listed}; download it again."
         )
     if folder.cfg.tie_word_embeddings and "lm_head.weight" in folder.files:
         table, head = (
@@ -132,14 +136,13 @@ def _read_leaf(
     for place, layer in enumerate(bounds[0] if spec.is_stacked else [0]):
         name = names[layer]
         tensor = opened[folder.files[name]].read(name, wanted)
-        if bad := tensor.size - int(np.isfinite(tensor).sum()):
+        tensor = tensor.T if spec.transpose else tensor
+        row = out[place] if spec.is_stacked else out
+        with np.errstate(over="ignore"):  # what overflows is counted in the next line
+            row[...] = tensor
+        if bad := row.size - int(np.isfinite(row).sum()):
             # by slice: several devices may read the same one
             broken.setdefault(name, {})[str(wanted)] = bad
-        tensor = tensor.T if spec.transpose else tensor
-        if spec.is_stacked:
-            out[place] = tensor
-        else:
-            out[...] = tensor
     return out
 
 
@@ -286,7 +289,6 @@ def patched_config(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in result:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         result["rope_theta"] = rope["rope_theta"]
-        result.setdefault(
-            "rope_scaling", None if scaling.get("rope_type", "default") == "default" else scaling
-        )
+        if scaling.get("rope_type", "default") != "default":
+            result.setdefault("rope_scaling", scaling)
     return result

@@ -96,6 +96,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         _sync(partial)
+        check_output(out, overwrite=overwrite)  # somebody may have written it meanwhile
         if out.exists():
             out.rename(old)
         partial.rename(out)

@@ -295,13 +295,14 @@ def test_interrupt_when_the_folder_is_nearly_done(desk, everything, cli, monkeyp
     assert everything() == before
 
 
-def test_interrupt_from_outside(desk, everything):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_interrupt_from_outside(desk, everything, number):
     """A signal that another process sends while the tool works."""
     before = everything()
     started = process("cli.main()", *desk.delta(weights="embed", strength="1"))
     for line in started.stderr:
         if "load" in line:  # the models are being read
-            started.send_signal(signal.SIGINT)
+            started.send_signal(number)
             break
     out, err = started.communicate(timeout=300)
     assert started.returncode == 130, err

@@ -311,7 +311,7 @@ def nan_weights(folder):
     edit_tensors(folder, spoil)
 
 
-@row(f"{UP} (1 values)", f"{NORM} (2 values)", "NaN or infinite", "download")
+@row(f"{UP} (1 value)", f"{NORM} (2 values)", "NaN or infinite", "download")
 def infinite_weights_in_two_tensors(folder):
     def spoil(tensors):
         tensors[UP][0, 0], tensors[NORM][:2] = np.inf, -np.inf
@@ -319,7 +319,7 @@ def infinite_weights_in_two_tensors(folder):
     edit_tensors(folder, spoil)
 
 
-@row("model.embed_tokens.weight (1 values)", "NaN or infinite", tied=True)
+@row("model.embed_tokens.weight (1 value)", "NaN or infinite", tied=True)
 def nan_in_a_tied_table_and_its_equal_head(folder):
     def spoil(tensors):
         tensors["model.embed_tokens.weight"][3, 3] = np.nan
