@@ -84,7 +84,7 @@ def test_config_keeps_every_key_and_its_order(tiny_checkpoint, tmp_path):
         ({}, {}),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-            {"rope_theta": 5e5, "rope_scaling": None},
+            {"rope_theta": 5e5},
         ),
         (
             {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}},
