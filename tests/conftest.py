@@ -154,7 +154,41 @@ TOKENIZERS = {
     ),  # byte level with the pre-tokenizer that transformers forces on qwen2
     "metaspace": (370, "<s>", "</s>"),  # sentence-piece marks and byte fallback, as Llama 2
 }
-_OF_FAMILY = {"llama": "bpe", "qwen2": "qwen"}
+_OF_FAMILY = {"qwen2": "qwen"}  # all others: bpe
+
+_GEMMA = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 11,
+    "sliding_window": 5,
+    "attention_bias": False,
+}
+#: What the file of a family says beside the keys that all have. Windows are shorter than the texts,
+#: factors are not 1: leaving one out is seen.
+FAMILY_KEYS = {
+    "llama": {"rms_norm_eps": 1e-5},
+    "mistral": {"rms_norm_eps": 1e-5, "sliding_window": 5},
+    "qwen2": {"rope_theta": 1e6},
+    "qwen3": {"rope_theta": 1e6, "attention_bias": False, "use_sliding_window": False},
+    "gemma2": _GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5},
+    "gemma3_text": _GEMMA
+    | {
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "phi3": {"rms_norm_eps": 1e-5, "sliding_window": 6, "pad_token_id": 0},
+    "olmo2": {"attention_bias": False},
+    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": False, "pad_token_id": 0},
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.7,
+    },
+}
 _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -278,11 +312,15 @@ def config_dict():
         """``head_dim=None`` leaves the key out; ``more`` are further keys of the file (None removes
         one).
         """
-        kind = tokenizer or _OF_FAMILY[family]
+        from ot_merge_jax.models.families import FAMILIES
+
+        kind = tokenizer or _OF_FAMILY.get(family, "bpe")
         tokens, bos, eos = TOKENIZERS[kind]
         ids = {token: place for place, token in enumerate(_special_tokens(kind))}
+        keys = dict(FAMILY_KEYS[family])
+        theta = keys.pop("rope_theta", 1e4)
         config = {
-            "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],
+            "architectures": [FAMILIES[family].architecture],
             "attention_dropout": 0.0,
             "bos_token_id": ids.get(bos),
             "dtype": dtype,
@@ -297,17 +335,14 @@ def config_dict():
             "num_attention_heads": heads,
             "num_hidden_layers": layers,
             "num_key_value_heads": kv_heads,
-            "rms_norm_eps": {"llama": 1e-5, "qwen2": 1e-6}[family],
-            "rope_parameters": {
-                "rope_theta": {"llama": 10000.0, "qwen2": 1e6}[family],
-                "rope_type": "default",
-            },
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
             "tie_word_embeddings": tied,
             "transformers_version": "5.23.0",
             "use_cache": True,
             "vocab_size": vocab_size or (tokens // 16 + 1) * 16,  # padded: more rows than tokens
         }
-        config |= more
+        config |= keys | more
         return {key: value for key, value in config.items() if value is not None}
 
     return make
@@ -351,14 +386,14 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
         """Makes (or finds) a checkpoint.
 
         Args:
-            family: ``llama`` or ``qwen2``.
+            family: A key of `FAMILY_KEYS`.
             seed: Of the weights.
             std: Standard deviation of weights, embedding too; 0.2 gives activations of order one.
             drift: Adds ``drift`` times another random checkpoint's deviations: with the same seed
                 and sizes, a "fine-tuned" copy of the ``drift=0`` checkpoint.
             max_shard_bytes: Size of a shard; None: one file.
-            tokenizer: A kind of `TOKENIZERS`; None: ``bpe`` for llama, ``qwen`` for qwen2 (the only
-                one that transformers leaves alone there).
+            tokenizer: A kind of `TOKENIZERS`; None: ``bpe``, and ``qwen`` for qwen2 (the only one that
+                transformers leaves alone there).
             **config: See ``config_dict``: tied, kv_heads, head_dim, heads, hidden, layers, ...
 
         Returns:
@@ -374,7 +409,7 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
         from ot_merge_jax.io import hf
         from ot_merge_jax.models import families
 
-        kind = tokenizer or _OF_FAMILY[family]
+        kind = tokenizer or _OF_FAMILY.get(family, "bpe")
         files = config_dict(family, tokenizer=kind, **config)
         like = tmp_path_factory.mktemp("like")
         (like / "config.json").write_text(json.dumps(files, indent=2) + "\n")

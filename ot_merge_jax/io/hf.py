@@ -130,9 +130,10 @@ def _read_leaf(
     out = np.empty([len(bound) for bound in bounds], dtype)
     names = spec.tensor_names()
     inner = bounds[1:] if spec.is_stacked else bounds
-    wanted = tuple(
-        slice(bound.start, bound.stop) for bound in (inner[::-1] if spec.transpose else inner)
-    )
+    offset = spec.rows[0] if spec.rows else 0  # of the leaf's first row in the file's tensor
+    first, *rest = inner[::-1] if spec.transpose else inner
+    stretches = [(first.start + offset, first.stop + offset), *((b.start, b.stop) for b in rest)]
+    wanted = tuple(slice(*stretch) for stretch in stretches)
     for place, layer in enumerate(bounds[0] if spec.is_stacked else [0]):
         name = names[layer]
         tensor = opened[folder.files[name]].read(name, wanted)
@@ -251,17 +252,24 @@ def _tensors(
     params: Params, cfg: ModelConfig, infos: dict[str, safetensors.TensorInfo], names: set[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The named tensors, in the file's orientation and dtype."""
+    sharing: dict[str, list[specs.ParamSpec]] = {}  # leaves that one tensor of the file holds
     for spec in specs.param_specs(cfg):
-        wanted = [(place, name) for place, name in enumerate(spec.tensor_names()) if name in names]
-        leaf = np.asarray(specs.get(params, spec.path)) if wanted else np.empty(0)
-        if wanted and leaf.shape != spec.shape:
-            raise InputError(
-                f"{spec.path} has shape {leaf.shape} where the config says {spec.shape}."
-            )
+        sharing.setdefault(spec.name, []).append(spec)
+    for group in sharing.values():
+        wanted = [(place, one) for place, one in enumerate(group[0].tensor_names()) if one in names]
+        if not wanted:
+            continue
+        leaves = [np.asarray(specs.get(params, spec.path)) for spec in group]
+        for spec, leaf in zip(group, leaves, strict=True):
+            if leaf.shape != spec.shape:
+                raise InputError(
+                    f"{spec.path} has shape {leaf.shape} where the config says {spec.shape}."
+                )
         for place, name in wanted:
-            tensor = leaf[place] if spec.is_stacked else leaf
+            parts = [leaf[place] if group[0].is_stacked else leaf for leaf in leaves]
+            parts = [one.T if group[0].transpose else one for one in parts]
             with np.errstate(over="ignore"):  # what overflows is refused two lines on
-                tensor = (tensor.T if spec.transpose else tensor).astype(
+                tensor = (np.concatenate(parts) if len(parts) > 1 else parts[0]).astype(
                     safetensors.DTYPES[infos[name].dtype]
                 )
             if not np.isfinite(tensor).all():

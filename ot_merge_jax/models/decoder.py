@@ -1,80 +1,166 @@
 """One decoder for all dense families: stacked layers, scanned; activations are return values.
 
-Outside this package a model is ``(cfg, params)``, a frozen config and a nested dict of arrays; NNX
-appears only between the two lines of `_modules` and `forward`.
+Outside this package a model is ``(cfg, params)``, a frozen config and a nested dict of arrays. The
+forward pass is `embed`, then `layer` for each layer, then `head`: `forward` scans the layers.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.models.layers import MLP, Attention, RMSNorm, Sites, rope_tables
+from ot_merge_jax.models.layers import MLP, Attention, Cache, Sites, norm
+from ot_merge_jax.models.rotary import rope_tables
+from ot_merge_jax.models.specs import NORMS
 from ot_merge_jax.types import Batch, Params
 
 
 class Block(nnx.Module):
-    """One decoder layer: pre-norm attention and pre-norm MLP on a residual stream."""
+    """One decoder layer: attention and MLP on a residual stream, with norms before or after."""
 
     def __init__(self, cfg: ModelConfig):
         """Zero parameters."""
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.names, self.residual_scale = NORMS[cfg.style.norms], cfg.style.residual_scale
+        for name in self.names.values():
+            setattr(self, name, norm(cfg.hidden_size, cfg))
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg)
 
     def __call__(
-        self, x: Float[Array, "b s d"], tables: Any, visible: Any
-    ) -> tuple[Float[Array, "b s d"], Sites]:
-        """Runs the layer; returns the new residual stream and every site."""
+        self, x: Float[Array, "b s d"], tables: Any, visible: Any, cache: Cache | None = None
+    ) -> tuple[Float[Array, "b s d"], Sites, Cache]:
+        """Runs the layer; returns the new residual stream, every site and the cache."""
         with jax.named_scope("attention"):
-            out, attention_sites = self.self_attn(self.input_layernorm(x), tables, visible)
-        x = x + out
+            inside = self._norm("attention_in", x)
+            out, attention_sites, cache = self.self_attn(inside, tables, visible, cache)
+            x = x + self._scaled(self._norm("attention_out", out))
         with jax.named_scope("mlp"):
-            out, mlp_sites = self.mlp(self.post_attention_layernorm(x))
-        return x + out, attention_sites | mlp_sites
+            out, mlp_sites = self.mlp(self._norm("mlp_in", x))
+            x = x + self._scaled(self._norm("mlp_out", out))
+        return x, attention_sites | mlp_sites, cache
+
+    def _norm(self, place: str, x: jax.Array) -> jax.Array:
+        """The norm at a place, if the family has one there."""
+        return getattr(self, self.names[place])(x) if place in self.names else x
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        """A branch as it is added to the residual stream."""
+        return x if self.residual_scale == 1 else x * jnp.asarray(self.residual_scale, x.dtype)
 
 
-class Embedding(nnx.Module):
-    """The token table."""
-
-    def __init__(self, vocab_size: int, d: int):
-        """Zero parameters."""
-        self.embedding = nnx.Param(jnp.zeros((vocab_size, d)))
+def _final_norm(cfg: ModelConfig) -> nnx.Module:
+    """The norm before the head."""
+    return norm(cfg.hidden_size, cfg)
 
 
-class Head(nnx.Module):
-    """The LM head of an untied model."""
-
-    def __init__(self, d: int, vocab_size: int):
-        """Zero parameters."""
-        self.kernel = nnx.Param(jnp.zeros((d, vocab_size)))
+@functools.lru_cache(maxsize=64)
+def _structure(make: Callable[[ModelConfig], nnx.Module], cfg: ModelConfig) -> Any:
+    """The static structure of a module, without arrays."""
+    return nnx.split(nnx.eval_shape(lambda: make(cfg)))[0]
 
 
-class Decoder(nnx.Module):
-    """Token table, stacked layers, final norm and, unless tied, an LM head."""
+class Views(NamedTuple):
+    """What tokens see and how they are rotated, for each distinct kind of layer.
 
-    def __init__(self, cfg: ModelConfig):
-        """Zero parameters; build under ``nnx.eval_shape``, which needs no memory."""
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nnx.vmap(lambda _: Block(cfg), in_axes=0, out_axes=0)(
-            jnp.zeros((cfg.num_layers,))
+    Attributes:
+        tables: Cosines and sines of each kind.
+        visible: Which keys each query may see, for each kind.
+        kind: Which kind each layer is, ``[layers]``.
+    """
+
+    tables: list[tuple[jax.Array, jax.Array]]
+    visible: list[jax.Array]
+    kind: np.ndarray
+
+
+def views(
+    positions: Int[Array, "b s"],
+    key_mask: Bool[Array, "b k"],
+    *,
+    start: Any = 0,
+    cfg: ModelConfig,
+) -> Views:
+    """Rotation tables and masks of every kind of layer.
+
+    Args:
+        positions: Position of each query among the real tokens of its sequence.
+        key_mask: Which keys are real.
+        start: Place of the first query among the keys.
+        cfg: The model.
+
+    Returns:
+        The views; attention is causal and, in sliding layers, ends a window back.
+    """
+    layers = cfg.layer_kinds()
+    kinds = sorted(set(layers), key=layers.index)
+    queries = start + jnp.arange(positions.shape[1])
+    distance = queries[:, None] - jnp.arange(key_mask.shape[1])[None]  # [s, k]
+    tables, visible = [], []
+    for kind in kinds:
+        cos, sin = rope_tables(positions, kind.rope or cfg.rope, cfg.head_dim)
+        tables.append((cos, sin) if kind.rope else (jnp.ones_like(cos), jnp.zeros_like(sin)))
+        near = (distance >= 0) & (distance < (kind.window or key_mask.shape[1]))
+        visible.append(near[None, None] & key_mask[:, None, None, :])
+    return Views(tables, visible, np.array([kinds.index(one) for one in layers], np.int32))
+
+
+def of_kind(seen: Views, kind: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Tables and mask of one kind, whose number may be traced."""
+    if len(seen.visible) == 1:
+        return seen.tables[0], seen.visible[0]
+    cos, sin = (jnp.stack(table)[kind] for table in zip(*seen.tables, strict=True))
+    return (cos, sin), jnp.stack(seen.visible)[kind]
+
+
+def positions_of(mask: Bool[Array, "b s"]) -> Int[Array, "b s"]:
+    """Position of each token among the real tokens of its sequence."""
+    return jnp.maximum(jnp.cumsum(mask, -1, dtype=jnp.int32) - 1, 0)
+
+
+def embed(params: Params, tokens: Int[Array, "b s"], *, cfg: ModelConfig) -> Float[Array, "b s d"]:
+    """The residual stream before the first layer; needs ``embed_tokens`` alone."""
+    with jax.named_scope("embed"):
+        x = params["embed_tokens"]["embedding"][tokens]
+        scale = cfg.style.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
+
+
+def layer(
+    params: Params,
+    x: Float[Array, "b s d"],
+    tables: Any,
+    visible: Any,
+    *,
+    cfg: ModelConfig,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "b s d"], Sites, Cache]:
+    """One layer by its own parameters (those of ``layers``, without the stacking axis)."""
+    return nnx.merge(_structure(Block, cfg), params)(x, tables, visible, cache)
+
+
+def head(params: Params, x: Float[Array, "b s d"], *, cfg: ModelConfig) -> Float[Array, "b s v"]:
+    """Logits in float32 of the residual stream after the last layer."""
+    with jax.named_scope("head"):
+        x = nnx.merge(_structure(_final_norm, cfg), params["norm"])(x)
+        table = (
+            params["embed_tokens"]["embedding"].T
+            if cfg.tie_word_embeddings
+            else params["lm_head"]["kernel"]
         )
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        if not cfg.tie_word_embeddings:
-            self.lm_head = Head(cfg.hidden_size, cfg.vocab_size)
-
-
-@functools.lru_cache(maxsize=32)
-def _graph(cfg: ModelConfig) -> Any:
-    """The static structure of a decoder, without arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(cfg)))[0]
+        logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
+        style = cfg.style
+        logits = logits if style.logit_scale == 1 else logits * style.logit_scale
+        if style.logit_softcap is None:
+            return logits
+        return style.logit_softcap * jnp.tanh(logits / style.logit_softcap)
 
 
 def forward(
@@ -104,33 +190,19 @@ def forward(
     Raises:
         KeyError: if a site does not exist.
     """
-    with jax.named_scope("embed"):
-        model = nnx.merge(_graph(cfg), params)
-        x = model.embed_tokens.embedding[...][batch.tokens]
-    positions = jnp.maximum(jnp.cumsum(batch.mask, -1, dtype=jnp.int32) - 1, 0)
-    tables = rope_tables(positions, cfg.rope, cfg.head_dim)
-    length = batch.tokens.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    visible = causal[None, None] & batch.mask[:, None, None, :]
-    block, stacked = nnx.split(model.layers)
+    seen = views(positions_of(batch.mask), batch.mask, cfg=cfg)
 
-    def layer(x: jax.Array, state: Any) -> tuple[jax.Array, Sites]:
-        x, sites = nnx.merge(block, state)(x, tables, visible)
-        return x, {site: _rows(sites[site], batch) for site in sorted(capture)}
+    def step(x: jax.Array, stacked: Any) -> tuple[jax.Array, Sites]:
+        layer_params, kind = stacked
+        x, sites, _ = layer(layer_params, x, *of_kind(seen, kind), cfg=cfg)
+        return x, {site: rows_of(sites[site], batch) for site in sorted(capture)}
 
-    x, captured = jax.lax.scan(layer, x, stacked, unroll=unroll)
-    with jax.named_scope("head"):
-        x = model.norm(x)
-        table = (
-            model.embed_tokens.embedding[...].T
-            if cfg.tie_word_embeddings
-            else model.lm_head.kernel[...]
-        )
-        logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
-    return logits, captured
+    x = embed(params, batch.tokens, cfg=cfg)
+    x, captured = jax.lax.scan(step, x, (params["layers"], seen.kind), unroll=unroll)
+    return head(params, x, cfg=cfg), captured
 
 
-def _rows(site: Float[Array, "b s d"], batch: Batch) -> Float[Array, "b r d"]:
+def rows_of(site: Float[Array, "b s d"], batch: Batch) -> Float[Array, "b r d"]:
     """The rows of one site that the batch asks for."""
     site = site.astype(jnp.float32)
     weight = batch.mask.astype(jnp.float32)

@@ -10,8 +10,25 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ot_merge_jax.config import Family, ModelConfig, read_config
+from ot_merge_jax.config import Family, ModelConfig, Style
+from ot_merge_jax.config_file import read_config
 from ot_merge_jax.errors import InputError
+
+_GEMMA = Style(norms="both", unit_offset=True, activation="gelu_tanh")
+_GEMMA_FIXED = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "use_bidirectional_attention": False,
+}
+_GEMMA_READS = frozenset(
+    {
+        "attention_bias",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "query_pre_attn_scalar",
+        "sliding_window",
+        "sliding_window_pattern",
+    }
+)
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
@@ -19,9 +36,15 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="llama",
             architecture="LlamaForCausalLM",
-            qkv_bias=False,
-            fixed={"attention_bias": False, "mlp_bias": False},
-            inert=frozenset(),
+            reads=frozenset({"attention_bias", "mlp_bias"}),
+            # marks of SmolLM2, which is a llama
+            inert=frozenset({"is_llama_config", "rope_interleaved"}),
+        ),
+        Family(
+            model_type="mistral",
+            architecture="MistralForCausalLM",
+            reads=frozenset({"sliding_window"}),
+            defaults={"num_key_value_heads": 8},
         ),
         Family(
             model_type="qwen2",
@@ -30,6 +53,101 @@ FAMILIES: dict[str, Family] = {
             fixed={"use_sliding_window": False, "use_mrope": False},
             # read by transformers only when use_sliding_window is true
             inert=frozenset({"sliding_window", "max_window_layers"}),
+        ),
+        Family(
+            model_type="qwen3",
+            architecture="Qwen3ForCausalLM",
+            style=Style(qk_norm="head"),
+            reads=frozenset({"attention_bias"}),
+            defaults={"head_dim": 128, "num_key_value_heads": 32},
+            fixed={"use_sliding_window": False},
+            inert=frozenset({"sliding_window", "max_window_layers"}),
+        ),
+        Family(
+            model_type="gemma2",
+            architecture="Gemma2ForCausalLM",
+            style=_GEMMA,
+            embedding_by_width=True,
+            reads=_GEMMA_READS,
+            defaults={
+                "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0,
+                "head_dim": 256,
+                "num_key_value_heads": 4,
+                "query_pre_attn_scalar": 256,
+                "sliding_window": 4096,
+                "sliding_window_pattern": 2,
+                "tie_word_embeddings": True,
+            },
+            fixed=_GEMMA_FIXED,
+            inert=frozenset({"hidden_act"}),
+        ),
+        Family(
+            model_type="gemma3_text",
+            architecture="Gemma3ForCausalLM",
+            style=_GEMMA._replace(qk_norm="head"),
+            embedding_by_width=True,
+            reads=_GEMMA_READS | {"rope_local_base_freq"},
+            defaults={
+                "head_dim": 256,
+                "num_key_value_heads": 4,
+                "query_pre_attn_scalar": 256,
+                "rope_local_base_freq": 1e4,
+                "rope_theta": 1e6,
+                "sliding_window": 4096,
+                "sliding_window_pattern": 6,
+                "tie_word_embeddings": True,
+            },
+            # soft caps are null in every release, and transformers does not apply them
+            fixed=_GEMMA_FIXED | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+            inert=frozenset({"hidden_act", "_sliding_window_pattern"}),
+        ),
+        Family(
+            model_type="phi3",
+            architecture="Phi3ForCausalLM",
+            style=Style(is_fused=True),
+            reads=frozenset(
+                {"original_max_position_embeddings", "partial_rotary_factor", "sliding_window"}
+            ),
+            fixed={"attention_bias": False},
+            # the releases point to code that transformers has long had a class of its own for
+            inert=frozenset({"auto_map"}),
+        ),
+        Family(
+            model_type="olmo2",
+            architecture="Olmo2ForCausalLM",
+            style=Style(norms="post", qk_norm="all"),
+            reads=frozenset({"attention_bias"}),
+        ),
+        Family(
+            model_type="smollm3",
+            architecture="SmolLM3ForCausalLM",
+            reads=frozenset(
+                {"attention_bias", "mlp_bias", "no_rope_layers", "no_rope_layer_interval"}
+            ),
+            defaults={
+                "no_rope_layer_interval": 4,
+                "num_key_value_heads": 4,
+                "rope_theta": 2e6,
+                "tie_word_embeddings": True,
+            },
+            fixed={"use_sliding_window": False},
+            inert=frozenset({"sliding_window", "max_window_layers"}),
+        ),
+        Family(
+            model_type="granite",
+            architecture="GraniteForCausalLM",
+            reads=frozenset(
+                {
+                    "attention_bias",
+                    "attention_multiplier",
+                    "embedding_multiplier",
+                    "logits_scaling",
+                    "mlp_bias",
+                    "residual_multiplier",
+                }
+            ),
+            defaults={"attention_multiplier": 1.0},
         ),
     )
 }
@@ -68,7 +186,8 @@ def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfi
         Traceback (most recent call last):
         ...
         ot_merge_jax.errors.InputError: m/config.json: model_type 'mamba' is not supported \
-(state-space layers have no attention or gated MLP sites); supported are llama, qwen2.
+(state-space layers have no attention or gated MLP sites); supported are llama, mistral, \
+qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2, smollm3, granite.
     """
     if quantised := config.get("quantization_config") or config.get("compression_config"):
         method = (
@@ -80,16 +199,18 @@ def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfi
             f"{where}: the model is quantised ({method}); use the unquantised parent "
             "it was made from."
         )
-    if config.get("auto_map"):
-        raise InputError(
-            f"{where}: the model needs remote code (auto_map), which is never run; "
-            "use a supported family."
-        )
     if "peft_type" in config:
         raise InputError(
             f"{where}: this is a {config['peft_type']} adapter; merge it into its base model first."
         )
     kind = config.get("model_type")
+    if config.get("auto_map") and not (
+        kind in FAMILIES and "auto_map" in FAMILIES[str(kind)].inert
+    ):
+        raise InputError(
+            f"{where}: the model needs remote code (auto_map), which is never run; "
+            "use a supported family."
+        )
     supported = ", ".join(FAMILIES)
     if not isinstance(kind, str) or kind not in FAMILIES:
         reason = next((why for part, why in _REASONS.items() if part in str(kind)), None)

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: linear maps, norm, rotary embedding, attention, gated MLP.
+"""The parts of a decoder layer: linear maps, norm, attention, gated MLP.
 
 Modules hold parameters and nothing else; each returns its activations beside its output. In shape
 comments ``b s`` are batch and sequence, ``h k`` query and key/value heads, ``e`` head features,
@@ -7,17 +7,31 @@ comments ``b s`` are batch and sequence, ``h k`` query and key/value heads, ``e`
 
 from __future__ import annotations
 
-import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from ot_merge_jax.config import ModelConfig, Rope
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.models.rotary import rotate
 
 Sites = dict[str, jax.Array]
+
+
+class Cache(NamedTuple):
+    """Keys and values a layer has computed, for generation.
+
+    Attributes:
+        keys: Rotated keys of all positions there is room for.
+        values: Their values.
+        length: How many positions are filled; the next ones go there.
+    """
+
+    keys: Float[Array, "b k g e"]
+    values: Float[Array, "b k g e"]
+    length: Any
 
 
 class Linear(nnx.Module):
@@ -38,64 +52,68 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm, computed in float32 whatever the input's dtype."""
 
-    def __init__(self, d: int, eps: float):
+    def __init__(self, d: int, eps: float, *, unit_offset: bool = False):
         """Zero parameters of width ``d``; ``eps`` is added to the mean square."""
         self.scale = nnx.Param(jnp.zeros((d,)))
-        self.eps = eps
+        self.eps, self.unit_offset = eps, unit_offset
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         """Normalises the last axis."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return jnp.broadcast_to(self.scale[...], x.shape) * wide.astype(x.dtype)
+        scale = jnp.broadcast_to(self.scale[...], x.shape)
+        if self.unit_offset:  # multiplied before the rounding, as the family was trained
+            return (wide * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+        return scale * wide.astype(x.dtype)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " half"]:
-    """Angular frequency of each rotated pair, in radians per position.
+def norm(d: int, cfg: ModelConfig) -> RMSNorm:
+    """A norm of width ``d`` as this model has them."""
+    return RMSNorm(d, cfg.rms_norm_eps, unit_offset=cfg.style.unit_offset)
+
+
+def attend(
+    q: Float[Array, "b q h e"],
+    k: Float[Array, "b k g e"],
+    v: Float[Array, "b k g e"],
+    visible: Bool[Array, "b 1 q k"],
+    *,
+    scale: float | None,
+    softcap: float | None,
+) -> Float[Array, "b q h e"]:
+    """Softmax attention; query heads share key/value heads in groups.
 
     Args:
-        rope: Base and scaling.
-        head_dim: Features of one head.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        visible: True where a query may see a key.
+        scale: Multiplies the products; None: ``e ** -0.5``.
+        softcap: ``c tanh(x / c)`` of the scaled products; None: none.
 
     Returns:
-        ``[head_dim / 2]`` float32.
-
-    Example:
-        >>> rope_frequencies(Rope(10000.0), 4).tolist()
-        [1.0, 0.009999999776482582]
-
-    Source: Su et al., arXiv 2104.09864; ``llama3`` scaling as released with Llama 3.1. Differs:
-    nothing.
+        Mixed values of each query head.
     """
-    frequency = (
-        1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
-    ).astype(np.float32)
-    if rope.kind == "default":
-        return frequency
-    turns = (
-        rope.original_positions * frequency / (2 * math.pi)
-    )  # full turns within the original context
-    smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    smooth = np.clip(smooth, 0.0, 1.0)
-    return ((1 - smooth) * frequency / rope.factor + smooth * frequency).astype(np.float32)
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale)
+    b, length, heads, width = q.shape
+    grouped = q.reshape(b, length, k.shape[2], -1, width)  # the library has no soft cap
+    scale = width**-0.5 if scale is None else scale
+    products = jnp.einsum("bqgre,bkge->bgrqk", grouped, k, preferred_element_type=jnp.float32)
+    products = softcap * jnp.tanh(products * (scale / softcap))
+    products = jnp.where(visible[:, :, None], products, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(products, -1).astype(v.dtype)
+    return jnp.einsum("bgrqk,bkge->bqgre", weights, v).reshape(b, length, heads, width)
 
 
-def rope_tables(
-    positions: Int[Array, "b s"], rope: Rope, head_dim: int
-) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines ``[b, s, 1, head_dim]`` of the rotation at each position, float32."""
-    angle = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)[None, None]
-    angle = jnp.concatenate([angle, angle], -1)[:, :, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(
-    x: Float[Array, "b s h e"], tables: tuple[jax.Array, jax.Array]
-) -> Float[Array, "b s h e"]:
-    """Rotates feature ``i`` with feature ``i + e/2``, the pairing of Hugging Face checkpoints."""
-    cos, sin = (table.astype(x.dtype) for table in tables)
-    first, second = jnp.split(x, 2, -1)
-    return x * cos + jnp.concatenate([-second, first], -1) * sin
+def _extended(cache: Cache, keys: jax.Array, values: jax.Array) -> Cache:
+    """The cache with the keys and values of the next positions written in."""
+    start = (0, cache.length, 0, 0)
+    return Cache(
+        jax.lax.dynamic_update_slice(cache.keys, keys, start),
+        jax.lax.dynamic_update_slice(cache.values, values, start),
+        cache.length + keys.shape[1],
+    )
 
 
 class Attention(nnx.Module):
@@ -108,41 +126,72 @@ class Attention(nnx.Module):
         self.q_proj = Linear(cfg.hidden_size, heads, bias=cfg.qkv_bias)
         self.k_proj = Linear(cfg.hidden_size, kv_heads, bias=cfg.qkv_bias)
         self.v_proj = Linear(cfg.hidden_size, kv_heads, bias=cfg.qkv_bias)
-        self.o_proj = Linear(heads, cfg.hidden_size)
+        self.o_proj = Linear(heads, cfg.hidden_size, bias=cfg.style.o_bias)
+        if cfg.style.qk_norm:
+            is_by_head = cfg.style.qk_norm == "head"
+            self.q_norm = norm(cfg.head_dim if is_by_head else heads, cfg)
+            self.k_norm = norm(cfg.head_dim if is_by_head else kv_heads, cfg)
 
     def __call__(
         self,
         x: Float[Array, "b s d"],
         tables: tuple[jax.Array, jax.Array],
-        visible: Bool[Array, "b 1 s s"],
-    ) -> tuple[Float[Array, "b s d"], Sites]:
-        """Attends; ``visible`` is True where a query (third axis) may see a key (fourth)."""
+        visible: Bool[Array, "b 1 s k"],
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "b s d"], Sites, Cache]:
+        """Attends.
+
+        Args:
+            x: What the projections read.
+            tables: Of the rotation at these positions.
+            visible: True where a query (third axis) may see a key (fourth).
+            cache: Keys and values of all positions so far, and where these go; None: these are all.
+
+        Returns:
+            The output, the sites, and the cache with these keys and values in it.
+        """
         b, s, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        sites = {"attn_in": x, "q_out": q, "k_out": k, "v_out": v}
         by_head = (b, s, -1, self.cfg.head_dim)
-        mixed = jax.nn.dot_product_attention(
-            rotate(q.reshape(by_head), tables),
-            rotate(k.reshape(by_head), tables),
-            v.reshape(by_head),
-            mask=visible,
-        )  # [b, s, h, e]
-        mixed = mixed.reshape(b, s, -1)
+        match self.cfg.style.qk_norm:
+            case "all":
+                q, k = self.q_norm(q).reshape(by_head), self.k_norm(k).reshape(by_head)
+            case "head":
+                q, k = self.q_norm(q.reshape(by_head)), self.k_norm(k.reshape(by_head))
+            case _:
+                q, k = q.reshape(by_head), k.reshape(by_head)
+        q, k, v = rotate(q, tables), rotate(k, tables), v.reshape(by_head)
+        cache = Cache(k, v, 0) if cache is None else _extended(cache, k, v)
+        mixed = attend(
+            q,
+            cache.keys,
+            cache.values,
+            visible,
+            scale=self.cfg.style.attention_scale,
+            softcap=self.cfg.style.attention_softcap,
+        ).reshape(b, s, -1)
         out = self.o_proj(mixed)
-        return out, {"attn_in": x, "q_out": q, "k_out": k, "v_out": v, "o_in": mixed, "o_out": out}
+        return out, sites | {"o_in": mixed, "o_out": out}, cache
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 
 class MLP(nnx.Module):
-    """Gated MLP: ``down(silu(gate(x)) * up(x))``."""
+    """Gated MLP: ``down(act(gate(x)) * up(x))``."""
 
     def __init__(self, cfg: ModelConfig):
         """Zero parameters."""
-        self.gate_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
-        self.up_proj = Linear(cfg.hidden_size, cfg.intermediate_size)
-        self.down_proj = Linear(cfg.intermediate_size, cfg.hidden_size)
+        d, inner, bias = cfg.hidden_size, cfg.intermediate_size, cfg.style.mlp_bias
+        self.gate_proj = Linear(d, inner, bias=bias)
+        self.up_proj = Linear(d, inner, bias=bias)
+        self.down_proj = Linear(inner, d, bias=bias)
+        self.activation = cfg.style.activation
 
     def __call__(self, x: Float[Array, "b s d"]) -> tuple[Float[Array, "b s d"], Sites]:
         """Applies the MLP."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = jax.nn.silu(gate) * up
+        inner = _ACTIVATIONS[self.activation](gate) * up
         out = self.down_proj(inner)
         return out, {"mlp_in": x, "gate_out": gate, "up_out": up, "down_in": inner, "down_out": out}

@@ -15,6 +15,26 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY
 from ot_merge_jax.types import Params
 
+#: Where a layer's norms sit -> their names in Hugging Face checkpoints.
+NORMS: dict[str, dict[str, str]] = {
+    "pre": {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"},
+    "post": {
+        "attention_out": "post_attention_layernorm",
+        "mlp_out": "post_feedforward_layernorm",
+    },
+    "both": {
+        "attention_in": "input_layernorm",
+        "attention_out": "post_attention_layernorm",
+        "mlp_in": "pre_feedforward_layernorm",
+        "mlp_out": "post_feedforward_layernorm",
+    },
+}
+#: Tensors that hold several projections under each other, where a family's files are fused.
+FUSED: dict[str, tuple[str, ...]] = {
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "mlp.gate_up_proj": ("gate", "up"),
+}
+
 
 class ParamSpec(NamedTuple):
     """One parameter leaf.
@@ -27,6 +47,8 @@ class ParamSpec(NamedTuple):
         transpose: Whether the file holds the last two dimensions the other way round.
         weight: Name in a recipe (``q``, ``embed``...) whose wiring this leaf follows; None: never
             moves.
+        rows: The first and last (exclusive) row of the file's tensor that the leaf is, and how many
+            rows that tensor has; None: the leaf is the whole tensor.
     """
 
     path: str
@@ -35,6 +57,7 @@ class ParamSpec(NamedTuple):
     axes: tuple[str | None, ...]
     transpose: bool
     weight: str | None
+    rows: tuple[int, int, int] | None = None
 
     @property
     def is_stacked(self) -> bool:
@@ -52,7 +75,8 @@ class ParamSpec(NamedTuple):
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each of those tensors in the file."""
         shape = self.shape[1:] if self.is_stacked else self.shape
-        return shape[::-1] if self.transpose else shape
+        shape = shape[::-1] if self.transpose else shape
+        return shape if self.rows is None else (self.rows[2], *shape[1:])
 
 
 def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
@@ -84,52 +108,67 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
         "up": (hidden, inner, "mlp"),
         "down": (inner, hidden, "mlp"),
     }
+    style = cfg.style
     biased = {"q", "k", "v"} if cfg.qkv_bias else set()
+    biased |= {"o"} if style.o_bias else set()
+    biased |= {"gate", "up", "down"} if style.mlp_bias else set()
+    fused = (
+        _fused_rows({name: width[1] for name, width in widths.items()}) if style.is_fused else {}
+    )
 
-    def norm(path: str) -> ParamSpec:
-        name = f"model.{path.replace('layers/', 'layers.{layer}.')}.weight"
+    def norm(path: str, width: int = hidden) -> ParamSpec:
+        name = f"model.{_in_file(path)}.weight"
         stack = (depth,) if path.startswith("layers/") else ()
         axes = ("layers",) * len(stack) + (None,)
-        return ParamSpec(f"{path}/scale", name, (*stack, hidden), axes, False, None)
+        return ParamSpec(f"{path}/scale", name, (*stack, width), axes, False, None)
 
+    table = VOCABULARY["embed"]
     specs = [
         ParamSpec(
-            VOCABULARY["embed"],
-            "model.embed_tokens.weight",
-            (cfg.vocab_size, hidden),
-            ("vocab", None),
-            False,
+            table, "model.embed_tokens.weight", (cfg.vocab_size, hidden), ("vocab", None), False,
             "embed",
-        ),
-        norm("layers/input_layernorm"),
-        norm("layers/post_attention_layernorm"),
-    ]
+        )
+    ]  # fmt: skip
+    specs += [norm(f"layers/{name}") for name in NORMS[style.norms].values()]
+    if style.qk_norm:
+        is_by_head = style.qk_norm == "head"
+        specs += [
+            norm("layers/self_attn/q_norm", cfg.head_dim if is_by_head else heads),
+            norm("layers/self_attn/k_norm", cfg.head_dim if is_by_head else kv_heads),
+        ]
     for weight, (d_in, d_out, axis) in widths.items():
         path, masked = PROJECTIONS[weight].path, PROJECTIONS[weight].masked
-        name = f"model.{path.replace('layers/', 'layers.{layer}.').replace('/', '.')}"
+        whole, rows = fused.get(weight, (_in_file(path), None))
+        name = f"model.{whole}"
         axes = ("layers", None, axis) if masked == "out" else ("layers", axis, None)
-        specs.append(
-            ParamSpec(f"{path}/kernel", f"{name}.weight", (depth, d_in, d_out), axes, True, weight)
-        )
+        shape = (depth, d_in, d_out)
+        specs.append(ParamSpec(f"{path}/kernel", f"{name}.weight", shape, axes, True, weight, rows))
         if weight in biased:
+            axes, shape = ("layers", axis if masked == "out" else None), (depth, d_out)
             specs.append(
-                ParamSpec(
-                    f"{path}/bias", f"{name}.bias", (depth, d_out), ("layers", axis), False, weight
-                )
+                ParamSpec(f"{path}/bias", f"{name}.bias", shape, axes, False, weight, rows)
             )
     specs.append(norm("norm"))
     if not cfg.tie_word_embeddings:
-        specs.append(
-            ParamSpec(
-                VOCABULARY["head"],
-                "lm_head.weight",
-                (hidden, cfg.vocab_size),
-                (None, "vocab"),
-                True,
-                "head",
-            )
-        )
+        shape, axes = (hidden, cfg.vocab_size), (None, "vocab")
+        specs.append(ParamSpec(VOCABULARY["head"], "lm_head.weight", shape, axes, True, "head"))
     return tuple(specs)
+
+
+def _in_file(path: str) -> str:
+    """A path of ours as Hugging Face names it, with a place for the layer's number."""
+    return path.replace("layers/", "layers.{layer}.").replace("/", ".")
+
+
+def _fused_rows(widths: dict[str, int]) -> dict[str, tuple[str, tuple[int, int, int]]]:
+    """Projection -> the tensor that holds it, and which of its rows."""
+    found = {}
+    for name, members in FUSED.items():
+        total, start = sum(widths[one] for one in members), 0
+        for one in members:
+            found[one] = (f"layers.{{layer}}.{name}", (start, start + widths[one], total))
+            start += widths[one]
+    return found
 
 
 def get(params: Params, path: str) -> Any:
@@ -180,7 +219,7 @@ def count(cfg: ModelConfig) -> int:
 def init(
     key: jax.Array, cfg: ModelConfig, *, std: float = 0.02, dtype: Any = jnp.float32
 ) -> Params:
-    """Random parameters as transformers makes them: normal weights, unit norms, zero biases.
+    """Random parameters as transformers makes them: normal weights, identity norms, zero biases.
 
     Args:
         key: PRNG key.
@@ -196,7 +235,7 @@ def init(
         param_specs(cfg), jax.random.split(key, len(param_specs(cfg))), strict=True
     ):
         if spec.path.endswith("scale"):
-            leaves[spec.path] = jnp.ones(spec.shape, dtype)
+            leaves[spec.path] = jnp.full(spec.shape, 1.0 - cfg.style.unit_offset, dtype)
         elif spec.path.endswith("bias"):
             leaves[spec.path] = jnp.zeros(spec.shape, dtype)
         else:

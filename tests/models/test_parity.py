@@ -15,7 +15,7 @@ from flax import nnx
 
 from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.models import decoder, layers
+from ot_merge_jax.models import decoder, layers, rotary
 from ot_merge_jax.types import Batch
 
 pytestmark = pytest.mark.torch
@@ -124,7 +124,7 @@ def assert_close(ours, theirs, batch, tolerance):
 
 
 def tables_and_visible(cfg, batch):
-    tables = layers.rope_tables(jnp.asarray(positions(batch), jnp.int32), cfg.rope, cfg.head_dim)
+    tables = rotary.rope_tables(jnp.asarray(positions(batch), jnp.int32), cfg.rope, cfg.head_dim)
     length = batch.tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     return tables, causal[None, None] & batch.mask[:, None, None, :]
@@ -192,7 +192,7 @@ def test_rope_tables(pair, strict):
     where = positions(run.batch)
     cos, sin = pair.model.model.rotary_emb(torch.zeros(1), torch.tensor(where))
     with strict():
-        ours = layers.rope_tables(jnp.asarray(where, jnp.int32), pair.cfg.rope, pair.cfg.head_dim)
+        ours = rotary.rope_tables(jnp.asarray(where, jnp.int32), pair.cfg.rope, pair.cfg.head_dim)
     np.testing.assert_allclose(ours[0][:, :, 0], cos.numpy(), rtol=0, atol=MODULE)
     np.testing.assert_allclose(ours[1][:, :, 0], sin.numpy(), rtol=0, atol=MODULE)
 
@@ -211,7 +211,7 @@ def test_default_rope_frequencies(theta, head_dim):
         rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
     theirs, scaling = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
-    ours = layers.rope_frequencies(Rope(theta), head_dim)
+    ours = rotary.rope_frequencies(Rope(theta), head_dim)
     assert scaling == 1.0
     assert ours.shape == (head_dim // 2,)
     np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, atol=0)
@@ -243,8 +243,8 @@ def test_llama3_rope_frequencies(factor, low, high, original, head_dim):
         },
     )
     theirs, scaling = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    ours = layers.rope_frequencies(Rope(5e5, "llama3", factor, low, high, original), head_dim)
-    plain = layers.rope_frequencies(Rope(5e5), head_dim)
+    ours = rotary.rope_frequencies(Rope(5e5, "llama3", factor, low, high, original), head_dim)
+    plain = rotary.rope_frequencies(Rope(5e5), head_dim)
     assert scaling == 1.0
     # all three bands occur: untouched, in between, fully slowed
     assert (ours == plain).any()
