@@ -359,7 +359,7 @@ def _random_params(cfg, seed, std):
     leaves = {}
     for spec in specs.param_specs(cfg):
         noise = rng.standard_normal(spec.shape, np.float32)
-        centre, width = {"scale": (1.0, 0.3), "bias": (0.0, 0.3)}.get(
+        centre, width = {"scale": (1.0 - cfg.style.unit_offset, 0.3), "bias": (0.0, 0.3)}.get(
             spec.path.split("/")[-1], (0.0, std)
         )
         leaves[spec.path] = (centre + width * noise).astype(np.float32)
@@ -455,6 +455,8 @@ def torch_checkpoint(tmp_path_factory, config_dict):
         torch = pytest.importorskip("torch")
         import transformers
 
+        from ot_merge_jax.models.families import FAMILIES
+
         torch.set_num_threads(1)
         key = json.dumps([family, seed, std, config], sort_keys=True)
         if key in made:
@@ -468,7 +470,8 @@ def torch_checkpoint(tmp_path_factory, config_dict):
         for name, tensor in model.named_parameters():
             noise = torch.randn(tensor.shape, generator=generator)
             is_norm = "norm" in name
-            tensor.copy_(1.0 + 0.3 * noise if is_norm else std * noise)
+            centre = 1.0 - FAMILIES[family].style.unit_offset
+            tensor.copy_(centre + 0.3 * noise if is_norm else std * noise)
         folder = tmp_path_factory.mktemp(f"torch-{family}")
         model.save_pretrained(folder)
         made[key] = (folder, model)

@@ -18,8 +18,9 @@ from ot_merge_jax.io import folder as folders
 from ot_merge_jax.io import safetensors as files
 from ot_merge_jax.io.hf import load_hf, save_hf
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.families import FAMILIES as ALL_FAMILIES
 
-FAMILIES = pytest.mark.parametrize("family", ["llama", "qwen2"])
+FAMILIES = pytest.mark.parametrize("family", ALL_FAMILIES)
 
 
 @FAMILIES

@@ -13,7 +13,7 @@ from ot_merge_jax.models import decoder
 from ot_merge_jax.models.decoder import forward
 
 _forward = jax.jit(forward, static_argnames=("cfg", "capture", "unroll"))
-families = pytest.mark.parametrize("family", ["llama", "qwen2"])
+families = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
 
 
 @families
@@ -135,12 +135,12 @@ def test_both_graph_modes_of_nnx(graph_mode, tiny_checkpoint, random_batch):
     cfg, params = load_hf(tiny_checkpoint("qwen2"))
     batch = random_batch(cfg, padding="left")
     expected = _forward(params, batch, cfg=cfg)[0]
-    decoder._graph.cache_clear()
+    decoder._structure.cache_clear()
     try:
         with nnx.set_graph_mode(graph_mode):
             got = jax.jit(functools.partial(forward, cfg=cfg))(params, batch)[0]
     finally:
-        decoder._graph.cache_clear()
+        decoder._structure.cache_clear()
     np.testing.assert_array_equal(got, expected)
 
 

@@ -19,7 +19,7 @@ from ot_merge_jax.types import Batch
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 SMALL = [
     (family, tied, kv_heads)
-    for family in ("llama", "qwen2")
+    for family in families.FAMILIES
     for tied in (False, True)
     for kv_heads in (1, 2, 4)
 ]
@@ -37,13 +37,17 @@ def published_config(name):
 @small
 def test_shapes_equal_the_module_tree(family, tied, kv_heads, config_dict):
     cfg = small_config(config_dict, family, tied, kv_heads)
-    state = nnx.split(nnx.eval_shape(lambda: decoder.Decoder(cfg)))[1]
+    state = nnx.split(nnx.eval_shape(lambda: decoder.Block(cfg)))[1]
     tree = {
-        "/".join(path): leaf.shape
+        "layers/" + "/".join(path): (cfg.num_layers, *leaf.shape)
         for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(state))[0]
         for path in [[key.key for key in path]]
     }
-    assert tree == {spec.path: spec.shape for spec in specs.param_specs(cfg)}
+    table = {spec.path: spec.shape for spec in specs.param_specs(cfg)}
+    assert tree == {path: shape for path, shape in table.items() if path.startswith("layers/")}
+    outside = {"embed_tokens/embedding": (cfg.vocab_size, 24), "norm/scale": (24,)}
+    outside |= {} if tied else {"lm_head/kernel": (24, cfg.vocab_size)}
+    assert {path: shape for path, shape in table.items() if path not in tree} == outside
 
 
 @pytest.mark.torch
@@ -70,7 +74,7 @@ def test_tensor_names_and_shapes_equal_those_of_transformers(family, tied, kv_he
 @small
 def test_each_tensor_name_occurs_once(family, tied, kv_heads, config_dict):
     cfg = small_config(config_dict, family, tied, kv_heads)
-    names = [name for spec in specs.param_specs(cfg) for name in spec.tensor_names()]
+    names = [(name, spec.rows) for spec in specs.param_specs(cfg) for name in spec.tensor_names()]
     assert len(names) == len(set(names))
 
 
@@ -151,8 +155,29 @@ def test_biases_are_those_of_the_family(config_dict):
         table = specs.param_specs(families.read(config_dict(family)))
         return {spec.weight for spec in table if spec.path.endswith("/bias")}
 
-    assert biased("llama") == set()
     assert biased("qwen2") == {"q", "k", "v"}
+    assert not any(biased(family) for family in families.FAMILIES if family != "qwen2")
+
+
+def test_biases_that_the_file_asks_for(config_dict):
+    def biased(**keys):
+        table = specs.param_specs(families.read(config_dict(**keys)))
+        return {spec.weight for spec in table if spec.path.endswith("/bias")}
+
+    assert biased(attention_bias=True) == {"q", "k", "v", "o"}
+    assert biased(mlp_bias=True) == {"gate", "up", "down"}
+
+
+def test_fused_tensors_are_shared_without_gaps(config_dict):
+    table = specs.param_specs(families.read(config_dict("phi3")))
+    parts = {}
+    for spec in table:
+        if spec.rows:
+            parts.setdefault(spec.name, []).append(spec.rows)
+    assert parts == {
+        "model.layers.{layer}.self_attn.qkv_proj.weight": [(0, 32, 64), (32, 48, 64), (48, 64, 64)],
+        "model.layers.{layer}.mlp.gate_up_proj.weight": [(0, 40, 80), (40, 80, 80)],
+    }
 
 
 def test_masked_axis_is_the_sharded_one(config_dict):
