@@ -392,8 +392,8 @@ def tiny_checkpoint(tmp_path_factory, config_dict, tokenizer_folder):
             drift: Adds ``drift`` times another random checkpoint's deviations: with the same seed
                 and sizes, a "fine-tuned" copy of the ``drift=0`` checkpoint.
             max_shard_bytes: Size of a shard; None: one file.
-            tokenizer: A kind of `TOKENIZERS`; None: ``bpe``, and ``qwen`` for qwen2 (the only one that
-                transformers leaves alone there).
+            tokenizer: A kind of `TOKENIZERS`; None: ``bpe``, and ``qwen`` for qwen2 (the only one
+                that transformers leaves alone there).
             **config: See ``config_dict``: tied, kv_heads, head_dim, heads, hidden, layers, ...
 
         Returns:

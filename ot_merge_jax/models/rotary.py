@@ -96,7 +96,7 @@ def rotate(
 ) -> Float[Array, "b s h e"]:
     """Rotates feature ``i`` with feature ``i + r/2``, the pairing of Hugging Face checkpoints.
 
-    As many features of each head are rotated as the tables are wide, the first ``r``; the rest pass.
+    The first ``r`` features of each head are rotated, ``r`` being the tables' width; the rest pass.
     """
     cos, sin = (table.astype(x.dtype) for table in tables)
     width = cos.shape[-1]

@@ -49,10 +49,9 @@ def torch_sites(model, batch):
     handles = []
     for layer in model.model.layers:
         for site, (name, side) in TORCH_PLACE.items():
-            part = slice(None)
-            if model.config.model_type == "phi3" and site in FUSED_PLACE:
-                name, part = FUSED_PLACE[site]
-            module = layer.get_submodule(name)
+            is_fused = model.config.model_type == "phi3" and site in FUSED_PLACE
+            place, part = FUSED_PLACE[site] if is_fused else (name, slice(None))
+            module = layer.get_submodule(place)
             if side == "input":
                 handles.append(
                     module.register_forward_pre_hook(

@@ -1,4 +1,4 @@
-"""What sets the families apart, each against torch transformers: logits, rotations, written folders.
+"""What sets the families apart, each against torch: logits, rotations, written folders.
 
 Sites are in ``test_capture.py``, tables and sizes in ``test_specs.py``.
 """
