@@ -126,6 +126,8 @@ def forward(
             if cfg.tie_word_embeddings
             else model.lm_head.kernel[...]
         )
+        if x.dtype == jnp.float16:  # XLA's CPU has no product of float16 that sums in float32
+            x, table = x.astype(jnp.float32), table.astype(jnp.float32)
         logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
     return logits, captured
 
