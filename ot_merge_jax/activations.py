@@ -43,7 +43,7 @@ def gather(
         batches: From `ot_merge_jax.calibration`.
         cfg: The model.
         sites: Names of `ot_merge_jax.spaces.SITES`.
-        mesh: Splits each batch along its ``data`` axis; None: one device.
+        mesh: Splits each batch along its ``data`` axis; None: that of the parameters, if any.
         model: Which model this is, for messages.
 
     Returns:
@@ -56,6 +56,7 @@ def gather(
     Source: Transport and Merge, arXiv 2602.05495, section 4, eq. 6. Differs: rows may be tokens.
     """
     sites = frozenset(sites)
+    mesh = mesh or sharding.mesh_of(params)
     row_id = np.concatenate([np.asarray(batch.row_id).ravel() for batch in batches] or [[]])
     row_id = np.sort(row_id[row_id >= 0]).astype(np.int32)
     if len(np.unique(row_id)) != len(row_id):
@@ -67,12 +68,7 @@ def gather(
         for site in sorted(sites)
     }
     for host_batch in progress.track(batches, f"gather activations of the {model} (batches)"):
-        batch, ids = host_batch, np.asarray(host_batch.row_id)
-        if mesh is not None:
-            batch = jax.tree.map(
-                lambda x: jax.device_put(x, sharding.leaf_sharding(mesh, ("batch", None), x.shape)),
-                batch,
-            )
+        batch, ids = sharding.split_batch(host_batch, mesh), np.asarray(host_batch.row_id)
         captured = _step(params, batch, cfg=cfg, sites=sites)
         wanted = ids >= 0
         places = np.searchsorted(row_id, ids[wanted])

@@ -56,7 +56,9 @@ class Calibration(NamedTuple):
     rows: int
 
 
-def read_documents(path: Path, *, field: str = "text", encoding: str = "utf-8") -> Iterator[str]:
+def read_documents(
+    path: str | Path, *, field: str = "text", encoding: str = "utf-8"
+) -> Iterator[str]:
     """Yields the documents of a file, one after the other; blank ones are skipped.
 
     Args:
@@ -70,6 +72,7 @@ def read_documents(path: Path, *, field: str = "text", encoding: str = "utf-8") 
     Raises:
         InputError: if there is no such file, or naming the byte or line that cannot be read.
     """
+    path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"There is no text file {path}; give a .txt or .jsonl file.")
     try:
@@ -152,7 +155,7 @@ def split(documents: Sequence[str], *, seed: int) -> tuple[list[str], list[str]]
     return train, [document for document, dev in zip(documents, is_dev, strict=True) if dev]
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model folder, by transformers; no code of the folder is ever run.
 
     Raises:
@@ -160,6 +163,7 @@ def load_tokenizer(path: Path) -> Any:
     """
     from transformers import AutoTokenizer  # noqa: PLC0415, takes seconds to import; `--help` should not wait
 
+    path = Path(path).expanduser()
     if not any(
         (path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
     ):

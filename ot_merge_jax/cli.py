@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-# before the libraries read them: no advice on stderr, and never the network
+# before the libraries read them: no advice on stderr
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -48,8 +48,8 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show t
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say only errors and results.")]
 Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0)]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing output folder.")]
-Encoding = Annotated[str, typer.Option(help="Encoding of the text files.")]
-Field = Annotated[str, typer.Option(help="Field of a JSON line that holds the text.")]
+Encoding = Annotated[str | None, typer.Option(help="Encoding of the text files [utf-8].")]
+Field = Annotated[str | None, typer.Option(help="Field of a JSON line that holds the text [text].")]
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -73,11 +73,14 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             _say(f"error: {error if error.errno is None else f'{where}; check rights and disk.'}")
             is_input = isinstance(error, PermissionError | FileNotFoundError)
             raise typer.Exit(3 if is_input else 4) from None
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            # XLA has no exception of its own for a full device
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
             _say("error: out of memory; use smaller models, fewer samples or a larger machine.")
             raise typer.Exit(4) from None
         except KeyboardInterrupt:
-            _say("interrupted; nothing was written.")
+            _say("interrupted; nothing unfinished was left behind.")
             raise typer.Exit(130) from None
 
     return wrapped
@@ -129,8 +132,8 @@ def run(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Documents that give rows.")] = None,
     eval_text: Annotated[str | None, typer.Option(help="Held-out text, only reported.")] = None,
-    field: Field = "text",
-    encoding: Encoding = "utf-8",
+    field: Field = None,
+    encoding: Encoding = None,
     weights: Annotated[
         str | None, typer.Option(help="What moves, e.g. gate,up,down,embed.")
     ] = None,
@@ -163,22 +166,20 @@ def run(
     from ot_merge_jax.report import tables
 
     said = {} if recipe is None else recipes.load(recipe)
-    text = {"field": field, "encoding": encoding}
     flags: dict[str, Any] = {
         "preset": preset, "target": target, "source": source, "source_base": source_base,
-        "weights": weights.split(",") if weights else None, "rows": rows, "max_rows": max_rows,
-        "max_length": max_length, "epsilon": epsilon, "layer_epsilon": layer_epsilon,
+        "weights": [one.strip() for one in weights.split(",")] if weights else None,
+        "rows": rows, "max_rows": max_rows, "max_length": max_length,
+        "epsilon": epsilon, "layer_epsilon": layer_epsilon,
         "layer_cost": layer_cost, "layers": layers, "max_iterations": max_iterations,
         "threshold": threshold, "signed": signed, "form": form, "rule": rule,
         "strength": strength, "vocabulary_weights": vocabulary_weights, "k": k, "seed": seed,
-        "calibration": calibration and {"path": calibration, **text},
-        "evaluation": eval_text and {"path": eval_text, **text},
+        "calibration": {
+            "path": calibration, "field": field, "encoding": encoding, "samples": samples,
+        },
+        "evaluation": {"path": eval_text, "field": field, "encoding": encoding},
     }  # fmt: skip
-    said |= {key: value for key, value in flags.items() if value is not None}
-    if samples is not None:
-        known = said.get("calibration")
-        known = {"path": known} if isinstance(known, str) else dict(known or {})
-        said["calibration"] = {**known, "samples": samples}
+    said = recipes.overridden(said, flags)
     resolved = recipes.resolve(said, where=str(recipe or "the command line"))
     if out is None:
         raise RecipeError("There is no --out; name the folder to write.")
@@ -223,8 +224,8 @@ def _mesh_sizes(text: str) -> dict[str, int]:
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders.")],
     text: Annotated[str, typer.Option(help="Held-out text, .txt or .jsonl.")],
-    field: Field = "text",
-    encoding: Encoding = "utf-8",
+    field: Field = None,
+    encoding: Encoding = None,
     seed: Seed = 0,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -235,7 +236,8 @@ def evaluate(
     from ot_merge_jax import recipe as recipes
 
     with _session(verbose=verbose, quiet=quiet):
-        source = recipes.Text(path=text, field=field, encoding=encoding)
+        said = {"path": text, "field": field, "encoding": encoding}
+        source = recipes.Text(**{key: value for key, value in said.items() if value is not None})
         found = pipeline.evaluate(models, source, seed=seed)
     if as_json:
         _print_json(found)

@@ -7,7 +7,7 @@ be swept without doing it again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,8 @@ from ot_merge_jax.types import (
 )
 
 Model = tuple[ModelConfig, Params]
+#: ``|strength W~| / |W|`` below which nothing was transferred (SPEC section 13).
+NOTHING = 1e-4
 
 
 class Prepared(NamedTuple):
@@ -133,9 +135,14 @@ def prepare(
         )
     check_base(source, source_base)
     reference = source_base or source
-    carried = source[1]
-    if spec.rule == "delta":
-        carried = _difference(source[1], reference[1])
+
+    def carried(path: str) -> Params:
+        """What of a subtree of the source's parameters is carried over."""
+        of_source = specs.get(source[1], path)
+        if spec.rule != "delta":
+            return of_source
+        return _difference(of_source, specs.get(reference[1], path))
+
     moved: dict[str, jax.Array] = {}
     masks: dict[str, jax.Array] = {}
     found = rows_target = rows_source = None
@@ -151,7 +158,7 @@ def prepare(
             raise RecipeError(
                 "Moving embed or head needs the matched tokens of the two vocabularies."
             )
-        tables, rows = _tables(target, (source[0], carried), reference, vocabulary, spec=spec)
+        tables, rows = _tables(target, source[0], carried, reference, vocabulary, spec=spec)
         moved, masks = moved | tables, masks | rows
     return Prepared(moved, masks, found, rows_target, rows_source)
 
@@ -181,7 +188,7 @@ def check_base(source: Model, source_base: Model | None) -> None:
 
 def _projections(
     target: Params,
-    carried: Params,
+    carried: Callable[[str], Params],
     found: Coupling,
     rows_target: Activations,
     rows_source: Activations,
@@ -194,7 +201,7 @@ def _projections(
         if name not in spec.weights:
             continue
         sites = {"in_site": wiring.in_site, "out_site": wiring.out_site}
-        leaves = specs.get(carried, wiring.path)
+        leaves = carried(wiring.path)
         moved[f"{wiring.path}/kernel"] = operator.transported(
             leaves["kernel"], found, rows_target, rows_source, **sites, spec=spec
         )
@@ -206,7 +213,13 @@ def _projections(
 
 
 def _tables(
-    target: Model, carried: Model, reference: Model, matched: VocabularyMatch, *, spec: MergeSpec
+    target: Model,
+    source: ModelConfig,
+    carried: Callable[[str], Any],
+    reference: Model,
+    matched: VocabularyMatch,
+    *,
+    spec: MergeSpec,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Moved vocabulary tables and the masks of their matched rows.
 
@@ -223,7 +236,10 @@ def _tables(
             weights=matched.weights,
         )
         table, mask = vocabularies.moved_rows(
-            _table(carried, role), rotation, matched, size=aim.shape[0]
+            _oriented(carried(_place(source, role)), role, source),
+            rotation,
+            matched,
+            size=aim.shape[0],
         )
         is_head = role == "head" and not is_tied
         path = VOCABULARY["head" if is_head else "embed"]
@@ -234,9 +250,17 @@ def _tables(
 def _table(model: Model, role: str) -> jax.Array:
     """The table ``[v, d]`` that plays a role; a tied table plays both."""
     cfg, params = model
-    if role == "head" and not cfg.tie_word_embeddings:
-        return specs.get(params, VOCABULARY["head"]).T
-    return specs.get(params, VOCABULARY["embed"])
+    return _oriented(specs.get(params, _place(cfg, role)), role, cfg)
+
+
+def _place(cfg: ModelConfig, role: str) -> str:
+    """Where the table that plays a role lives."""
+    return VOCABULARY["embed" if cfg.tie_word_embeddings else role]
+
+
+def _oriented(leaf: jax.Array, role: str, cfg: ModelConfig) -> jax.Array:
+    """That leaf as ``[v, d]``."""
+    return leaf.T if role == "head" and not cfg.tie_word_embeddings else leaf
 
 
 def describe(
@@ -355,9 +379,9 @@ _NO_PLAN = (
 
 
 def is_nothing_transferred(report: MergeReport, hparams: HParams) -> bool:
-    """Whether the largest ``|strength W~| / |W|`` over moved weights is below 1e-4 (SPEC 13)."""
+    """Whether the largest ``|strength W~| / |W|`` over moved weights is below `NOTHING`."""
     largest = 0.0
     for name, weight in report.weights.items():
         strength = jnp.max(jnp.abs(jnp.asarray(fuse.strength_of(hparams.strength, name))))
         largest = max(largest, float(strength * jnp.max(weight.ratio_transported)))
-    return largest < 1e-4
+    return largest < NOTHING

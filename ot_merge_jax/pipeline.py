@@ -128,21 +128,15 @@ def run(
         points, hparams = sweeps.sweep(target, prepared, cut, hparams, spec=spec)
     fused = fuse.fuse(target[1], prepared.moved, hparams.strength, spec=spec, mask=prepared.masks)
     report = merge.describe(target, prepared, hparams, spec=spec)
-    is_nothing = merge.is_nothing_transferred(report, hparams)
-    warnings = _warnings(report)
+    unconverged = _unconverged(report)
+    warnings = [*unconverged, *sweeps.at_the_edge(points, hparams)]
     with publish.atomic_folder(out, overwrite=overwrite) as partial:
         hf.write_model(partial, fused, cfg=target[0], like=inputs.folders["target"].path)
         written = _self_check(partial, fused)
         evaluation, change = _evaluate(inputs, {**models, "merge": (target[0], written)}, recipe)
-        verdict = facts.verdict(
-            is_nothing=is_nothing,
-            strength=hparams.strength,
-            is_auto=recipe.strength == "auto",
-            rule=recipe.rule,
-            change=change,
-        )
-        if strict and (warnings or verdict.startswith("worse")):
-            raise StrictError(f"--strict: {(warnings or [verdict])[0]}")
+        verdict = facts.verdict(report, hparams, spec, change, is_auto=recipe.strength == "auto")
+        if strict and (unconverged or (change and change.low > 0)):
+            raise StrictError(f"--strict: {(unconverged or [verdict])[0]}")
         found = {
             "verdict": verdict,
             "warnings": warnings,
@@ -167,13 +161,7 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
     folders = {role: open_folder(path) for role, path in paths.items()}
     if "source base" in folders:
         merge.check_base((folders["source"].cfg, {}), (folders["source base"].cfg, {}))
-    tokenizers = {role: calibration.load_tokenizer(folder.path) for role, folder in folders.items()}
-    for role, tokenizer in tokenizers.items():
-        if len(tokenizer) > folders[role].cfg.vocab_size:
-            raise InputError(
-                f"The tokenizer of {folders[role].path} has {len(tokenizer)} tokens but the model "
-                f"has {folders[role].cfg.vocab_size} rows; one of them is not its own."
-            )
+    tokenizers = {role: _tokenizer(folder) for role, folder in folders.items()}
     documents = _sampled(recipe)
     train, dev = calibration.split(documents, seed=recipe.seed)
     held_out = None if recipe.evaluation is None else _documents(recipe.evaluation)
@@ -209,6 +197,17 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
     except InputError:
         unseen = None  # too few dev documents for held-out diagnostics
     return Inputs(folders, tokenizers, train, dev, held_out, data, unseen, is_one)
+
+
+def _tokenizer(folder: ModelFolder) -> Any:
+    """The tokenizer of a model, if it fits the model's tables."""
+    tokenizer = calibration.load_tokenizer(folder.path)
+    if len(tokenizer) > folder.cfg.vocab_size:
+        raise InputError(
+            f"The tokenizer of {folder.path} has {len(tokenizer)} tokens but the model "
+            f"has {folder.cfg.vocab_size} rows; one of them is not its own."
+        )
+    return tokenizer
 
 
 def _texts(recipe: Recipe) -> dict[str, Text]:
@@ -275,7 +274,7 @@ def _held_out_activations(inputs: Inputs, target: merge.Model, reference: merge.
     )
 
 
-def _warnings(report: MergeReport) -> list[str]:
+def _unconverged(report: MergeReport) -> list[str]:
     """Sentences about plans that did not converge."""
     return [
         f"{name}: the neuron transport did not converge in "
@@ -351,7 +350,9 @@ def _write_details(
     _write_json(details / "report.json", found)
     (folder / "README.md").write_text(
         provenance.model_card(
-            name=f"{inputs.folders['target'].path.name} + {inputs.folders['source'].path.name}",
+            name=" + ".join(
+                inputs.folders[role].path.resolve().name for role in ("target", "source")
+            ),
             models={role: one.path for role, one in inputs.folders.items()},
             verdict=found["verdict"],
             evaluation=[
@@ -414,7 +415,7 @@ def evaluate(paths: Sequence[str], text: Text, *, seed: int = 0) -> dict[str, An
     scores, tokenizers = {}, {}
     for path in dict.fromkeys(paths):
         folder = open_folder(Path(path).expanduser())
-        tokenizers[path] = calibration.load_tokenizer(folder.path)
+        tokenizers[path] = _tokenizer(folder)
         cfg, params = _load(folder, None)
         cut = nll.windows(documents, tokenizers[path], max_positions=cfg.max_positions)
         scores[path] = nll.score(params, cut, cfg=cfg)

@@ -19,6 +19,7 @@ from ot_merge_jax.types import HParams, MergeSpec
 
 Weight = Literal["q", "k", "v", "o", "gate", "up", "down", "embed", "head"]
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Folder = Annotated[str, pydantic.Field(min_length=1)]
 Strength = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 #: Preset -> every setting it fills (SPEC section 9); any of them can be overridden.
@@ -112,9 +113,9 @@ class Recipe(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    target: str
-    source: str
-    source_base: str | None = None
+    target: Folder
+    source: Folder
+    source_base: Folder | None = None
     calibration: CalibrationText
     evaluation: Text | None = None
     preset: Literal["paper", "barycentric", "delta"]
@@ -234,6 +235,35 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the recipe") -> Recipe
         return Recipe.model_validate({**PRESETS[preset], **said})
     except pydantic.ValidationError as error:
         raise RecipeError(f"{where}: {'; '.join(_sentences(error.errors()))}.") from error
+
+
+def overridden(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a recipe file with flags over them, key by key within a text.
+
+    Args:
+        settings: From `load`.
+        flags: What was said on the command line; None values count as unsaid. Of a text, ``field``
+            and ``encoding`` alone say nothing where there is no such text.
+
+    Returns:
+        Settings for `resolve`.
+
+    Example:
+        >>> overridden({"calibration": {"path": "a.txt", "samples": 9}, "seed": 1},
+        ...            {"calibration": {"path": "b.txt", "samples": None}, "seed": None})
+        {'calibration': {'path': 'b.txt', 'samples': 9}, 'seed': 1}
+    """
+    said = dict(settings)
+    for key, value in flags.items():
+        if not isinstance(value, Mapping):
+            said |= {} if value is None else {key: value}
+            continue
+        inside = {name: one for name, one in value.items() if one is not None}
+        known = said.get(key)
+        known = {"path": known} if isinstance(known, str) else known
+        if inside and (known or inside.keys() & {"path", "samples"}):
+            said[key] = {**known, **inside} if isinstance(known, Mapping) else inside
+    return said
 
 
 def load(path: Path) -> dict[str, Any]:

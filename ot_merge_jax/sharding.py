@@ -6,11 +6,13 @@ Models and stages name what an axis means; this table alone says where it lives.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ot_merge_jax.errors import RecipeError
+from ot_merge_jax.types import Batch
 
 #: Logical axis -> mesh axis. Axes not named here are replicated.
 RULES: Mapping[str, str] = {
@@ -50,6 +52,28 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         raise RecipeError(
             f"A mesh {dict(sizes)} does not fit the {jax.device_count()} device(s) here."
         ) from error
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters live on; None if they are on one device.
+
+    Example:
+        >>> mesh_of({"scale": jax.numpy.ones(2)}) is None
+        True
+    """
+    for leaf in jax.tree.leaves(params):
+        if isinstance(place := getattr(leaf, "sharding", None), NamedSharding):
+            return place.mesh if isinstance(place.mesh, Mesh) else None
+    return None
+
+
+def split_batch(batch: Batch, mesh: Mesh | None) -> Batch:
+    """A batch split along the mesh's ``data`` axis; as it is without a mesh."""
+    if mesh is None:
+        return batch
+    return jax.tree.map(
+        lambda x: jax.device_put(x, leaf_sharding(mesh, ("batch", None), x.shape)), batch
+    )
 
 
 def leaf_sharding(

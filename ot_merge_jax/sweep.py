@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 
 from ot_merge_jax import fuse, progress
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.merge import Prepared
 from ot_merge_jax.spaces import GROUPS
@@ -67,6 +69,10 @@ def sweep(
 
     Returns:
         All points, and the hyperparameters with the best strength; of equal losses the smaller.
+        The weights that are scored are not rounded to the dtype they will be stored in.
+
+    Raises:
+        NonFiniteError: if no strength gives a finite loss.
     """
     cfg, params = target
     # the strength is traced, so every point of the grid runs the same program
@@ -75,12 +81,35 @@ def sweep(
     )
 
     def loss(strength: Any) -> float:
-        return nll.score(fused(strength), dev, cfg=cfg, text="dev split").nll_per_token
+        try:
+            return nll.score(fused(strength), dev, cfg=cfg, text="dev split").nll_per_token
+        except NonFiniteError:
+            return math.inf  # too far is a bad strength, not the end of the run
 
     groups = [name for name, members in GROUPS.items() if members & set(spec.weights)]
     points = search(loss, groups, GRIDS[spec.rule] if grid is None else grid)
     best = min(points, key=lambda point: point.loss)
+    if not math.isfinite(best.loss):
+        raise NonFiniteError("The loss on the dev split is not finite at any strength, not even 0.")
     return Sweep(points, hparams._replace(strength=best.strength))
+
+
+def at_the_edge(points: Sequence[Point], hparams: HParams) -> list[str]:
+    """A sentence if the chosen strength is the largest that was tried, so that more may be better.
+
+    Example:
+        >>> at_the_edge([Point(0.0, 2.0), Point(1.2, 1.0)], HParams(1.2))
+        ['The chosen strength 1.2 is the largest that was tried; a larger one may be better.']
+    """
+    shared = [point.strength for point in points if not isinstance(point.strength, Mapping)]
+    chosen = hparams.strength
+    values = chosen.values() if isinstance(chosen, Mapping) else [chosen]
+    if not shared or max(values) < max(shared) or not any(values):
+        return []
+    return [
+        f"The chosen strength {max(values):g} is the largest that was tried; "
+        "a larger one may be better."
+    ]
 
 
 def search(

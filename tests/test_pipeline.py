@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ot_merge_jax import calibration, errors, pipeline, recipe
+from ot_merge_jax import calibration, errors, pipeline, recipe, sharding
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import hf
 from ot_merge_jax.report import facts
+from ot_merge_jax.types import HParams, MergeReport, MergeSpec, WeightReport
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
 
@@ -160,15 +161,13 @@ UNCHANGED = "strength 0: the output is the target, unchanged"
 NOTHING = "nothing of the source was transferred"
 
 
-def say(**changes):
-    given = {
-        "is_nothing": False,
-        "strength": 0.5,
-        "is_auto": False,
-        "rule": "delta",
-        "change": SAME,
-    }
-    return facts.verdict(**{**given, **changes})
+def say(*, ratio=0.1, strength=0.5, is_auto=False, rule="delta", form="barycentric", change=SAME):
+    """The verdict on a merge whose one weight has ``|W~| / |W| = ratio``."""
+    one = np.ones(2, np.float32)
+    weights = {"up": WeightReport(ratio * one, one, *[one] * 4, one, one > 0)}
+    spec = MergeSpec(weights=("up",), rule=rule, form=form)
+    report = MergeReport(weights, None, 2)
+    return facts.verdict(report, HParams(strength), spec, change, is_auto=is_auto)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +176,20 @@ def say(**changes):
         ({"strength": 0.0}, UNCHANGED),
         ({"strength": 0.0, "is_auto": True}, "strength 0 was best on the dev split: the output is"),
         ({"strength": {"projections": 0.0, "vocabulary": 0.0}}, UNCHANGED),
-        ({"strength": 0.0, "is_nothing": True}, UNCHANGED),
-        ({"is_nothing": True, "rule": "interpolate"}, f"{NOTHING}: the presets delta"),
-        ({"is_nothing": True}, f"{NOTHING}: source and source base may be the same"),
-        ({"is_nothing": True, "change": BETTER}, NOTHING),
+        ({"strength": 0.0, "ratio": 0.0}, UNCHANGED),
+        ({"ratio": 1e-5, "form": "joint"}, f"{NOTHING}: the joint form vanishes; barycentric, and"),
+        ({"ratio": 1e-5, "form": "joint", "rule": "interpolate"}, f"{NOTHING}: the joint form"),
+        ({"ratio": 0.0}, f"{NOTHING}: source and source base may be the same"),
+        (
+            {"ratio": 0.0, "rule": "residual"},
+            f"{NOTHING}: the source's weights may be next to zero",
+        ),
+        ({"strength": 1e-5}, f"{NOTHING}: the strength is next to zero; raise it"),
+        (
+            {"strength": 1e-5, "change": WORSE},
+            f"{NOTHING}: the strength is next to zero; raise it; "
+            "the held-out change is +0.1000 nats",
+        ),
         ({"change": None}, "merged; not evaluated"),
         ({"change": WORSE}, "worse than the target on held-out text: +0.1000 nats"),
         ({"change": BETTER}, "better than the target on held-out text: -0.1000 nats"),
@@ -221,14 +230,40 @@ def test_verdict_of_a_run_is_in_report_card_and_result(resolved, out, text_file)
     assert report["verdict"] == expected
 
 
-def test_strict_refuses_a_worse_verdict(resolved, out, text_file, monkeypatch):
-    monkeypatch.setattr(facts, "verdict", lambda **k: "worse than the target on held-out text: +1.")
-    with pytest.raises(errors.StrictError, match="worse than the target") as caught:
+@pytest.mark.parametrize("ratio", [0.1, 1e-6], ids=["moved", "nothing-moved"])
+def test_strict_refuses_a_measured_worsening(ratio, resolved, out, monkeypatch):
+    """Also of a merge that only shrinks the target."""
+    monkeypatch.setattr(pipeline, "_evaluate", lambda *a: ({}, WORSE))
+    monkeypatch.setattr(facts, "is_nothing_transferred", lambda *a: ratio < 1e-4)
+    with pytest.raises(errors.StrictError, match=r"\+0\.1000 nats") as caught:
         pipeline.run(resolved(), out, command="test", strict=True)
     assert caught.value.exit_code == 5
     assert left_in(out) == []
     pipeline.run(resolved(), out, command="test")  # a warning to nobody, but no error
     assert left_in(out) == ["out"]
+
+
+def test_mesh_gives_what_one_device_gives(resolved, out, text_file, monkeypatch):
+    """Models and batches are spread; the merged weights are the same but for rounding."""
+    settings = {"weights": ["up", "embed"], "max_rows": 200, "evaluation": str(text_file)}
+    pipeline.run(resolved(**settings), out, command="test")
+    split = []
+
+    def seen(batch, mesh):
+        split.append(None if mesh is None else dict(mesh.shape))
+        return was(batch, mesh)
+
+    was = sharding.split_batch
+    monkeypatch.setattr(sharding, "split_batch", seen)
+    mesh = sharding.make_mesh({"data": 2, "model": 4})
+    other = out.with_name("mesh")
+    pipeline.run(resolved(**settings), other, command="test", mesh=mesh)
+    assert {"data": 2, "model": 4} in split
+    alone, spread = (
+        safetensors.numpy.load_file(folder / "model.safetensors") for folder in (out, other)
+    )
+    for name in alone:
+        np.testing.assert_allclose(spread[name], alone[name], rtol=0, atol=1e-4, err_msg=name)
 
 
 # ---- atomicity ----

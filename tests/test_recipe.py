@@ -434,3 +434,34 @@ def test_flags_override_the_file(tmp_path):
     settings = {**load(tmp_path, FILE + "epsilon: 0.5\n"), "epsilon": 0.25, "preset": "paper"}
     found = recipe.resolve(settings)
     assert (found.epsilon, found.preset, found.form) == (0.25, "paper", "joint")
+
+
+# ---- flags over a file ----
+
+
+@pytest.mark.parametrize(
+    ("file", "flags", "expected"),
+    [
+        (
+            {"calibration": "a.txt"},
+            {"encoding": "latin-1"},
+            {"path": "a.txt", "encoding": "latin-1"},
+        ),
+        (
+            {"calibration": {"path": "a.txt", "samples": 60, "field": "body"}},
+            {"path": "b.txt"},
+            {"path": "b.txt", "samples": 60, "field": "body"},
+        ),
+        ({"calibration": {"path": "a.txt"}}, {"samples": 9}, {"path": "a.txt", "samples": 9}),
+        ({}, {"path": "b.txt", "field": "body"}, {"path": "b.txt", "field": "body"}),
+        ({"calibration": "a.txt"}, {}, "a.txt"),
+    ],
+)
+def test_flags_win_key_by_key(file, flags, expected):
+    flags = {"path": None, "field": None, "encoding": None, "samples": None} | flags
+    assert recipe.overridden(file, {"calibration": flags})["calibration"] == expected
+
+
+def test_field_alone_makes_no_text():
+    said = recipe.overridden({}, {"evaluation": {"path": None, "field": "body"}, "seed": None})
+    assert said == {}

@@ -1,5 +1,8 @@
 """The search over strengths, and the sweep of a tiny model against a plain loop."""
 
+import math
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import pytest
 
 from ot_merge_jax import calibration, fuse, sweep
 from ot_merge_jax.adapt import loop
+from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.merge import Prepared
@@ -200,3 +204,34 @@ def test_the_whole_grid_is_one_program(setup, caplog):
         sweep.sweep(*case, HParams(None), spec=spec, grid=GRID)
     compiled = [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
     assert len(compiled) <= 1, compiled  # the fusion, once; scoring is compiled already
+
+
+def test_a_strength_that_overflows_is_a_bad_strength(monkeypatch):
+    losses = iter([1.0, NonFiniteError("overflow"), 0.5])
+
+    def score(*a, **k):
+        value = next(losses)
+        if isinstance(value, Exception):
+            raise value
+        return SimpleNamespace(nll_per_token=value)
+
+    monkeypatch.setattr(sweep.nll, "score", score)
+    target, prepared = (None, {}), Prepared({}, {}, None, None, None)
+    spec = MergeSpec(weights=("up",))
+    points, best = sweep.sweep(
+        target, prepared, None, HParams(0.0), spec=spec, grid=[0.0, 1.0, 2.0]
+    )
+    assert [point.loss for point in points] == [1.0, math.inf, 0.5]
+    assert best.strength == 2.0
+
+
+def test_no_finite_loss_at_all_is_an_error(monkeypatch):
+    def score(*a, **k):
+        raise NonFiniteError("overflow")
+
+    monkeypatch.setattr(sweep.nll, "score", score)
+    prepared = Prepared({}, {}, None, None, None)
+    with pytest.raises(NonFiniteError, match="not finite at any strength"):
+        sweep.sweep(
+            (None, {}), prepared, None, HParams(0.0), spec=MergeSpec(weights=("up",)), grid=[0.0]
+        )

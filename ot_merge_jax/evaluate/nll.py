@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import calibration, progress
+from ot_merge_jax import calibration, progress, sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.models.decoder import forward, token_nll
@@ -155,12 +155,11 @@ def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-o
     Raises:
         NonFiniteError: if a loss is not finite.
     """
-    nll = np.zeros(len(cut.tokens))
+    nll, mesh = np.zeros(len(cut.tokens)), sharding.mesh_of(params)
     parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
     for batch, scored, document in progress.track(parts, f"score {text} (batches)"):
-        np.add.at(
-            nll, document, np.asarray(_sequence_nll(params, batch, scored, cfg=cfg), np.float64)
-        )
+        losses = _sequence_nll(params, sharding.split_batch(batch, mesh), scored, cfg=cfg)
+        np.add.at(nll, document, np.asarray(losses, np.float64))
     if not np.isfinite(nll).all():
         raise NonFiniteError(
             f"The loss of document {int(np.argmin(np.isfinite(nll)))} is not finite."

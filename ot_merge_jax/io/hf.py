@@ -297,6 +297,6 @@ def patched_config(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(rope, dict) and "rope_theta" in rope and "rope_theta" not in result:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         result["rope_theta"] = rope["rope_theta"]
-        if scaling.get("rope_type", "default") != "default":
-            result.setdefault("rope_scaling", scaling)
+        if scaling.get("rope_type", "default") != "default" and not result.get("rope_scaling"):
+            result["rope_scaling"] = scaling
     return result

@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import re
 import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,13 @@ def without_home(text: str) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions, devices and peak memory so far; no user or host names."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kilobytes, but not everywhere
     return {
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "devices": [f"{device.platform}:{device.device_kind}" for device in jax.devices()],
         "precision": "float32, transport and fusion at highest matmul precision",
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak * (1 if sys.platform == "darwin" else 1024),
     }
 
 
@@ -102,7 +104,8 @@ def model_card(
     stated = set(licences.values())
     agreed = stated.pop() if len(stated) == 1 else None
     data = ModelCardData(
-        base_model=[_plain(folder.name) for folder in models.values()],
+        # not escaped: to_yaml quotes what needs it
+        base_model=[folder.resolve().name for folder in models.values()],
         base_model_relation="merge",
         tags=["merge", "ot-merge", "optimal-transport"],
         library_name="transformers",
@@ -112,7 +115,7 @@ def model_card(
     lines = ["---", data.to_yaml(), "---", "", f"# {_plain(name)}", "", _plain(verdict), ""]
     lines += ["| role | model | licence stated in its card |", "|---|---|---|"]
     lines += [
-        f"| {role} | {_plain(folder.name)} | {_plain(licences[role] or 'unknown')} |"
+        f"| {role} | {_plain(folder.resolve().name)} | {_plain(licences[role] or 'unknown')} |"
         for role, folder in models.items()
     ]
     if evaluation:

@@ -30,7 +30,7 @@ def check_output(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = Fa
         InputError: if the folder exists, is or lies inside an input, contains one, or cannot be
             created.
     """
-    real = out.resolve()
+    real = out.expanduser().resolve()
     if len(os.fsencode(real.name)) > _MAX_NAME or any(
         len(os.fsencode(p)) > 255 for p in real.parts
     ):
@@ -85,7 +85,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ('whole', 1)
     """
     check_output(out, overwrite=overwrite)
-    out = out.resolve()
+    out = out.expanduser().resolve()
     run_id = secrets.token_hex(4)
     partial, old = (
         out.with_name(f"{out.name}.partial-{run_id}"),

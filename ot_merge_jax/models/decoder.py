@@ -155,6 +155,8 @@ def head(params: Params, x: Float[Array, "b s d"], *, cfg: ModelConfig) -> Float
             if cfg.tie_word_embeddings
             else params["lm_head"]["kernel"]
         )
+        if x.dtype == jnp.float16:  # XLA's CPU has no product of float16 that sums in float32
+            x, table = x.astype(jnp.float32), table.astype(jnp.float32)
         logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
         style = cfg.style
         logits = logits if style.logit_scale == 1 else logits * style.logit_scale

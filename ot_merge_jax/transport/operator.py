@@ -67,7 +67,8 @@ def layer_weights(
 
     Source: Transport and Merge, eq. 13. Differs: normalised rows are ours.
     """
-    effective = jnp.sqrt(coupling.layer[in_site] * coupling.layer[out_site])
+    # the root of each, because their product may be too small for float32 where they disagree
+    effective = jnp.sqrt(coupling.layer[in_site]) * jnp.sqrt(coupling.layer[out_site])
     if spec.layers == "top1":
         one_hot = jax.nn.one_hot(effective.argmax(1), effective.shape[1])
         return one_hot if spec.form == "barycentric" else one_hot * effective

@@ -186,3 +186,12 @@ def test_token_nll_skips_the_first_token_after_left_padding(tiny_checkpoint, ran
     assert np.asarray(weights).sum(-1).tolist() == [6, 3]
     assert (np.asarray(losses)[np.asarray(weights) == 0] == 0).all()
     assert (np.asarray(losses)[np.asarray(weights) == 1] > 0).all()
+
+
+def test_float16_runs_and_sums_in_float32(tiny_checkpoint, random_batch):
+    cfg, params = load_hf(tiny_checkpoint(), dtype="float16")
+    _, wide = load_hf(tiny_checkpoint())
+    batch = random_batch(cfg)
+    logits = _forward(params, batch, cfg=cfg)[0]
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, _forward(wide, batch, cfg=cfg)[0], rtol=0, atol=0.1)
