@@ -136,7 +136,7 @@ def prepare(
     check_base(source, source_base)
     reference = source_base or source
 
-    def carried(path: str) -> Params:
+    def carried(path: str) -> Any:
         """What of a subtree of the source's parameters is carried over."""
         of_source = specs.get(source[1], path)
         if spec.rule != "delta":
@@ -164,8 +164,8 @@ def prepare(
 
 
 @jax.jit
-def _difference(source: Params, base: Params) -> Params:
-    """What the fine-tune changed, float32."""
+def _difference(source: Any, base: Any) -> Any:
+    """What the fine-tune changed in a leaf or a subtree, float32."""
     return jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), source, base)
 
 
@@ -188,7 +188,7 @@ def check_base(source: Model, source_base: Model | None) -> None:
 
 def _projections(
     target: Params,
-    carried: Callable[[str], Params],
+    carried: Callable[[str], Any],
     found: Coupling,
     rows_target: Activations,
     rows_source: Activations,
