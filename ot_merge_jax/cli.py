@@ -305,19 +305,20 @@ def families(as_json: Json = False) -> None:
     from ot_merge_jax.models.families import FAMILIES
 
     rows = [
-        {"model_type": one.model_type, "architecture": one.architecture, "qkv_bias": one.qkv_bias,
-         "only": dict(one.fixed)}
+        {
+            "model_type": one.model_type,
+            "architecture": one.architecture,
+            "only": {key: value for key, value in one.fixed.items() if value},
+        }
         for one in FAMILIES.values()
-    ]  # fmt: skip
+    ]
     if as_json:
         _print_json(rows)
         return
-    table = Table("model_type", "architecture", "q/k/v bias", "only with", box=SIMPLE_HEAD)
+    table = Table("model_type", "architecture", "only with", box=SIMPLE_HEAD)
     for one in rows:
         only = ", ".join(f"{key}={value}" for key, value in one["only"].items())
-        table.add_row(
-            one["model_type"], one["architecture"], "yes" if one["qkv_bias"] else "no", only
-        )
+        table.add_row(one["model_type"], one["architecture"], only)
     _out.print(table)
 
 

@@ -157,7 +157,7 @@ def _read_rope(
     if rotated > 1 or pairs < 1:
         problems.append(f"RoPE partial_rotary_factor {rotated} rotates no pair, or too many")
         return _PLAIN
-    known = {
+    known: dict[str, Any] = {
         _NAMES[key]: tuple(value) if isinstance(value, list) else value
         for key, value in used.items()
         if key in _NAMES

@@ -7,6 +7,7 @@ comments ``b s`` are batch and sequence, ``h k`` query and key/value heads, ``e`
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -98,9 +99,9 @@ def attend(
         return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale)
     b, length, heads, width = q.shape
     grouped = q.reshape(b, length, k.shape[2], -1, width)  # the library has no soft cap
-    scale = width**-0.5 if scale is None else scale
+    factor: float = 1.0 / math.sqrt(width) if scale is None else scale
     products = jnp.einsum("bqgre,bkge->bgrqk", grouped, k, preferred_element_type=jnp.float32)
-    products = softcap * jnp.tanh(products * (scale / softcap))
+    products = softcap * jnp.tanh(products * (factor / softcap))
     products = jnp.where(visible[:, :, None], products, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(products, -1).astype(v.dtype)
     return jnp.einsum("bgrqk,bkge->bqgre", weights, v).reshape(b, length, heads, width)

@@ -89,8 +89,8 @@ def test_families_names_those_that_can_be_merged(cli):
 def test_families_as_json(cli):
     found = {one["model_type"]: one for one in cli("families", "--json").json}
     assert set(found) >= {"llama", "qwen2"}
-    assert found["qwen2"]["qkv_bias"] is True
-    assert found["llama"]["qkv_bias"] is False
+    assert found["gemma2"]["only"] == {"hidden_activation": "gelu_pytorch_tanh"}
+    assert found["llama"]["only"] == {}
     assert found["llama"]["architecture"] == "LlamaForCausalLM"
 
 
