@@ -194,7 +194,7 @@ def say(*, ratio=0.1, strength=0.5, is_auto=False, rule="delta", form="barycentr
         ({"change": WORSE}, "worse than the target on held-out text: +0.1000 nats"),
         ({"change": BETTER}, "better than the target on held-out text: -0.1000 nats"),
         ({"change": SAME}, "no measurable difference from the target on held-out text: -0.0100"),
-        ({"strength": {"projections": 0.0, "vocabulary": 0.2}, "change": BETTER}, "better than"),
+        ({"strength": {"projections": 0.2, "vocabulary": 0.0}, "change": BETTER}, "better than"),
     ],
 )
 def test_verdict_says_what_was_shown(changes, start):

@@ -14,6 +14,7 @@ from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.merge import Prepared
+from ot_merge_jax.models.families import read
 from ot_merge_jax.types import HParams, MergeSpec
 
 UP, EMBED = "layers/mlp/up_proj/kernel", "embed_tokens/embedding"
@@ -206,7 +207,10 @@ def test_the_whole_grid_is_one_program(setup, caplog):
     assert len(compiled) <= 1, compiled  # the fusion, once; scoring is compiled already
 
 
-def test_a_strength_that_overflows_is_a_bad_strength(monkeypatch):
+NO_WINDOWS = nll.Windows([], [], [], np.zeros(0), np.zeros(0))
+
+
+def test_a_strength_that_overflows_is_a_bad_strength(monkeypatch, config_dict):
     losses = iter([1.0, NonFiniteError("overflow"), 0.5])
 
     def score(*a, **k):
@@ -216,16 +220,16 @@ def test_a_strength_that_overflows_is_a_bad_strength(monkeypatch):
         return SimpleNamespace(nll_per_token=value)
 
     monkeypatch.setattr(sweep.nll, "score", score)
-    target, prepared = (None, {}), Prepared({}, {}, None, None, None)
+    target, prepared = (read(config_dict()), {}), Prepared({}, {}, None, None, None)
     spec = MergeSpec(weights=("up",))
     points, best = sweep.sweep(
-        target, prepared, None, HParams(0.0), spec=spec, grid=[0.0, 1.0, 2.0]
+        target, prepared, NO_WINDOWS, HParams(0.0), spec=spec, grid=[0.0, 1.0, 2.0]
     )
     assert [point.loss for point in points] == [1.0, math.inf, 0.5]
     assert best.strength == 2.0
 
 
-def test_no_finite_loss_at_all_is_an_error(monkeypatch):
+def test_no_finite_loss_at_all_is_an_error(monkeypatch, config_dict):
     def score(*a, **k):
         raise NonFiniteError("overflow")
 
@@ -233,5 +237,6 @@ def test_no_finite_loss_at_all_is_an_error(monkeypatch):
     prepared = Prepared({}, {}, None, None, None)
     with pytest.raises(NonFiniteError, match="not finite at any strength"):
         sweep.sweep(
-            (None, {}), prepared, None, HParams(0.0), spec=MergeSpec(weights=("up",)), grid=[0.0]
-        )
+            (read(config_dict()), {}), prepared, NO_WINDOWS, HParams(0.0),
+            spec=MergeSpec(weights=("up",)), grid=[0.0],
+        )  # fmt: skip
