@@ -22,11 +22,12 @@ MAX_LINES = 500
 #: From the ground up; a module imports from its own storey and below. What is not listed is only
 #: kept free of cycles.
 STOREYS = (
-    ("errors", "progress", "assets"),
+    ("errors", "progress", "assets", "redaction"),
     ("types", "config"),
     ("spaces", "sharding"),
     ("models", "recipe", "transport"),
     ("io",),
+    ("texts",),
     ("activations", "calibration", "fuse", "adapt"),
     ("merge",),
     ("sweep", "evaluate", "controls"),
