@@ -6,6 +6,7 @@ revision is resolved to the commit it stands for. Imports errors only.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from huggingface_hub.errors import (
 
 from ot_merge_jax.errors import InputError
 
+#: What is wrong with this machine and not with the hub: no space, no rights.
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 _REPO = r"(?P<repo>\w[\w.-]*/\w[\w.-]*)"
 _REVISION = r"@(?P<revision>\w(?:[\w/-]|\.(?!\.))*)"  # never a path that climbs
 _MODEL = re.compile(_REPO + _REVISION, re.ASCII)
@@ -163,9 +166,9 @@ def snapshot(
         raise InputError(
             f"The hub answers {code} when asked for {name}; try again later."
         ) from error
-    except OSError:
-        raise  # a full disk, missing rights
     except Exception as error:  # the libraries behind it raise anything
+        if isinstance(error, OSError) and error.errno in _LOCAL:
+            raise
         raise InputError(
             f"The hub cannot provide {name} ({type(error).__name__}); try again later."
         ) from error

@@ -259,7 +259,7 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
         ) from error
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _check_fields(file.schema_arrow.names, fields, str(path))
             for batch in file.iter_batches(_RECORDS_PER_BATCH, columns=list(fields)):
                 for record in batch.to_pylist():
