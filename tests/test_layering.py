@@ -196,6 +196,7 @@ def test_import_has_no_side_effect():
         f"for name in {sorted(MODULES)!r}: importlib.import_module(name)\n"
         "assert 'torch' not in sys.modules, 'torch'\n"
         "assert 'transformers' not in sys.modules, 'transformers'\n"
+        "assert 'pyarrow' not in sys.modules, 'pyarrow'\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was started'\n"
     )
