@@ -1,25 +1,22 @@
-"""Texts to row-aligned batches: reading, sampling, tokenising, padding. Imports types, errors.
+"""Texts to row-aligned batches: tokenising, aligning, padding. Imports texts, types, errors.
 
 The rows of the two models correspond by ``row_id``; a text dropped for one is dropped for both.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ot_merge_jax import texts
 from ot_merge_jax.errors import InputError
+from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch
 
-#: Fraction of the documents that choose the strength and are never used for rows (SPEC section 9).
-DEV_FRACTION = 0.2
 _TOKENS_PER_BATCH = 4096
 _SHORTEST = 16
 
@@ -56,105 +53,6 @@ class Calibration(NamedTuple):
     rows: int
 
 
-def read_documents(
-    path: str | Path, *, field: str = "text", encoding: str = "utf-8"
-) -> Iterator[str]:
-    """Yields the documents of a file, one after the other; blank ones are skipped.
-
-    Args:
-        path: ``.jsonl`` (one JSON object a line) or a text file (one document a line).
-        field: Which field of a JSON object holds the text.
-        encoding: Of the file; a byte order mark is dropped.
-
-    Yields:
-        Texts.
-
-    Raises:
-        InputError: if there is no such file, or naming the byte or line that cannot be read.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise InputError(f"There is no text file {path}; give a .txt or .jsonl file.")
-    try:
-        name = codecs.lookup(encoding).name
-    except LookupError as error:
-        raise InputError(
-            f"There is no encoding {encoding!r}; give one that Python knows."
-        ) from error
-    try:
-        with path.open(encoding="utf-8-sig" if name == "utf-8" else encoding) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if "\0" in line:
-                    raise InputError(f"{path}, line {number}, holds a NUL byte; this is not text.")
-                is_json = path.suffix == ".jsonl"
-                text = _field(path, number, line, field) if is_json else line.strip()
-                if text.strip():
-                    yield text
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not {encoding} {_first_bad_byte(path, encoding)}; pass --encoding."
-        ) from error
-
-
-def _field(path: Path, number: int, line: str, field: str) -> str:
-    """The text of one line of JSON."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}, is not JSON ({error}); mend the line.") from error
-    if not isinstance(value, dict) or field not in value:
-        raise InputError(
-            f"{path}, line {number}, has no field {field!r}; name the field that holds the text."
-        )
-    if not isinstance(value[field], str):
-        raise InputError(f"{path}, line {number}: field {field!r} is not a string; mend the line.")
-    return value[field]
-
-
-def _first_bad_byte(path: Path, encoding: str) -> str:
-    """Where a file stops being text in this encoding."""
-    content = path.read_bytes()
-    try:
-        content.decode(encoding)
-    except UnicodeDecodeError as error:
-        return f"at byte {error.start} (line {content[: error.start].count(bytes([10])) + 1})"
-    return "text"
-
-
-def sample(documents: Iterator[str], *, count: int, seed: int) -> list[str]:
-    """A seeded uniform sample of at most ``count`` documents, in file order, in one pass.
-
-    Example:
-        >>> sample(iter("abcdef"), count=3, seed=0) == sample(iter("abcdef"), count=3, seed=0)
-        True
-    """
-    rng = random.Random(seed)
-    kept: list[tuple[int, str]] = []
-    for index, document in enumerate(documents):
-        if len(kept) < count:
-            kept.append((index, document))
-        elif (place := rng.randrange(index + 1)) < count:
-            kept[place] = (index, document)
-    return [document for _, document in sorted(kept)]
-
-
-def split(documents: Sequence[str], *, seed: int) -> tuple[list[str], list[str]]:
-    """Splits documents into those that give rows and the dev split, a fifth of them.
-
-    Example:
-        >>> rows, dev = split([str(i) for i in range(10)], seed=0)
-        >>> len(rows), len(dev), set(rows) & set(dev)
-        (8, 2, set())
-    """
-    is_dev = np.zeros(len(documents), bool)
-    count = round(DEV_FRACTION * len(documents))
-    is_dev[np.random.default_rng(seed).permutation(len(documents))[:count]] = True
-    train = [document for document, dev in zip(documents, is_dev, strict=True) if not dev]
-    return train, [document for document, dev in zip(documents, is_dev, strict=True) if dev]
-
-
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model folder, by transformers; no code of the folder is ever run.
 
@@ -177,11 +75,34 @@ def load_tokenizer(path: str | Path) -> Any:
         ) from error
 
 
-def is_same_tokenizer(target: Any, source: Any, documents: Sequence[str]) -> bool:
+def tokenize(tokenizer: Any, document: Document, **options: Any) -> Any:
+    """A document in the tokens of a model, with the special tokens it was trained to see.
+
+    A chat writes its own special tokens by the model's template, so that none are added.
+
+    Args:
+        tokenizer: Of the model, by transformers.
+        document: A text or a chat.
+        **options: Of the call of the tokenizer.
+
+    Returns:
+        What the tokenizer returns.
+
+    Raises:
+        InputError: if a chat cannot be rendered (`texts.render`).
+    """
+    rendered = texts.render(document, tokenizer)
+    return tokenizer(rendered.text, add_special_tokens=not rendered.has_special, **options)
+
+
+def is_same_tokenizer(target: Any, source: Any, documents: Sequence[Document]) -> bool:
     """Whether two tokenizers have one vocabulary and cut these documents alike."""
     if target.get_vocab() != source.get_vocab():
         return False
-    return all(target(text)["input_ids"] == source(text)["input_ids"] for text in documents)
+    return all(
+        tokenize(target, one)["input_ids"] == tokenize(source, one)["input_ids"]
+        for one in documents
+    )
 
 
 def vocabulary(tokenizer: Any, *, size: int) -> dict[str, int]:
@@ -194,12 +115,16 @@ def vocabulary(tokenizer: Any, *, size: int) -> dict[str, int]:
     }
 
 
-def encode(tokenizer: Any, documents: Sequence[str], *, max_length: int) -> list[Encoded]:
+def encode(tokenizer: Any, documents: Sequence[Document], *, max_length: int) -> list[Encoded]:
     """Tokenises documents as the model was trained to see them, cut at ``max_length`` tokens."""
     encoded, special = [], set(tokenizer.all_special_ids)
-    for text in documents:
-        one = tokenizer(
-            text, truncation=True, max_length=max_length, return_special_tokens_mask=True
+    for document in documents:
+        one = tokenize(
+            tokenizer,
+            document,
+            truncation=True,
+            max_length=max_length,
+            return_special_tokens_mask=True,
         )
         ids, added = one["input_ids"], one["special_tokens_mask"]
         # the mask knows what was added, not what the text itself spells out
@@ -209,7 +134,7 @@ def encode(tokenizer: Any, documents: Sequence[str], *, max_length: int) -> list
 
 
 def align(
-    documents: Sequence[str],
+    documents: Sequence[Document],
     target_tokenizer: Any,
     source_tokenizer: Any,
     *,
@@ -221,7 +146,7 @@ def align(
     """Tokenises documents for both models and says which rows of activations correspond.
 
     Args:
-        documents: Texts.
+        documents: Texts and chats.
         target_tokenizer: Of the target.
         source_tokenizer: Of the source.
         rows: ``sample``: one row a document, the mean over its tokens, special ones included.

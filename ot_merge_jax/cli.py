@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from rich.text import Text as Words
 
 from ot_merge_jax import progress
 from ot_merge_jax.errors import OtMergeError, RecipeError
+from ot_merge_jax.redaction import redacted
 
 app = typer.Typer(
     name="ot-merge",
@@ -49,7 +51,11 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Say only errors and 
 Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0)]
 Overwrite = Annotated[bool, typer.Option(help="Replace an existing output folder.")]
 Encoding = Annotated[str | None, typer.Option(help="Encoding of the text files [utf-8].")]
-Field = Annotated[str | None, typer.Option(help="Field of a JSON line that holds the text [text].")]
+Field = Annotated[
+    str | None,
+    typer.Option(help="Field of a record: a text [text], or messages; or PROMPT,RESPONSE."),
+]
+Offline = Annotated[bool, typer.Option(help="Never use the network; the hub's cache is used.")]
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,14 +67,14 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except OtMergeError as error:
             if kwargs.get("verbose"):
-                _err.print_exception()
+                _say(traceback.format_exc())
             _say(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except BrokenPipeError:
             raise  # click ends quietly when the reader of a pipe has gone
         except OSError as error:
             if kwargs.get("verbose"):
-                _err.print_exception()
+                _say(traceback.format_exc())
             where = f"{error.filename or 'a file'} cannot be used ({error.strerror})"
             _say(f"error: {error if error.errno is None else f'{where}; check rights and disk.'}")
             is_input = isinstance(error, PermissionError | FileNotFoundError)
@@ -88,7 +94,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def _say(sentence: str, console: Console = _err) -> None:
     """One plain line, never wrapped."""
-    console.print(Words(sentence), soft_wrap=True)
+    console.print(Words(redacted(sentence)), soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
@@ -122,13 +128,16 @@ def run(
     preset: Annotated[
         str | None, typer.Option(help="paper, barycentric or delta (default).")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Folder of the target (it is kept).")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Folder of the target (it is kept), or OWNER/NAME@REVISION.")
+    ] = None,
     source: Annotated[str | None, typer.Option(help="Folder of the source.")] = None,
     source_base: Annotated[
         str | None, typer.Option(help="Folder of what the source was fine-tuned from.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="Unlabelled text, .txt or .jsonl.")
+        str | None,
+        typer.Option(help="Unlabelled text: .txt, .jsonl, .parquet, or hub:OWNER/NAME."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Documents that give rows.")] = None,
     eval_text: Annotated[str | None, typer.Option(help="Held-out text, only reported.")] = None,
@@ -156,6 +165,7 @@ def run(
     overwrite: Overwrite = False,
     strict: Annotated[bool, typer.Option(help="Fail if not converged or worse.")] = False,
     mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
+    offline: Offline = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -192,6 +202,7 @@ def run(
             command=shlex.join(["ot-merge", *sys.argv[1:]]),
             overwrite=overwrite,
             strict=strict,
+            offline=offline,
             mesh=sharding.make_mesh(_mesh_sizes(mesh)) if mesh else None,
         )
     if as_json:
@@ -222,11 +233,14 @@ def _mesh_sizes(text: str) -> dict[str, int]:
 @app.command(name="eval")
 @_guarded
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model folders.")],
-    text: Annotated[str, typer.Option(help="Held-out text, .txt or .jsonl.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Model folders, or hub ids as OWNER/NAME@REVISION.")
+    ],
+    text: Annotated[str, typer.Option(help="Held-out text: .txt, .jsonl, .parquet, or hub:...")],
     field: Field = None,
     encoding: Encoding = None,
     seed: Seed = 0,
+    offline: Offline = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -236,9 +250,8 @@ def evaluate(
     from ot_merge_jax import recipe as recipes
 
     with _session(verbose=verbose, quiet=quiet):
-        said = {"path": text, "field": field, "encoding": encoding}
-        source = recipes.Text(**{key: value for key, value in said.items() if value is not None})
-        found = pipeline.evaluate(models, source, seed=seed)
+        source = recipes.text(text, field=field, encoding=encoding)
+        found = pipeline.evaluate(models, source, seed=seed, offline=offline)
     if as_json:
         _print_json(found)
         return
@@ -263,7 +276,10 @@ def evaluate(
 @app.command()
 @_guarded
 def inspect(
-    model: Annotated[str, typer.Argument(help="Model folder.")],
+    model: Annotated[
+        str, typer.Argument(help="Model folder, or its hub id as OWNER/NAME@REVISION.")
+    ],
+    offline: Offline = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -272,7 +288,7 @@ def inspect(
     from ot_merge_jax.models import specs
     from ot_merge_jax.report import facts
 
-    folder = open_folder(Path(model).expanduser())
+    folder = open_folder(model, offline=offline)
     cfg = facts.plain({name: getattr(folder.cfg, name) for name in folder.cfg.__slots__})
     dtypes = sorted({info.dtype for info in folder.tensors.values()})
     shards = sorted(set(folder.files.values()))
@@ -328,6 +344,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("ot-merge-demo"),
     seed: Seed = 0,
     overwrite: Overwrite = False,
+    offline: Offline = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -337,7 +354,7 @@ def demo(
 
     started = time.monotonic()
     with _session(verbose=verbose, quiet=quiet):
-        results = demos.run(out, seed=seed, overwrite=overwrite)
+        results = demos.run(out, seed=seed, overwrite=overwrite, offline=offline)
     if as_json:
         _print_json({name: result.report for name, result in results.items()})
         return

@@ -12,7 +12,9 @@ from ot_merge_jax import assets, pipeline, recipe
 from ot_merge_jax.io import publish
 
 
-def run(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, pipeline.RunResult]:
+def run(
+    out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = False
+) -> dict[str, pipeline.RunResult]:
     """Runs both merges of the demo.
 
     ``delta`` moves what a source learned on a domain into a smaller sibling. ``paper`` applies the
@@ -22,6 +24,7 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, pipel
         out: Folder that will hold ``delta`` and ``paper``, two model folders.
         seed: Of every random choice.
         overwrite: Whether existing output folders are replaced.
+        offline: Whether the network is forbidden; the demo never uses it.
 
     Returns:
         The two results by name.
@@ -52,6 +55,7 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, pipel
             out / name,
             command="ot-merge demo",
             overwrite=overwrite,
+            offline=offline,
         )
         for name, own in recipes.items()
     }

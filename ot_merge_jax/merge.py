@@ -90,13 +90,13 @@ def merge(
         NonFiniteError: if activations are not finite.
 
     Example:
-        >>> from ot_merge_jax import assets, calibration
+        >>> from ot_merge_jax import assets, calibration, texts
         >>> from ot_merge_jax.io.hf import load_hf
         >>> names = ("sibling", "source", "source-base")
         >>> target, source, base = (load_hf(assets.path(name)) for name in names)
         >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
-        >>> texts = list(calibration.read_documents(assets.path("calibration.jsonl")))[:8]
-        >>> data = calibration.align(texts, tokenizer, tokenizer, rows="token", max_rows=100)
+        >>> documents = list(texts.read_documents(assets.path("calibration.jsonl")))[:8]
+        >>> data = calibration.align(documents, tokenizer, tokenizer, rows="token", max_rows=100)
         >>> params, report = merge(target, source, (data.target, data.source), HParams(0.8),
         ...                        spec=MergeSpec(weights=("down",)), source_base=base)
         >>> report.weights["down"].source_layer.shape == (target[0].num_layers,)

@@ -18,18 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import calibration, fuse, merge
+from ot_merge_jax import calibration, fuse, merge, texts
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.activations import gather
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, StrictError
 from ot_merge_jax.evaluate import compare, nll
-from ot_merge_jax.io import checkpoint, hf, provenance, publish
+from ot_merge_jax.io import checkpoint, hf, provenance, publish, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.report import facts
 from ot_merge_jax.spaces import VOCABULARY, sites_of
+from ot_merge_jax.texts import Document
 from ot_merge_jax.transport import vocabulary as vocabularies
 from ot_merge_jax.types import MergeReport, Params, VocabularyMatch
 
@@ -63,6 +64,7 @@ class Inputs(NamedTuple):
         texts: Documents that give rows.
         dev: Documents that choose the strength.
         held_out: Documents that are reported, or None.
+        sources: Name of a text (``calibration``, ``evaluation``) -> where it comes from.
         data: Row-aligned batches of the calibration texts.
         held_out_data: The same of the dev split, for held-out diagnostics; None if it is too small.
         is_one_tokenizer: Whether target and source share a tokenizer.
@@ -70,9 +72,10 @@ class Inputs(NamedTuple):
 
     folders: dict[str, ModelFolder]
     tokenizers: dict[str, Any]
-    texts: list[str]
-    dev: list[str]
-    held_out: list[str] | None
+    texts: list[Document]
+    dev: list[Document]
+    held_out: list[Document] | None
+    sources: dict[str, records.Source]
     data: calibration.Calibration
     held_out_data: calibration.Calibration | None
     is_one_tokenizer: bool
@@ -85,6 +88,7 @@ def run(
     command: str,
     overwrite: bool = False,
     strict: bool = False,
+    offline: bool = False,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RunResult:
     """Merges two folders into a third and publishes it atomically.
@@ -95,6 +99,7 @@ def run(
         command: What the user typed, for the card and the provenance.
         overwrite: Whether an existing folder is replaced.
         strict: Whether a solver that did not converge, or a worse verdict, is an error.
+        offline: Whether the network is forbidden; the hub's local cache is used all the same.
         mesh: Where models and batches live; None: one device.
 
     Returns:
@@ -104,7 +109,7 @@ def run(
         OtMergeError: with an exit code; nothing has been written then.
     """
     started = time.monotonic()
-    inputs = check(recipe, out, overwrite=overwrite)
+    inputs = check(recipe, out, overwrite=overwrite, offline=offline)
     spec, hparams = recipe.spec(), recipe.hparams()
     models = {role: _load(folder, mesh) for role, folder in inputs.folders.items()}
     target, source, base = models["target"], models["source"], models.get("source base")
@@ -146,25 +151,34 @@ def run(
             "weights": facts.weights(report),
             "sites": site_facts,
             "calibration": _calibration_facts(inputs, recipe),
-            "settings": yaml.safe_load(provenance.without_home(recipe.to_yaml())),
+            "settings": yaml.safe_load(provenance.public(recipe.to_yaml())),
         }
         _write_details(partial, recipe, inputs, prepared, facts.plain(found), command, started)
     return RunResult(out, facts.plain(found), report, warnings)
 
 
-def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
-    """Checks folders, tokenizers and texts, and tokenises; reads no weights."""
+def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) -> Inputs:
+    """Checks folders, tokenizers and texts, and tokenises; reads no weights.
+
+    What is named by a hub id is fetched first, weights too; this is all that uses the network.
+    """
     paths = {"target": recipe.target, "source": recipe.source, "source base": recipe.source_base}
-    paths = {role: Path(path).expanduser() for role, path in paths.items() if path is not None}
-    texts = {name: Path(text.path).expanduser() for name, text in _texts(recipe).items()}
-    publish.check_output(out, inputs=[*paths.values(), *texts.values()], overwrite=overwrite)
-    folders = {role: open_folder(path) for role, path in paths.items()}
+    paths = {role: path for role, path in paths.items() if path is not None}
+    named = [*paths.values(), *(text.path for text in _texts(recipe).values())]
+    local = [path for one in named if (path := Path(one).expanduser()).exists()]
+    publish.check_output(out, inputs=local, overwrite=overwrite)
+    sources = {
+        name: records.locate(text.path, offline=offline) for name, text in _texts(recipe).items()
+    }
+    folders = {role: open_folder(path, offline=offline) for role, path in paths.items()}
     if "source base" in folders:
         merge.check_base((folders["source"].cfg, {}), (folders["source base"].cfg, {}))
     tokenizers = {role: _tokenizer(folder) for role, folder in folders.items()}
-    documents = _sampled(recipe)
-    train, dev = calibration.split(documents, seed=recipe.seed)
-    held_out = None if recipe.evaluation is None else _documents(recipe.evaluation)
+    documents = _sampled(recipe, sources["calibration"])
+    train, dev = texts.split(documents, seed=recipe.seed)
+    held_out = None
+    if recipe.evaluation is not None:
+        held_out = _documents(recipe.evaluation, sources["evaluation"])
     if not documents:
         raise InputError(f"{recipe.calibration.path} has 0 documents; add text.")
     if recipe.strength == "auto" and not dev:
@@ -174,8 +188,10 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
         )
     both = tokenizers["target"], tokenizers["source"]
     is_one = calibration.is_same_tokenizer(*both, documents)
+    # a base often has no chat template: it reads what the source's own template writes
+    as_source = [texts.render(one, tokenizers["source"]).text for one in documents]
     if "source base" in tokenizers and not calibration.is_same_tokenizer(
-        tokenizers["source base"], tokenizers["source"], documents
+        tokenizers["source base"], tokenizers["source"], as_source
     ):
         raise InputError(
             "Source and source base have different tokenizers; give the right checkpoint."
@@ -196,7 +212,7 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
         unseen = calibration.align(dev, *both, max_rows=_HELD_OUT_ROWS, **settings)
     except InputError:
         unseen = None  # too few dev documents for held-out diagnostics
-    return Inputs(folders, tokenizers, train, dev, held_out, data, unseen, is_one)
+    return Inputs(folders, tokenizers, train, dev, held_out, sources, data, unseen, is_one)
 
 
 def _tokenizer(folder: ModelFolder) -> Any:
@@ -212,24 +228,21 @@ def _tokenizer(folder: ModelFolder) -> Any:
 
 def _texts(recipe: Recipe) -> dict[str, Text]:
     """The texts a recipe reads."""
-    texts: dict[str, Text] = {"calibration": recipe.calibration}
-    return texts if recipe.evaluation is None else texts | {"evaluation": recipe.evaluation}
+    said: dict[str, Text] = {"calibration": recipe.calibration}
+    return said if recipe.evaluation is None else said | {"evaluation": recipe.evaluation}
 
 
-def _sampled(recipe: Recipe) -> list[str]:
+def _sampled(recipe: Recipe, source: records.Source) -> list[Document]:
     """The seeded sample of the calibration text: rows and dev split together."""
     text = recipe.calibration
-    count = round(text.samples / (1 - calibration.DEV_FRACTION))
-    lines = calibration.read_documents(
-        Path(text.path).expanduser(), field=text.field, encoding=text.encoding
-    )
-    return calibration.sample(lines, count=count, seed=recipe.seed)
+    count = round(text.samples / (1 - texts.DEV_FRACTION))
+    documents = texts.read_documents(source, field=text.field, encoding=text.encoding)
+    return texts.sample(documents, count=count, seed=recipe.seed)
 
 
-def _documents(text: Text) -> list[str]:
+def _documents(text: Text, source: records.Source) -> list[Document]:
     """All documents of a text; InputError if there are none."""
-    path = Path(text.path).expanduser()
-    documents = list(calibration.read_documents(path, field=text.field, encoding=text.encoding))
+    documents = list(texts.read_documents(source, field=text.field, encoding=text.encoding))
     if not documents:
         raise InputError(f"{text.path} has 0 documents; add text.")
     return documents
@@ -343,40 +356,44 @@ def _write_details(
     """README.md and ``ot_merge/``: recipe, coupling, report, provenance."""
     details = folder / "ot_merge"
     details.mkdir()
-    text = provenance.without_home(recipe.to_yaml())
+    text = provenance.public(recipe.to_yaml())
     (details / "recipe.yaml").write_text(text, encoding="utf-8")
     if prepared.coupling is not None:
         checkpoint.save_coupling(details / "coupling", prepared.coupling)
     _write_json(details / "report.json", found)
     (folder / "README.md").write_text(
         provenance.model_card(
-            name=" + ".join(
-                inputs.folders[role].path.resolve().name for role in ("target", "source")
-            ),
-            models={role: one.path for role, one in inputs.folders.items()},
+            name=" + ".join(inputs.folders[role].name for role in ("target", "source")),
+            models={role: (one.path, one.origin) for role, one in inputs.folders.items()},
             verdict=found["verdict"],
             evaluation=[
                 (name, one["nll_per_token"], one["bits_per_byte"])
                 for name, one in found["evaluation"].items()
             ],
-            command=provenance.without_home(command),
+            command=provenance.public(command),
             recipe=text,
         ),
         encoding="utf-8",
     )
     side = {
-        "command": provenance.without_home(command),
+        "command": provenance.public(command),
         "recipe_sha256": provenance.sha256(details / "recipe.yaml"),
         "inputs": {
-            role: {"name": one.path.name, "files": provenance.file_hashes(one.path, _WEIGHT_FILES)}
+            role: {
+                "name": one.name,
+                "hub": one.origin and one.origin._asdict(),
+                "files": provenance.file_hashes(one.path, _WEIGHT_FILES),
+            }
             for role, one in inputs.folders.items()
         },
         "texts": {
             name: {
-                "name": Path(text.path).name,
-                "sha256": provenance.sha256(Path(text.path).expanduser()),
+                "hub": one.origin and {**one.origin._asdict(), "split": one.split},
+                "files": [
+                    {"name": file.name, "sha256": provenance.sha256(file)} for file in one.files
+                ],
             }
-            for name, text in _texts(recipe).items()
+            for name, one in inputs.sources.items()
         },
         "calibration": found["calibration"],
         "seed": recipe.seed,
@@ -398,23 +415,26 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def evaluate(paths: Sequence[str], text: Text, *, seed: int = 0) -> dict[str, Any]:
+def evaluate(
+    paths: Sequence[str], text: Text, *, seed: int = 0, offline: bool = False
+) -> dict[str, Any]:
     """Scores models on a text and compares every pair.
 
     Args:
-        paths: Model folders, as typed; they are the keys of the result.
+        paths: Model folders or hub ids, as typed; they are the keys of the result.
         text: The held-out text.
         seed: Of the bootstrap.
+        offline: Whether the network is forbidden; the hub's local cache is used all the same.
 
     Returns:
         ``{"models": {path: {documents, tokens, nll_per_token, bits_per_byte}}, "pairs": [{a, b,
         metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
         or in bits per byte where the two tokenizers differ.
     """
-    documents = _documents(text)
+    documents = _documents(text, records.locate(text.path, offline=offline))
     scores, tokenizers = {}, {}
     for path in dict.fromkeys(paths):
-        folder = open_folder(Path(path).expanduser())
+        folder = open_folder(path, offline=offline)
         tokenizers[path] = _tokenizer(folder)
         cfg, params = _load(folder, None)
         cut = nll.windows(documents, tokenizers[path], max_positions=cfg.max_positions)

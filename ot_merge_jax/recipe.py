@@ -66,13 +66,29 @@ _MAX_RECIPE_BYTES = 1_000_000
 
 
 class Text(pydantic.BaseModel):
-    """A text file: ``path`` (.txt or .jsonl), the ``field`` of a JSON line, its ``encoding``."""
+    """Where documents come from.
+
+    Attributes:
+        path: A .txt, .jsonl or .parquet file, or ``hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT]``.
+        field: The field of a record that holds the text or the messages of a chat; or two, the
+            prompt and the response (also written ``prompt,response``).
+        encoding: Of a file of lines.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
     path: str
-    field: str = "text"
+    field: str | list[str] = "text"
     encoding: str = "utf-8"
+
+    @pydantic.field_validator("field", mode="before")
+    @classmethod
+    def _check_field(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        is_named = isinstance(names, list) and all(isinstance(x, str) and x for x in names)
+        if not is_named or len(names) not in (1, 2):
+            raise ValueError("must name one field, or a prompt and a response field")
+        return names if len(names) == 2 else names[0]
 
 
 class CalibrationText(Text):
@@ -85,9 +101,9 @@ class Recipe(pydantic.BaseModel):
     """A fully resolved recipe.
 
     Attributes:
-        target: Folder of the target.
-        source: Folder of the source.
-        source_base: Folder of what the source was fine-tuned from.
+        target: Folder of the target, or its hub id as ``OWNER/NAME@REVISION``.
+        source: The same of the source.
+        source_base: The same of what the source was fine-tuned from.
         calibration: The calibration text.
         evaluation: Held-out text that is reported and chooses nothing.
         preset: Where unset settings come from.
@@ -264,6 +280,23 @@ def overridden(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[st
         if inside and (known or inside.keys() & {"path", "samples"}):
             said[key] = {**known, **inside} if isinstance(known, Mapping) else inside
     return said
+
+
+def text(path: str, *, field: str | None = None, encoding: str | None = None) -> Text:
+    """A text that is named by flags alone.
+
+    Raises:
+        RecipeError: if the field is not usable.
+
+    Example:
+        >>> text("c.jsonl", field="prompt,response").field
+        ['prompt', 'response']
+    """
+    said = {"path": path, "field": field, "encoding": encoding}
+    try:
+        return Text.model_validate({key: one for key, one in said.items() if one is not None})
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"the command line: {'; '.join(_sentences(error.errors()))}.") from error
 
 
 def load(path: Path) -> dict[str, Any]:

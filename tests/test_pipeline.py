@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ot_merge_jax import calibration, errors, pipeline, recipe, sharding
+from ot_merge_jax import calibration, errors, pipeline, recipe, sharding, texts
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import hf
 from ot_merge_jax.report import facts
@@ -115,7 +115,7 @@ def test_strength_is_chosen_on_the_dev_split_and_nothing_else(resolved, out, lin
         lambda documents, *a, **k: cut.append(documents) or real(documents, *a, **k),
     )
     result = pipeline.run(resolved(strength="auto"), out, command="test")
-    assert cut == [calibration.split(lines, seed=0)[1]]
+    assert cut == [texts.split(lines, seed=0)[1]]
     assert len(result.report["strength"]["tried"]) == 7  # one group moves: no search over groups
     best = min(result.report["strength"]["tried"], key=lambda one: one["loss"])
     assert result.report["strength"]["chosen"] == best["strength"]

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import calibration, progress, sharding
+from ot_merge_jax import calibration, progress, sharding, texts
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.models.decoder import forward, token_nll
+from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch, Params
 
 
@@ -29,7 +30,8 @@ class Scores(NamedTuple):
     Attributes:
         nll: Sum of the negative log-likelihood of its tokens, in nats.
         tokens: How many tokens that are.
-        bytes: Length of its UTF-8 text.
+        bytes: Length of its UTF-8 text; of a chat, of what its messages say, which is the same
+            for every model's template.
     """
 
     nll: np.ndarray
@@ -65,11 +67,11 @@ class Windows(NamedTuple):
     bytes: np.ndarray
 
 
-def windows(documents: Sequence[str], tokenizer: Any, *, max_positions: int) -> Windows:
+def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int) -> Windows:
     """Tokenises documents for `score`.
 
     Args:
-        documents: Texts.
+        documents: Texts and chats.
         tokenizer: Of the model.
         max_positions: The model's context, in tokens.
 
@@ -90,17 +92,20 @@ def windows(documents: Sequence[str], tokenizer: Any, *, max_positions: int) -> 
             "The tokenizer has neither a BOS nor an EOS token, so no text can be scored."
         )
     pieces: list[tuple[int, list[int], int]] = []  # document, tokens, how many of them count
-    counts = []
-    for index, text in enumerate(documents):
+    counts, sizes = [], []
+    for index, document in enumerate(documents):
+        text, contents, has_special = texts.render(document, tokenizer)
+        sizes.append(sum(len(text[start:stop].encode()) for start, stop in contents))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if has_special and ids[:1] == [prefix]:
+            ids = ids[1:]  # the template wrote the prefix itself
         counts.append(len(ids))
         for start, stop, context in _spans(len(ids), max_positions):
             sequence = [prefix, *ids[:stop]] if start == 0 else ids[context:stop]
             pieces.append((index, sequence, stop - start))
     if not sum(counts):
         raise InputError("The evaluation text has 0 documents with tokens; add text.")
-    sizes = np.array([len(text.encode()) for text in documents])
-    made = Windows([], [], [], np.array(counts), sizes)
+    made = Windows([], [], [], np.array(counts), np.array(sizes))
     lengths = {place: len(sequence) for place, (_, sequence, _) in enumerate(pieces)}
     for group in calibration.grouped(lengths, longest=max_positions):
         shape = (group.size, group.length)

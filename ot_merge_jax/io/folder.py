@@ -11,11 +11,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import snapshot_download
-
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import safetensors
+from ot_merge_jax.io import hub, safetensors
 from ot_merge_jax.models import families, specs
 
 INDEX = "model.safetensors.index.json"
@@ -23,7 +21,9 @@ SINGLE = "model.safetensors"
 _SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
 # buffers that old exporters stored; transformers ignores them too
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+#: Other exports of the same weights: subfolders (onnx, original), and Mistral's own format.
+_NOT_DOWNLOADED = ("*/*", "consolidated*")
 _MAX_JSON_BYTES = {"config.json": 5_000_000, INDEX: 100_000_000}
 
 
@@ -36,6 +36,7 @@ class ModelFolder(NamedTuple):
         cfg: The same, understood.
         files: Tensor name -> shard file name; empty for a folder without weights.
         tensors: Tensor name -> dtype and shape.
+        origin: The repository of the hub it was fetched from, or None.
     """
 
     path: Path
@@ -43,37 +44,63 @@ class ModelFolder(NamedTuple):
     cfg: ModelConfig
     files: dict[str, str]
     tensors: dict[str, safetensors.TensorInfo]
+    origin: hub.Origin | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: the hub id, or the name of the folder."""
+        return self.path.resolve().name if self.origin is None else self.origin.repo
 
 
-def resolve(path: str | Path, *, revision: str | None = None) -> Path:
+class Location(NamedTuple):
+    """Where a model is.
+
+    Attributes:
+        path: An existing directory.
+        origin: The repository it was fetched from; None for a directory that was named as such.
+    """
+
+    path: Path
+    origin: hub.Origin | None
+
+
+def resolve(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Location:
     """The local folder of a model: a directory, or the snapshot of a hub id at a revision.
 
-    A path is never taken for a hub id: without a revision, what is not a directory is an error.
+    An existing directory wins, whatever its name. A path is never taken for a hub id: without a
+    revision, what is not a directory is an error.
 
     Args:
-        path: A directory, or a hub id when ``revision`` is given.
+        path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given.
         revision: Branch, tag or commit of the hub id.
+        offline: Whether the network is forbidden; the hub's local cache is used all the same.
 
     Returns:
-        An existing directory.
+        An existing directory and its origin.
 
     Raises:
         InputError: if there is no such directory, or the hub cannot provide the revision.
     """
-    if revision is not None:
-        try:
-            snapshot = snapshot_download(str(path), revision=revision, allow_patterns=_DOWNLOADED)
-            return Path(snapshot)
-        except Exception as error:
-            raise InputError(
-                f"The hub cannot provide {path} at revision {revision} ({type(error).__name__})."
-            ) from error
-    path = Path(path)
-    if not path.is_dir():
-        raise InputError(
-            f"There is no directory {path}; give the folder of a Hugging Face checkpoint."
+    named = (str(path), revision) if revision is not None else None
+    folder = Path(path).expanduser()
+    if named is None and not folder.is_dir():
+        named = hub.model_id(str(path))
+    if named is not None:
+        return Location(
+            *hub.snapshot(
+                *named,
+                kind="model",
+                patterns=_DOWNLOADED,
+                ignored=_NOT_DOWNLOADED,
+                offline=offline,
+            )
         )
-    return path
+    if not folder.is_dir():
+        raise InputError(
+            f"There is no directory {folder}; give the folder of a Hugging Face checkpoint, or a "
+            "hub id with its revision, as in OWNER/NAME@main."
+        )
+    return Location(folder, None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,12 +121,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
+def open_folder(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    needs_weights: bool = True,
+    offline: bool = False,
+) -> ModelFolder:
     """Checks a model folder by its config, index and headers; reads no weights.
 
     Args:
-        path: The folder.
+        path: The folder, or a hub id (`resolve`).
+        revision: Branch, tag or commit of the hub id.
         needs_weights: Whether a folder without weights is an error.
+        offline: Whether the network is forbidden.
 
     Returns:
         The checked folder.
@@ -107,7 +142,7 @@ def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
     Raises:
         InputError: listing all problems of the tensors at once.
     """
-    path = resolve(path)
+    path, origin = resolve(path, revision=revision, offline=offline)
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise InputError(f"{path} holds only an adapter; merge it into its base model first.")
     config = read_json(path / "config.json")
@@ -137,7 +172,7 @@ def open_folder(path: str | Path, *, needs_weights: bool = True) -> ModelFolder:
         problems += _tensor_problems(cfg, tensors)
     if problems:
         raise _unusable(path, problems)
-    return ModelFolder(path, config, cfg, owner, tensors)
+    return ModelFolder(path, config, cfg, owner, tensors, origin)
 
 
 def _unusable(path: Path, problems: list[str]) -> InputError:

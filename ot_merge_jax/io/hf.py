@@ -21,7 +21,7 @@ from ot_merge_jax import sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.io import publish, safetensors
-from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder, resolve
+from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
 
@@ -53,7 +53,7 @@ def load_hf(
     """Loads a Hugging Face folder.
 
     Args:
-        path: A directory, or a hub id when ``revision`` is given.
+        path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given.
         revision: Branch, tag or commit of the hub id.
         mesh: Where the parameters go, by the rules of `ot_merge_jax.sharding`; each process reads
             only its slices. None: the default device.
@@ -71,7 +71,7 @@ def load_hf(
         >>> cfg.family, params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == cfg.num_layers
         ('llama', True)
     """
-    folder = open_folder(resolve(path, revision=revision))
+    folder = open_folder(path, revision=revision)
     opened = {
         shard: safetensors.TensorFile(folder.path / shard) for shard in set(folder.files.values())
     }

@@ -15,6 +15,9 @@ from typing import Any
 import jax
 from huggingface_hub import ModelCard, ModelCardData
 
+from ot_merge_jax.io import hub
+from ot_merge_jax.redaction import redacted
+
 _PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "orbax-checkpoint",
              "safetensors", "transformers", "huggingface-hub", "numpy")  # fmt: skip
 
@@ -38,6 +41,11 @@ def without_home(text: str) -> str:
     """A text with the user's home folder written as ``~``; folders that only begin like it stay."""
     home = str(Path.home())
     return re.sub(rf"(?<![\w.~/-]){re.escape(home)}(?![\w.-])", "~", text) if home != "/" else text
+
+
+def public(text: str) -> str:
+    """A text as it may be published: without the user's home folder and without secrets."""
+    return redacted(without_home(text))
 
 
 def environment() -> dict[str, Any]:
@@ -74,7 +82,7 @@ def fenced(text: str) -> str:
 def model_card(
     *,
     name: str,
-    models: Mapping[str, Path],
+    models: Mapping[str, tuple[Path, hub.Origin | None]],
     verdict: str,
     evaluation: Sequence[tuple[str, float, float]],
     command: str,
@@ -84,7 +92,8 @@ def model_card(
 
     Args:
         name: Title.
-        models: Role (``target``, ``source``, ``source base``) -> folder.
+        models: Role (``target``, ``source``, ``source base``) -> folder, and where on the hub it
+            was fetched from.
         verdict: One sentence.
         evaluation: (model, nats per token, bits per byte) on the held-out text.
         command: The exact command.
@@ -94,18 +103,22 @@ def model_card(
         Markdown with front matter. A licence is stated only if all models agree on one.
 
     Example:
-        >>> models = {"target": Path("a"), "source": Path("b")}
+        >>> models = {"target": (Path("a"), None),
+        ...           "source": (Path("b"), hub.Origin("owner/name", "main", "1f"))}
         >>> card = model_card(name="m", models=models, verdict="v.", evaluation=[],
         ...                   command="ot-merge run", recipe="rule: delta")
-        >>> "base_model_relation: merge" in card, "license: other" in card
-        (True, True)
+        >>> "base_model_relation: merge" in card, "license: other" in card, "- owner/name" in card
+        (True, True, True)
     """
-    licences = {role: licence_of(folder) for role, folder in models.items()}
+    licences = {role: licence_of(folder) for role, (folder, _) in models.items()}
     stated = set(licences.values())
     agreed = stated.pop() if len(stated) == 1 else None
     data = ModelCardData(
         # not escaped: to_yaml quotes what needs it
-        base_model=[folder.resolve().name for folder in models.values()],
+        base_model=[
+            folder.resolve().name if origin is None else origin.repo
+            for folder, origin in models.values()
+        ],
         base_model_relation="merge",
         tags=["merge", "ot-merge", "optimal-transport"],
         library_name="transformers",
@@ -115,8 +128,8 @@ def model_card(
     lines = ["---", data.to_yaml(), "---", "", f"# {_plain(name)}", "", _plain(verdict), ""]
     lines += ["| role | model | licence stated in its card |", "|---|---|---|"]
     lines += [
-        f"| {role} | {_plain(folder.resolve().name)} | {_plain(licences[role] or 'unknown')} |"
-        for role, folder in models.items()
+        f"| {role} | {_plain(_called(*model))} | {_plain(licences[role] or 'unknown')} |"
+        for role, model in models.items()
     ]
     if evaluation:
         lines += ["", "Held-out text (see `ot_merge/report.json`):", ""]
@@ -133,6 +146,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _called(folder: Path, origin: hub.Origin | None) -> str:
+    """A model's name, and for one of the hub the commit."""
+    return folder.resolve().name if origin is None else f"{origin.repo} at {origin.commit}"
 
 
 def _plain(text: str) -> str:

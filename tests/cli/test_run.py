@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import yaml
 
-from ot_merge_jax import calibration
+from ot_merge_jax import texts
 from ot_merge_jax.io import provenance
 
 INDEX = "model.safetensors.index.json"
@@ -241,7 +241,7 @@ def test_auto_takes_the_best_strength_of_the_dev_split(
     if "delta" in name:
         assert isinstance(found["tried"][-1]["strength"], dict)  # then one for each group
     # the dev split, and no other text: the loss at 0 is the target's on those documents
-    dev = calibration.split(text_files[0].read_text().splitlines(), seed=0)[1]
+    dev = texts.split(text_files[0].read_text().splitlines(), seed=0)[1]
     (tmp_path / "dev.txt").write_text("\n".join(dev) + "\n")
     scored = cli("eval", merge.target, "--text", tmp_path / "dev.txt", "--json").json
     expected = scored["models"][str(merge.target)]

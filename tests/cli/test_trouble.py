@@ -18,7 +18,7 @@ import yaml
 from desk import Desk
 
 from ot_merge_jax import pipeline
-from ot_merge_jax.io import folder
+from ot_merge_jax.io import hub
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -99,7 +99,7 @@ def test_usage_errors_exit_with_2(words, cli):
 
 
 def test_path_is_never_looked_up_on_the_hub(desk, cli, monkeypatch):
-    monkeypatch.setattr(folder, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     assert cli(*desk.run(target="gpt2", source="Qwen/Qwen2.5-0.5B")).code == 3
     assert cli("eval", "gpt2", "--text", desk.heldout).code == 3
 

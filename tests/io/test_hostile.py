@@ -165,7 +165,7 @@ def test_path_that_does_not_exist_is_never_a_hub_id(name, tmp_path, monkeypatch)
     def forbidden(*args, **kwargs):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr("ot_merge_jax.io.folder.snapshot_download", forbidden)
+    monkeypatch.setattr("ot_merge_jax.io.hub.snapshot_download", forbidden)
     monkeypatch.chdir(tmp_path)
     where = name or str(tmp_path / "nothing")
     for check in (load_hf, open_folder, resolve):
@@ -183,7 +183,7 @@ def test_hub_failure_is_an_input_error_of_one_line(monkeypatch):
     def fail(*args, **kwargs):
         raise ConnectionError("long trace\nwith hf_secretToken")
 
-    monkeypatch.setattr("ot_merge_jax.io.folder.snapshot_download", fail)
+    monkeypatch.setattr("ot_merge_jax.io.hub.snapshot_download", fail)
     with pytest.raises(InputError, match=r"some/model at revision main") as caught:
         load_hf("some/model", revision="main")
     assert "\n" not in str(caught.value)
@@ -193,12 +193,12 @@ def test_hub_failure_is_an_input_error_of_one_line(monkeypatch):
 def test_hub_id_with_a_revision_asks_for_that_revision_without_pickles(victim, monkeypatch):
     asked = {}
 
-    def answer(name, *, revision, allow_patterns):
+    def answer(name, *, revision, allow_patterns, **_):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(folder)
 
     folder = victim()
-    monkeypatch.setattr("ot_merge_jax.io.folder.snapshot_download", answer)
+    monkeypatch.setattr("ot_merge_jax.io.hub.snapshot_download", answer)
     load_hf("some/model", revision="v1.2")
     assert (asked["name"], asked["revision"]) == ("some/model", "v1.2")
     assert not {"*", "*.bin", "*.pt", "*.py"} & set(asked["patterns"])

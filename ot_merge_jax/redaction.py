@@ -1,0 +1,27 @@
+"""Secrets that must not be shown or saved. Imports nothing of the package."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_TOKENS = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
+_USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+@")
+_MASK = "[redacted]"
+
+
+def redacted(text: str) -> str:
+    """A text without access tokens: the user's own, any of the hub, and logins inside URLs.
+
+    Example:
+        >>> redacted("https://me:hf_abcdefghijklmnopqrst@huggingface.co/owner/name")
+        'https://[redacted]@huggingface.co/owner/name'
+        >>> redacted("hf_abcdefghijklmnopqrst"), redacted("owner/name@main")
+        ('[redacted]', 'owner/name@main')
+    """
+    for variable in _VARIABLES:
+        token = os.environ.get(variable, "").strip()
+        if len(token) >= 8:  # shorter ones are words
+            text = text.replace(token, _MASK)
+    return _USERINFO.sub(f"{_MASK}@", _TOKENS.sub(_MASK, text))

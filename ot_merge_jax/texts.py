@@ -1,0 +1,324 @@
+"""Documents: reading them, rendering chats, sampling, splitting. Imports io and errors.
+
+A document is a plain text, or a `Chat` that every model renders with its own template.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.io import records
+
+#: Fraction of the documents that choose the strength and are never used for rows (SPEC section 9).
+DEV_FRACTION = 0.2
+#: Seconds that a chat template may take for one document.
+RENDER_SECONDS = 5.0
+#: What templates that write the date are told: rendering must not depend on the day.
+_DATE = "26 Jul 2024"
+_MAX_GROWTH = 100_000
+
+
+class Turn(NamedTuple):
+    """One message of a chat.
+
+    Attributes:
+        role: Who speaks, in the words of the template: ``system``, ``user``, ``assistant``.
+        content: What is said.
+    """
+
+    role: str
+    content: str
+
+
+class Chat(NamedTuple):
+    """A conversation, not yet written out in the format of any model.
+
+    Attributes:
+        turns: The messages, in order.
+    """
+
+    turns: tuple[Turn, ...]
+
+
+Document = str | Chat
+
+
+class Rendered(NamedTuple):
+    """A document as one model reads it.
+
+    Attributes:
+        text: The text to tokenise.
+        contents: Character ranges ``(start, stop)`` of what all models read alike: the whole of a
+            plain text; of a chat each message without white space around it, in order, one range a
+            message (an empty one if the template leaves the message out).
+        has_special: Whether the text writes its own special tokens (a chat), so that the tokenizer
+            must not add any.
+    """
+
+    text: str
+    contents: list[tuple[int, int]]
+    has_special: bool
+
+
+def read_documents(
+    source: Path | str | records.Source,
+    *,
+    field: str | Sequence[str] = "text",
+    encoding: str = "utf-8",
+    offline: bool = False,
+) -> Iterator[Document]:
+    """Yields the documents of a file or dataset, one after the other; blank ones are skipped.
+
+    Args:
+        source: ``.jsonl`` (one JSON object a line), ``.parquet``, a text file (one document a
+            line), or a dataset of the hub as ``hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT]``.
+        field: Which field of a record holds the text, or a list of ``{role, content}`` messages;
+            or two fields, a prompt and its response, which make a chat of two turns.
+        encoding: Of a file of lines; a byte order mark is dropped.
+        offline: Whether the network is forbidden.
+
+    Yields:
+        Texts, and chats where the field holds messages.
+
+    Raises:
+        InputError: if there is no such file, or naming the byte, line or record that cannot be
+            read.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "qa.jsonl"
+        >>> _ = path.write_text('{"ask": "Where?", "answer": "Here."}')
+        >>> [chat] = read_documents(path, field=("ask", "answer"))
+        >>> chat.turns[1]
+        Turn(role='assistant', content='Here.')
+    """
+    found = (
+        source if isinstance(source, records.Source) else records.locate(source, offline=offline)
+    )
+    fields = (field,) if isinstance(field, str) else tuple(field)
+    for file in found.files:
+        for where, record in records.read(file, fields=fields, encoding=encoding):
+            document = record if isinstance(record, str) else _document(record, fields, where)
+            said = [document] if isinstance(document, str) else [x.content for x in document.turns]
+            if any(one.strip() for one in said):
+                yield document
+
+
+def _document(record: Any, fields: Sequence[str], where: str) -> Document:
+    """The text or chat of a record that has the fields."""
+    values = [record[field] for field in fields]
+    if len(fields) == 1 and isinstance(values[0], list):
+        return Chat(tuple(_turn(one, n, fields[0], where) for n, one in enumerate(values[0], 1)))
+    for field, value in zip(fields, values, strict=True):
+        if not isinstance(value, str):
+            more = ", nor a list of messages" if len(fields) == 1 else ""
+            raise InputError(f"{where}: field {field!r} is not a string{more}; mend it.")
+        if "\0" in value:
+            raise InputError(f"{where}: field {field!r} holds a NUL character; this is not text.")
+    if len(fields) == 1:
+        return values[0]
+    return Chat(tuple(map(Turn, ("user", "assistant"), values)))
+
+
+def _turn(message: Any, number: int, field: str, where: str) -> Turn:
+    """One message of a record."""
+    said = message if isinstance(message, dict) else {}
+    for key in Turn._fields:
+        if not isinstance(said.get(key), str) or "\0" in said[key]:
+            raise InputError(
+                f"{where}: field {field!r} is not a string, and its message {number} has no "
+                f"{key!r} that is one; mend it."
+            )
+    return Turn(said["role"], said["content"])
+
+
+def render(document: Document, tokenizer: Any) -> Rendered:
+    """Writes a document as a model reads it: a chat by the model's own template.
+
+    A template is somebody's code. transformers runs it in jinja's sandbox; it is stopped after
+    `RENDER_SECONDS` by an alarm signal (in the main thread of Python; other threads cannot be
+    interrupted), and one that raises powers to powers, which no signal stops, is refused unread. A
+    template that asks for ``date_string`` (Llama 3) is told one fixed date.
+
+    Args:
+        document: A text, which stays as it is, or a chat.
+        tokenizer: Of the model, by transformers.
+
+    Returns:
+        The text, where the document's own words stand in it, and whether it writes its own special
+        tokens.
+
+    Raises:
+        InputError: if the model has no chat template, or the template fails or takes too long.
+
+    Example:
+        >>> render("plain text", tokenizer=None)
+        Rendered(text='plain text', contents=[(0, 10)], has_special=False)
+    """
+    if isinstance(document, str):
+        return Rendered(document, [(0, len(document))], False)
+    text = _apply(document.turns, tokenizer)
+    return Rendered(text, _contents(text, document.turns, tokenizer), True)
+
+
+def _apply(turns: Sequence[Turn], tokenizer: Any) -> str:
+    """A chat by the template of a tokenizer."""
+    where = f"The chat template of {tokenizer.name_or_path}"
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so this model cannot "
+            "read chats; copy the chat_template.jinja of an instruction-tuned version into its "
+            "folder, or give plain texts."
+        )
+    try:
+        _check_template(tokenizer.get_chat_template())
+        with _time_limit(RENDER_SECONDS):
+            text = tokenizer.apply_chat_template(
+                [turn._asdict() for turn in turns], tokenize=False, date_string=_DATE
+            )
+    except TimeoutError as error:
+        raise InputError(
+            f"{where} takes more than {RENDER_SECONDS:g} seconds for one chat; mend the template."
+        ) from error
+    except (Exception, MemoryError) as error:  # a template raises what it likes
+        roles = ", ".join(turn.role for turn in turns[:6])
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise InputError(
+            f"{where} cannot write a chat of {roles} ({reason}); mend the chat or the template."
+        ) from error
+    if len(text) > _MAX_GROWTH + 2 * sum(len(part) for turn in turns for part in turn):
+        raise InputError(f"{where} writes far more than the chat says; mend the template.")
+    return text
+
+
+@functools.cache
+def _check_template(template: str) -> None:
+    """Refuses ``**``: constants are computed before any rendering, and no signal stops that."""
+    import jinja2  # noqa: PLC0415, only chats need it
+
+    if any(value == "**" for _, kind, value in jinja2.Environment().lex(template)
+           if kind == "operator"):  # fmt: skip
+        raise ValueError("it uses the operator **")
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in a block that takes longer; without effect outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def _contents(text: str, turns: Sequence[Turn], tokenizer: Any) -> list[tuple[int, int]]:
+    """Where the messages stand in a rendered chat.
+
+    The chat is rendered once more with a marker for each message, so that a message ``user`` is not
+    taken for the word in its header. A template that treats a marker otherwise than the message
+    leaves the search for one message after the other.
+    """
+    markers = [f"\ue000{number}\ue001" for number in range(len(turns))]
+    try:
+        probe = _apply([Turn(t.role, m) for t, m in zip(turns, markers, strict=True)], tokenizer)
+    except InputError:
+        probe = ""
+    return _between(text, turns, markers, probe) or _in_order(text, turns)
+
+
+def _between(
+    text: str, turns: Sequence[Turn], markers: Sequence[str], probe: str
+) -> list[tuple[int, int]] | None:
+    """The messages between the fixed parts of a template; None if text and probe do not agree."""
+    places = [probe.find(marker) for marker in markers]
+    there = [place for place in places if place >= 0]
+    is_once = all(probe.count(marker) <= 1 for marker in markers)
+    if not there or not is_once or there != sorted(there):
+        return None
+    ranges, cursor = [], there[0]
+    if not text.startswith(probe[: there[0]]):
+        return None
+    for index, (turn, place, marker) in enumerate(zip(turns, places, markers, strict=True)):
+        if place < 0:
+            ranges.append((cursor, cursor))
+            continue
+        before = place + len(marker)
+        following = min((p for p in places[index + 1 :] if p >= 0), default=len(probe))
+        part = probe[before:following]
+        is_last = following == len(probe)
+        said = turn.content
+        for variant in (said, said.strip(), said.lstrip(), said.rstrip()):
+            stop = cursor + len(variant)
+            if text.startswith(variant + part, cursor) and (
+                not is_last or stop + len(part) == len(text)
+            ):
+                break
+        else:
+            return None
+        start = cursor + len(variant) - len(variant.lstrip())
+        ranges.append((start, start + len(said.strip())))
+        cursor = stop + len(part)
+    return ranges
+
+
+def _in_order(text: str, turns: Sequence[Turn]) -> list[tuple[int, int]]:
+    """The messages, each searched after the one before."""
+    ranges, cursor = [], 0
+    for turn in turns:
+        said = turn.content.strip()
+        place = text.find(said, cursor)
+        start = cursor if place < 0 else place
+        cursor = start if place < 0 else start + len(said)
+        ranges.append((start, cursor))
+    return ranges
+
+
+def sample(documents: Iterable[Document], *, count: int, seed: int) -> list[Document]:
+    """A seeded uniform sample of at most ``count`` documents, in file order, in one pass.
+
+    Example:
+        >>> sample(iter("abcdef"), count=3, seed=0) == sample(iter("abcdef"), count=3, seed=0)
+        True
+    """
+    rng = random.Random(seed)
+    kept: list[tuple[int, Document]] = []
+    for index, document in enumerate(documents):
+        if len(kept) < count:
+            kept.append((index, document))
+        elif (place := rng.randrange(index + 1)) < count:
+            kept[place] = (index, document)
+    return [document for _, document in sorted(kept, key=lambda one: one[0])]
+
+
+def split(documents: Sequence[Document], *, seed: int) -> tuple[list[Document], list[Document]]:
+    """Splits documents into those that give rows and the dev split, a fifth of them.
+
+    Example:
+        >>> rows, dev = split([str(i) for i in range(10)], seed=0)
+        >>> len(rows), len(dev), set(rows) & set(dev)
+        (8, 2, set())
+    """
+    is_dev = np.zeros(len(documents), bool)
+    count = round(DEV_FRACTION * len(documents))
+    is_dev[np.random.default_rng(seed).permutation(len(documents))[:count]] = True
+    train = [document for document, dev in zip(documents, is_dev, strict=True) if not dev]
+    return train, [document for document, dev in zip(documents, is_dev, strict=True) if dev]
