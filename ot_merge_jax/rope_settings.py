@@ -125,7 +125,11 @@ def _read_rope(
     if "original_max_position_embeddings" in family.reads and kind in ("su", "yarn"):
         kind = "longrope"  # what Phi-3 called it before it had a name
     theta = settings.pop("rope_theta", theta)
-    rotated = settings.pop("partial_rotary_factor", 1.0)
+    rotated = 1.0
+    if "partial_rotary_factor" in family.reads:  # elsewhere transformers does not apply it
+        rotated = settings.pop("partial_rotary_factor", 1.0)
+    if kind == "yarn":
+        settings.setdefault("original_max_position_embeddings", max_positions)
     if kind not in _KINDS:
         problems.append(f"RoPE type {shown(kind)} is not supported (only {', '.join(_KINDS)})")
         return _PLAIN

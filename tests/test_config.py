@@ -212,7 +212,7 @@ def test_rope_is_what_transformers_reads(name, config_dict):
         assert tuple(theirs[key] for key in list(LLAMA3)[1:]) == ours
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope", "su", 3])
+@pytest.mark.parametrize("kind", ["proportional", "su", 3])
 def test_other_rope_is_refused(kind, config_dict):
     message = refused(
         config_dict(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
@@ -220,11 +220,25 @@ def test_other_rope_is_refused(kind, config_dict):
     assert f"RoPE type {kind!r} is not supported" in message
 
 
-def test_old_spelling_of_a_refused_rope_is_refused(config_dict):
+def test_old_spelling_of_a_scaling(config_dict):
     config = config_dict(
         rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}
     )
-    assert "RoPE type 'linear'" in refused(config)
+    assert read(config).rope == Rope(1e4, "linear", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("linear", "factor"), ("dynamic", "factor"), ("longrope", "long_factor")]
+)
+def test_incomplete_scaling_is_refused(kind, key, config_dict):
+    message = refused(config_dict(rope_parameters={"rope_type": kind, "rope_theta": 1e4}))
+    assert "missing" in message
+    assert key in message
+
+
+def test_yarn_without_its_old_context_stretches_the_declared_one(config_dict):
+    settings = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    assert read(config_dict(rope_parameters=settings)).rope.original_positions == 512
 
 
 @pytest.mark.parametrize("key", list(LLAMA3)[1:])
@@ -312,8 +326,6 @@ def test_bad_eps_is_refused(value, config_dict):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported for llama (only 'silu')"),
-        ({"attention_bias": True}, "attention_bias=True is not supported for llama"),
-        ({"mlp_bias": True}, "mlp_bias=True is not supported for llama"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder=True"),
         (
             {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
@@ -372,7 +384,7 @@ def test_all_problems_are_listed_at_once(config_dict):
     config = config_dict() | {
         "hidden_size": "x",
         "logit_scale": 2.0,
-        "mlp_bias": True,
+        "mlp_bias": 3,
         "dtype": "int8",
     }
     del config["vocab_size"]
