@@ -134,8 +134,10 @@ def run(
     weights: Annotated[
         str | None, typer.Option(help="What moves, e.g. gate,up,down,embed.")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="sample or token.")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Rows kept for token.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="sample, token, span or auto (token or span).")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Rows kept for token and span.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens read of a document.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Of the neuron plans, cost units.")] = None,
     layer_epsilon: Annotated[float | None, typer.Option(help="Of the layer plan.")] = None,
@@ -183,8 +185,6 @@ def run(
     if out is None:
         raise RecipeError("There is no --out; name the folder to write.")
     with _session(verbose=verbose, quiet=quiet):
-        if not quiet:
-            _say(resolved.to_yaml())
         result = pipeline.run(
             resolved,
             out,
@@ -192,6 +192,7 @@ def run(
             overwrite=overwrite,
             strict=strict,
             mesh=sharding.make_mesh(_mesh_sizes(mesh)) if mesh else None,
+            show=None if quiet else lambda decided: _say(decided.to_yaml()),
         )
     if as_json:
         _print_json(result.report)
