@@ -118,6 +118,7 @@ def run(
     recipe = inputs.recipe
     if show is not None:
         show(recipe)
+    _log_matches(inputs)
     spec, hparams = recipe.spec(), recipe.hparams()
     models = {role: _load(folder, mesh) for role, folder in inputs.folders.items()}
     target, source, base = models["target"], models["source"], models.get("source base")
@@ -214,11 +215,6 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
         "seed": recipe.seed,
     }
     data = calibration.align(train, *both, max_rows=recipe.max_rows, **settings)
-    if data.target_matched is not None and data.source_matched is not None:
-        _LOG.info(
-            "rows: %s, %d kept, matched %.0f %% of the target's tokens and %.0f %% of the source's",
-            *(recipe.rows, data.rows, 100 * data.target_matched, 100 * data.source_matched),
-        )
     try:
         unseen = calibration.align(dev, *both, max_rows=_HELD_OUT_ROWS, **settings)
     except InputError:
@@ -276,13 +272,24 @@ def _vocabulary(
         source_size=folders["source"].cfg.vocab_size,
         is_one=is_one,
     )
-    _LOG.info("vocabulary: %d tokens matched", len(matched.target_ids))
     if recipe.vocabulary_weights == "uniform":
         return matched
     encoded = calibration.encode(tokenizers["target"], texts, max_length=recipe.max_length)
     counts = Counter(token for one in encoded for token in one.ids)
     weights = np.array([counts[int(token)] for token in matched.target_ids], np.float32)
     return matched._replace(weights=jnp.asarray(weights))
+
+
+def _log_matches(inputs: Inputs) -> None:
+    """How much of the two models' texts and vocabularies corresponds."""
+    data, vocabulary = inputs.data, inputs.vocabulary
+    if data.target_matched is not None and data.source_matched is not None:
+        _LOG.info(
+            "rows: %d (%s), matched %.1f %% of the target's tokens and %.1f %% of the source's",
+            *(data.rows, inputs.recipe.rows, 100 * data.target_matched, 100 * data.source_matched),
+        )
+    if vocabulary is not None:
+        _LOG.info("vocabulary: %d tokens matched", len(vocabulary.target_ids))
 
 
 def _held_out_activations(inputs: Inputs, target: merge.Model, reference: merge.Model, spec: Any):
