@@ -27,6 +27,7 @@ STOREYS = (
     ("spaces", "sharding"),
     ("models", "recipe", "transport"),
     ("io",),
+    ("rows", "spelling"),
     ("activations", "calibration", "fuse", "adapt"),
     ("merge",),
     ("sweep", "evaluate", "controls"),

@@ -315,12 +315,9 @@ def token_rows_with_different_tokenizers(desk):
 @row(3, "share 0 tokens", "leave them out of weights")
 def vocabularies_without_a_common_token(desk):
     state = json.loads((desk.target / "tokenizer.json").read_text())
-    vocabulary = state["model"]["vocab"]
-    special = {token["content"] for token in state["added_tokens"]}
-    state["model"] |= {
-        "vocab": {w if w in special else f"{w}\n": row for w, row in vocabulary.items()},
-        "merges": [],
-    }
+    special = {token["content"]: token["id"] for token in state["added_tokens"]}
+    vocabulary = special | {"[anything]": len(special)}
+    state["model"] = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[anything]"}
     (desk.target / "tokenizer.json").write_text(json.dumps(state))
     return desk.run(weights="down,embed", rows="sample")
 
