@@ -330,7 +330,7 @@ def demo(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge the small models that ship with the package: a sibling, a stranger, and as published."""
+    """Merge the small models that ship with the package, into a sibling and a stranger."""
     from ot_merge_jax import demo as demos
 
     started = time.monotonic()
