@@ -6,13 +6,14 @@ The rows of the two models correspond by ``row_id``; a text dropped for one is d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax import texts
+from ot_merge_jax import rows as alignment
+from ot_merge_jax import spelling, texts
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch
@@ -27,10 +28,12 @@ class Encoded(NamedTuple):
     Attributes:
         ids: Token ids, special tokens included.
         is_special: True where a token is special, added by the tokenizer or written in the text.
+        ends: Where tokens end (`rows.ends`); empty unless asked for.
     """
 
     ids: list[int]
     is_special: list[bool]
+    ends: dict[alignment.Place, int]
 
 
 class Calibration(NamedTuple):
@@ -43,6 +46,9 @@ class Calibration(NamedTuple):
         target_tokens: Tokens the target reads.
         source_tokens: Tokens the source reads.
         rows: Rows of activations.
+        target_matched: Fraction of the target's tokens that could be rows, before any subsample; of
+            those it reads that are not special. None: a row is no token (``sample``).
+        source_matched: The same of the source.
     """
 
     target: list[Batch]
@@ -51,6 +57,8 @@ class Calibration(NamedTuple):
     target_tokens: int
     source_tokens: int
     rows: int
+    target_matched: float | None
+    source_matched: float | None
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -105,31 +113,54 @@ def is_same_tokenizer(target: Any, source: Any, documents: Sequence[Document]) -
     )
 
 
-def vocabulary(tokenizer: Any, *, size: int) -> dict[str, int]:
-    """Token -> row of a tokenizer, special tokens and rows beyond ``size`` left out."""
-    special = set(tokenizer.all_special_ids)
-    return {
-        token: row
-        for token, row in tokenizer.get_vocab().items()
-        if row < size and row not in special
-    }
+def encode(
+    tokenizer: Any, documents: Sequence[Document], *, max_length: int, has_ends: bool = False
+) -> list[Encoded]:
+    """Tokenises documents as the model was trained to see them, cut at ``max_length`` tokens.
 
+    Args:
+        tokenizer: Of the model.
+        documents: Texts.
+        max_length: Tokens kept of a document, special ones included.
+        has_ends: Whether to say where tokens end, which needs a fast tokenizer.
 
-def encode(tokenizer: Any, documents: Sequence[Document], *, max_length: int) -> list[Encoded]:
-    """Tokenises documents as the model was trained to see them, cut at ``max_length`` tokens."""
-    encoded, special = [], set(tokenizer.all_special_ids)
+    Returns:
+        One entry for each document.
+
+    Raises:
+        InputError: if ends are asked of a slow tokenizer, or a chat cannot be rendered.
+    """
+    if has_ends and not tokenizer.is_fast:
+        raise InputError(
+            f"rows: span needs the character offsets of tokens, and the tokenizer of "
+            f"{tokenizer.name_or_path} has none (no tokenizer.json); use rows: sample."
+        )
+    encoded, special = [], spelling.special_ids(tokenizer)
     for document in documents:
-        one = tokenize(
-            tokenizer,
-            document,
+        rendered = texts.render(document, tokenizer)
+        one = tokenizer(
+            rendered.text,
+            add_special_tokens=not rendered.has_special,
             truncation=True,
             max_length=max_length,
             return_special_tokens_mask=True,
+            return_offsets_mapping=has_ends,
         )
         ids, added = one["input_ids"], one["special_tokens_mask"]
         # the mask knows what was added, not what the text itself spells out
         is_special = [bool(x) or token in special for token, x in zip(ids, added, strict=True)]
-        encoded.append(Encoded(ids, is_special))
+        ends = {}
+        if has_ends:
+            cut = one.encodings[0].overflowing[:1]
+            beyond = [span for part in cut for span in part.offsets]
+            ends = alignment.ends(
+                rendered.text,
+                one["offset_mapping"],
+                is_special=is_special,
+                beyond=beyond,
+                contents=rendered.contents,
+            )
+        encoded.append(Encoded(ids, is_special, ends))
     return encoded
 
 
@@ -138,7 +169,7 @@ def align(
     target_tokenizer: Any,
     source_tokenizer: Any,
     *,
-    rows: Literal["sample", "token"],
+    rows: Literal["sample", "token", "span"],
     max_rows: int = 8192,
     max_length: int = 512,
     seed: int = 0,
@@ -151,7 +182,8 @@ def align(
         source_tokenizer: Of the source.
         rows: ``sample``: one row a document, the mean over its tokens, special ones included.
             ``token``: one row a token that is not special; needs identical tokenizers.
-        max_rows: Rows kept for ``token``, a seeded subsample.
+            ``span``: one row a character at which both end a token; needs fast tokenizers.
+        max_rows: Rows kept for ``token`` and ``span``, a seeded subsample.
         max_length: Tokens of a document that are read.
         seed: Of the subsample.
 
@@ -159,60 +191,55 @@ def align(
         Batches whose rows correspond by ``row_id``.
 
     Raises:
-        InputError: if fewer than 2 rows remain, or tokenizers differ where they must not.
+        InputError: if fewer than 2 rows remain, tokenizers differ where they must not, or one is
+            slow where it must not be.
 
     Source: SPEC section 2.
     """
     if rows == "token" and not is_same_tokenizer(target_tokenizer, source_tokenizer, documents):
         raise InputError(
             "rows: token needs identical tokenizers, and those of target and source "
-            "differ; use rows: sample."
+            "differ; use rows: span or rows: sample."
         )
     both = [
         (t, s)
         for t, s in zip(
-            encode(target_tokenizer, documents, max_length=max_length),
-            encode(source_tokenizer, documents, max_length=max_length),
+            encode(target_tokenizer, documents, max_length=max_length, has_ends=rows == "span"),
+            encode(source_tokenizer, documents, max_length=max_length, has_ends=rows == "span"),
             strict=True,
         )
         if not all(t.is_special) and not all(s.is_special)
     ]
     if rows == "sample":
-        places = [([-1], [row]) for row in range(len(both))]
-        total = len(both)
+        picked = alignment.pick([[(-1, -1)]] * len(both), max_rows=len(both), seed=seed)
     else:
-        places, total = _token_rows([t for t, _ in both], max_rows, seed)
-    if total < 2:
+        pairs = [
+            alignment.shared(t.ends, s.ends)
+            if rows == "span"
+            else [(i, i) for i, special in enumerate(t.is_special) if not special]
+            for t, s in both
+        ]
+        picked = alignment.pick(pairs, max_rows=max_rows, seed=seed)
+    if picked.total < 2:
         raise InputError(
-            f"The calibration text gives {total} usable row{'s' * (total != 1)}, "
+            f"The calibration text gives {picked.total} usable row{'s' * (picked.total != 1)}, "
             "and at least 2 are needed; add text."
         )
+
+    def matched(encoded: Iterable[Encoded]) -> float | None:
+        ordinary = sum(one.is_special.count(False) for one in encoded)
+        return None if rows == "sample" else picked.found / ordinary
+
     return Calibration(
-        target=batches([t.ids for t, _ in both], places),
-        source=batches([s.ids for _, s in both], places),
+        target=batches([t.ids for t, _ in both], picked.target),
+        source=batches([s.ids for _, s in both], picked.source),
         documents=len(both),
         target_tokens=sum(len(t.ids) for t, _ in both),
         source_tokens=sum(len(s.ids) for _, s in both),
-        rows=total,
+        rows=picked.total,
+        target_matched=matched(t for t, _ in both),
+        source_matched=matched(s for _, s in both),
     )
-
-
-def _token_rows(
-    encoded: Sequence[Encoded], max_rows: int, seed: int
-) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """For each document the token positions of its rows and their ids."""
-    real = [[i for i, special in enumerate(one.is_special) if not special] for one in encoded]
-    count = sum(map(len, real))
-    keep = np.ones(count, bool)
-    if count > max_rows:
-        keep[:] = False
-        keep[np.random.default_rng(seed).permutation(count)[:max_rows]] = True
-    places, seen, row = [], 0, 0
-    for positions in real:
-        kept = [p for p, k in zip(positions, keep[seen : seen + len(positions)], strict=True) if k]
-        places.append((kept, list(range(row, row + len(kept)))))
-        seen, row = seen + len(positions), row + len(kept)
-    return places, row
 
 
 def batches(

@@ -146,8 +146,10 @@ def run(
     weights: Annotated[
         str | None, typer.Option(help="What moves, e.g. gate,up,down,embed.")
     ] = None,
-    rows: Annotated[str | None, typer.Option(help="sample or token.")] = None,
-    max_rows: Annotated[int | None, typer.Option(help="Rows kept for token.")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="sample, token, span or auto (token or span).")
+    ] = None,
+    max_rows: Annotated[int | None, typer.Option(help="Rows kept for token and span.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens read of a document.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Of the neuron plans, cost units.")] = None,
     layer_epsilon: Annotated[float | None, typer.Option(help="Of the layer plan.")] = None,
@@ -194,8 +196,6 @@ def run(
     if out is None:
         raise RecipeError("There is no --out; name the folder to write.")
     with _session(verbose=verbose, quiet=quiet):
-        if not quiet:
-            _say(resolved.to_yaml())
         result = pipeline.run(
             resolved,
             out,
@@ -204,6 +204,7 @@ def run(
             strict=strict,
             offline=offline,
             mesh=sharding.make_mesh(_mesh_sizes(mesh)) if mesh else None,
+            show=None if quiet else lambda decided: _say(decided.to_yaml()),
         )
     if as_json:
         _print_json(result.report)
@@ -349,7 +350,7 @@ def demo(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge the small models that ship with the package: once where it works, once as published."""
+    """Merge the small models that ship with the package, into a sibling and a stranger."""
     from ot_merge_jax import demo as demos
 
     started = time.monotonic()

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import calibration, fuse, merge, texts
+from ot_merge_jax import calibration, fuse, merge, spelling, texts
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.activations import gather
 from ot_merge_jax.config import ModelConfig
@@ -31,7 +31,6 @@ from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.report import facts
 from ot_merge_jax.spaces import VOCABULARY, sites_of
 from ot_merge_jax.texts import Document
-from ot_merge_jax.transport import vocabulary as vocabularies
 from ot_merge_jax.types import MergeReport, Params, VocabularyMatch
 
 _LOG = logging.getLogger(__name__)
@@ -47,18 +46,21 @@ class RunResult(NamedTuple):
         report: What ``report.json`` holds.
         merge: Diagnostics of the merge.
         warnings: Sentences for the user.
+        scores: Role -> scores on the held-out text; empty without one.
     """
 
     out: Path
     report: dict[str, Any]
     merge: MergeReport
     warnings: list[str]
+    scores: dict[str, nll.Scores]
 
 
 class Inputs(NamedTuple):
     """Everything that was checked before weights are read.
 
     Attributes:
+        recipe: The recipe with ``rows`` decided.
         folders: Role (``target``, ``source``, ``source base``) -> folder.
         tokenizers: Role -> tokenizer.
         texts: Documents that give rows.
@@ -68,8 +70,10 @@ class Inputs(NamedTuple):
         data: Row-aligned batches of the calibration texts.
         held_out_data: The same of the dev split, for held-out diagnostics; None if it is too small.
         is_one_tokenizer: Whether target and source share a tokenizer.
+        vocabulary: Matched tokens, if the vocabulary moves.
     """
 
+    recipe: Recipe
     folders: dict[str, ModelFolder]
     tokenizers: dict[str, Any]
     texts: list[Document]
@@ -79,6 +83,7 @@ class Inputs(NamedTuple):
     data: calibration.Calibration
     held_out_data: calibration.Calibration | None
     is_one_tokenizer: bool
+    vocabulary: VocabularyMatch | None
 
 
 def run(
@@ -90,6 +95,8 @@ def run(
     strict: bool = False,
     offline: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    known: Mapping[str, nll.Scores] | None = None,
+    show: Callable[[Recipe], None] | None = None,
 ) -> RunResult:
     """Merges two folders into a third and publishes it atomically.
 
@@ -101,6 +108,9 @@ def run(
         strict: Whether a solver that did not converge, or a worse verdict, is an error.
         offline: Whether the network is forbidden; the hub's local cache is used all the same.
         mesh: Where models and batches live; None: one device.
+        known: Role -> scores on the held-out text from an earlier run with the same model and text;
+            they are not computed again.
+        show: Called with the recipe once everything in it is decided, before weights are read.
 
     Returns:
         What was found. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
@@ -110,6 +120,10 @@ def run(
     """
     started = time.monotonic()
     inputs = check(recipe, out, overwrite=overwrite, offline=offline)
+    recipe = inputs.recipe
+    if show is not None:
+        show(recipe)
+    _log_matches(inputs)
     spec, hparams = recipe.spec(), recipe.hparams()
     models = {role: _load(folder, mesh) for role, folder in inputs.folders.items()}
     target, source, base = models["target"], models["source"], models.get("source base")
@@ -121,7 +135,7 @@ def run(
         hparams,
         spec=spec,
         source_base=base,
-        vocabulary=_vocabulary(recipe, inputs),
+        vocabulary=inputs.vocabulary,
     )
     unseen = _held_out_activations(inputs, target, base or source, spec)
     site_facts = facts.sites(prepared, unseen, spec=spec, seed=recipe.seed)
@@ -138,7 +152,8 @@ def run(
     with publish.atomic_folder(out, overwrite=overwrite) as partial:
         hf.write_model(partial, fused, cfg=target[0], like=inputs.folders["target"].path)
         written = _self_check(partial, fused)
-        evaluation, change = _evaluate(inputs, {**models, "merge": (target[0], written)}, recipe)
+        models["merge"] = target[0], written
+        scores, evaluation, change = _evaluate(inputs, models, known or {})
         verdict = facts.verdict(report, hparams, spec, change, is_auto=recipe.strength == "auto")
         if strict and (unconverged or (change and change.low > 0)):
             raise StrictError(f"--strict: {(unconverged or [verdict])[0]}")
@@ -154,7 +169,7 @@ def run(
             "settings": yaml.safe_load(provenance.public(recipe.to_yaml())),
         }
         _write_details(partial, recipe, inputs, prepared, facts.plain(found), command, started)
-    return RunResult(out, facts.plain(found), report, warnings)
+    return RunResult(out, facts.plain(found), report, warnings, scores)
 
 
 def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) -> Inputs:
@@ -196,12 +211,8 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) 
         raise InputError(
             "Source and source base have different tokenizers; give the right checkpoint."
         )
-    if set(recipe.weights) & set(VOCABULARY) and not is_one:
-        raise InputError(
-            "Moving embed or head needs identical tokenizers, and those of target "
-            "and source differ; "
-            "leave them out of weights."
-        )
+    if recipe.rows == "auto":
+        recipe = recipe.model_copy(update={"rows": "token" if is_one else "span"})
     settings = {
         "rows": recipe.rows,
         "max_length": min(recipe.max_length, *(f.cfg.max_positions for f in folders.values())),
@@ -212,7 +223,12 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) 
         unseen = calibration.align(dev, *both, max_rows=_HELD_OUT_ROWS, **settings)
     except InputError:
         unseen = None  # too few dev documents for held-out diagnostics
-    return Inputs(folders, tokenizers, train, dev, held_out, sources, data, unseen, is_one)
+    matched = None
+    if set(recipe.weights) & set(VOCABULARY):
+        matched = _vocabulary(recipe, folders, tokenizers, train, is_one=is_one)
+    return Inputs(
+        recipe, folders, tokenizers, train, dev, held_out, sources, data, unseen, is_one, matched
+    )
 
 
 def _tokenizer(folder: ModelFolder) -> Any:
@@ -254,25 +270,40 @@ def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> tuple[ModelCon
     return hf.load_hf(folder.path, mesh=mesh, dtype=jnp.float32)
 
 
-def _vocabulary(recipe: Recipe, inputs: Inputs) -> VocabularyMatch | None:
-    """Matched tokens, weighted as the recipe says, if the vocabulary moves."""
-    if not set(recipe.weights) & set(VOCABULARY):
-        return None
-    tokens = {
-        role: calibration.vocabulary(
-            inputs.tokenizers[role], size=inputs.folders[role].cfg.vocab_size
-        )
-        for role in ("target", "source")
-    }
-    matched = vocabularies.match(tokens["target"], tokens["source"])
+def _vocabulary(
+    recipe: Recipe,
+    folders: Mapping[str, ModelFolder],
+    tokenizers: Mapping[str, Any],
+    documents: Sequence[Document],
+    *,
+    is_one: bool,
+) -> VocabularyMatch:
+    """Matched tokens, weighted as the recipe says."""
+    matched = spelling.matched(
+        tokenizers["target"],
+        tokenizers["source"],
+        target_size=folders["target"].cfg.vocab_size,
+        source_size=folders["source"].cfg.vocab_size,
+        is_one=is_one,
+    )
     if recipe.vocabulary_weights == "uniform":
         return matched
-    encoded = calibration.encode(
-        inputs.tokenizers["target"], inputs.texts, max_length=recipe.max_length
-    )
+    encoded = calibration.encode(tokenizers["target"], documents, max_length=recipe.max_length)
     counts = Counter(token for one in encoded for token in one.ids)
     weights = np.array([counts[int(token)] for token in matched.target_ids], np.float32)
     return matched._replace(weights=jnp.asarray(weights))
+
+
+def _log_matches(inputs: Inputs) -> None:
+    """How much of the two models' texts and vocabularies corresponds."""
+    data, vocabulary = inputs.data, inputs.vocabulary
+    if data.target_matched is not None and data.source_matched is not None:
+        _LOG.info(
+            "rows: %d (%s), matched %.1f %% of the target's tokens and %.1f %% of the source's",
+            *(data.rows, inputs.recipe.rows, 100 * data.target_matched, 100 * data.source_matched),
+        )
+    if vocabulary is not None:
+        _LOG.info("vocabulary: %d tokens matched", len(vocabulary.target_ids))
 
 
 def _held_out_activations(inputs: Inputs, target: merge.Model, reference: merge.Model, spec: Any):
@@ -316,20 +347,22 @@ def _self_check(folder: Path, fused: Params) -> Params:
 
 
 def _evaluate(
-    inputs: Inputs, models: Mapping[str, merge.Model], recipe: Recipe
-) -> tuple[dict[str, Any], compare.Difference | None]:
-    """Loss of every model on the held-out text, and merge minus target."""
+    inputs: Inputs, models: Mapping[str, merge.Model], known: Mapping[str, nll.Scores]
+) -> tuple[dict[str, nll.Scores], dict[str, Any], compare.Difference | None]:
+    """Scores on the held-out text, what they say of every model, and merge minus target."""
     if inputs.held_out is None:
-        return {}, None
-    scores = {}
+        return {}, {}, None
+    scores = dict(known)
     for role in ("target", "merge", "source"):
-        cfg, params = models[role]
-        tokenizer = inputs.tokenizers["source" if role == "source" else "target"]
-        cut = nll.windows(inputs.held_out, tokenizer, max_positions=cfg.max_positions)
-        scores[role] = nll.score(params, cut, cfg=cfg)
-    same = {"merge": True, "source": inputs.is_one_tokenizer}
-    change = compare.paired_bootstrap(scores["merge"], scores["target"], seed=recipe.seed)
-    return facts.compared(scores, has_one_tokenizer=same, seed=recipe.seed), change
+        if role not in known:
+            cfg, params = models[role]
+            tokenizer = inputs.tokenizers["source" if role == "source" else "target"]
+            cut = nll.windows(inputs.held_out, tokenizer, max_positions=cfg.max_positions)
+            scores[role] = nll.score(params, cut, cfg=cfg)
+    scores = {role: scores[role] for role in ("target", "merge", "source")}
+    same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
+    change = compare.paired_bootstrap(scores["merge"], scores["target"], seed=seed)
+    return scores, facts.compared(scores, has_one_tokenizer=same, seed=seed), change
 
 
 def _calibration_facts(inputs: Inputs, recipe: Recipe) -> dict[str, Any]:
@@ -341,6 +374,9 @@ def _calibration_facts(inputs: Inputs, recipe: Recipe) -> dict[str, Any]:
         "source_tokens": inputs.data.source_tokens,
         "rows": inputs.data.rows,
         "rows_are": recipe.rows,
+        "target_matched": inputs.data.target_matched,
+        "source_matched": inputs.data.source_matched,
+        "vocabulary_matched": inputs.vocabulary and len(inputs.vocabulary.target_ids),
     }
 
 

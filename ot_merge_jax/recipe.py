@@ -50,7 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "delta": {
         "weights": ["gate", "up", "down", "embed", "head"],
-        "rows": "token",
+        "rows": "auto",
         "epsilon": 0.02,
         "layer_cost": "median",
         "layers": "top1",
@@ -108,8 +108,9 @@ class Recipe(pydantic.BaseModel):
         evaluation: Held-out text that is reported and chooses nothing.
         preset: Where unset settings come from.
         weights: What moves.
-        rows: ``sample`` or ``token`` (SPEC section 2).
-        max_rows: Rows kept for ``token``.
+        rows: ``sample``, ``token`` or ``span`` (SPEC section 2); ``auto`` means ``token`` for equal
+            tokenizers and ``span`` otherwise, known once they are loaded.
+        max_rows: Rows kept for ``token`` and ``span``.
         max_length: Tokens of a calibration document that are read.
         epsilon: Regularisation of the neuron plans, in cost units.
         layer_epsilon: Regularisation of the layer plan, in cost units.
@@ -136,7 +137,7 @@ class Recipe(pydantic.BaseModel):
     evaluation: Text | None = None
     preset: Literal["paper", "barycentric", "delta"]
     weights: Annotated[list[Weight], pydantic.Field(min_length=1)]
-    rows: Literal["sample", "token"]
+    rows: Literal["sample", "token", "span", "auto"]
     max_rows: Annotated[int, pydantic.Field(ge=2)] = 8192
     max_length: Annotated[int, pydantic.Field(ge=2)] = 512
     epsilon: Positive

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax import calibration, spelling
 from ot_merge_jax.calibration import align, batches
 from ot_merge_jax.errors import InputError
 
@@ -218,7 +218,7 @@ def test_a_text_dropped_for_one_model_is_dropped_for_both(tokenizers):
 
 def test_vocabulary_leaves_out_special_and_padded_rows(tokenizers):
     tokenizer = tokenizers["bpe"]
-    tokens = calibration.vocabulary(tokenizer, size=290)
+    tokens = spelling.vocabulary(tokenizer, size=290)
     assert max(tokens.values()) == 289
     assert not set(tokens.values()) & set(tokenizer.all_special_ids)
     assert len(tokens) == 290 - 2

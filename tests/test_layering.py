@@ -27,7 +27,7 @@ STOREYS = (
     ("spaces", "sharding"),
     ("models", "recipe", "transport"),
     ("io",),
-    ("texts",),
+    ("rows", "spelling", "texts"),
     ("activations", "calibration", "fuse", "adapt"),
     ("merge",),
     ("sweep", "evaluate", "controls"),

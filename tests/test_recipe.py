@@ -54,7 +54,7 @@ PRESETS = {
             "barycentric", "delta", "top1", "median", None, False, 2000,
         ),
         "hparams": HParams(0.0, 0.02, 0.1, 1e-6),
-        "rows": "token",
+        "rows": "auto",
         "strength": "auto",
     },
 }  # fmt: skip

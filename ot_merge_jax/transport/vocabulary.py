@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ from jaxtyping import Array, Float
 
 from ot_merge_jax.types import VocabularyMatch
 
-Tokens = Mapping[str, int] | Sequence[str]
+#: A token is its string, or the bytes it spells where two tokenizers mark them differently.
+Tokens = Mapping[str, int] | Mapping[bytes, int] | Sequence[str]
 
 
 def match(target_tokens: Tokens, source_tokens: Tokens) -> VocabularyMatch:
-    """Pairs the rows of two vocabularies whose token strings are equal.
+    """Pairs the rows of two vocabularies whose tokens are equal.
 
     Args:
         target_tokens: Token -> row, or the tokens in row order. Leave special tokens out.
@@ -32,9 +34,9 @@ def match(target_tokens: Tokens, source_tokens: Tokens) -> VocabularyMatch:
         [7, 0]
     """
 
-    def rows(tokens: Tokens) -> Mapping[str, int]:
+    def rows(tokens: Tokens) -> dict[Any, int]:
         if isinstance(tokens, Mapping):
-            return tokens
+            return dict(tokens)
         return {token: row for row, token in enumerate(tokens)}
 
     source_rows = rows(source_tokens)

@@ -138,6 +138,7 @@ def models(place, tiny_checkpoint):
         "llama-base": tiny_checkpoint("llama", seed=3, **SOURCE),
         "llama-source": tiny_checkpoint("llama", seed=3, drift=0.1, **SOURCE),
         "qwen2-source": tiny_checkpoint("qwen2", seed=4, **SOURCE),
+        "qwen2-tuned": tiny_checkpoint("qwen2", seed=4, drift=0.1, **SOURCE),
     }
     for name, folder in made.items():
         shutil.copytree(folder, place / name)
@@ -170,6 +171,10 @@ def calls(models, text_files):
         "barycentric llama<-qwen2": one("barycentric", "llama-target", "qwen2-source"),
         "barycentric qwen2<-llama": one("barycentric", "qwen2-target", "llama-source"),
         "delta llama<-llama": one("delta", "llama-target", "llama-source", *base),
+        "delta qwen2<-llama": one("delta", "qwen2-target", "llama-source", *base),
+        "delta llama<-qwen2": one(
+            "delta", "llama-target", "qwen2-tuned", "--source-base", models["qwen2-source"]
+        ),
     }
 
 

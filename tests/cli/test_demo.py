@@ -53,6 +53,29 @@ def test_delta_is_better_than_the_target(demo):
     assert change["high"] < 0
 
 
+def test_the_stranger_is_reported_as_it_is(demo):
+    """Another tokenizer: rows are spans, and the verdict says what the interval says."""
+    report = demo.reports["delta-stranger"]
+    found = report["calibration"]
+    assert found["rows_are"] == "span"
+    assert 0.5 < found["target_matched"] < 1
+    assert 0.5 < found["source_matched"] < 1
+    assert report["strength"]["tried"]
+    change = report["evaluation"]["merge"]["against_target"]
+    assert change["metric"] == "nll_per_token"
+    words = {"better": change["high"] < 0, "worse": change["low"] > 0}
+    for word, holds in words.items():
+        assert report["verdict"].startswith(f"{word} than the target") == holds
+
+
+def test_scores_are_shared_between_merges(demo):
+    """The stranger and the source are scored once, and those are their scores."""
+    evaluations = {name: report["evaluation"] for name, report in demo.reports.items()}
+    strangers = [evaluations[name]["target"] for name in ("delta-stranger", "paper")]
+    assert strangers[0] == strangers[1] != evaluations["delta"]["target"]
+    assert len({one["source"]["nll_per_token"] for one in evaluations.values()}) == 1
+
+
 def test_paper_says_that_nothing_was_transferred(demo):
     verdict = demo.reports["paper"]["verdict"]
     assert verdict.startswith("nothing of the source was transferred")
@@ -66,8 +89,8 @@ def test_source_is_clearly_better_on_the_domain_than_the_sibling(demo):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["delta", "paper"])
-def test_transformers_loads_both_folders(name, demo):
+@pytest.mark.parametrize("name", ["delta", "delta-stranger", "paper"])
+def test_transformers_loads_every_folder(name, demo):
     torch = pytest.importorskip("torch")
     folder = demo.out / name
     model, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -1,0 +1,123 @@
+"""Which token of one model corresponds to which of the other: where tokens end, and the rows.
+
+Knows neither tokenizers nor models: texts, character spans and positions in; positions out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Span = tuple[int, int]
+#: Where a token ends: (which range of the text, characters of that range up to there).
+Place = tuple[int, int]
+
+
+class Rows(NamedTuple):
+    """Rows of both models, for each document its token positions and its row ids.
+
+    Attributes:
+        target: Token positions (-1: the mean over the document) and row ids in the target.
+        source: The same in the source; equal ids correspond.
+        total: Rows kept.
+        found: Rows before the subsample.
+    """
+
+    target: list[tuple[list[int], list[int]]]
+    source: list[tuple[list[int], list[int]]]
+    total: int
+    found: int
+
+
+def ends(
+    text: str,
+    offsets: Sequence[Span],
+    *,
+    is_special: Sequence[bool],
+    beyond: Sequence[Span] = (),
+    contents: Sequence[Span] | None = None,
+) -> dict[Place, int]:
+    """Where tokens end in a text, and which token that is.
+
+    Of the tokens that end at one character (the pieces of its bytes) it is the last: only that one
+    has read the whole character. No token ends inside of another, nor where the rest of its
+    character was cut off. Leading white space does not belong to a token, so one that is white
+    space alone ends nowhere.
+
+    Args:
+        text: What was tokenised.
+        offsets: ``(start, stop)`` characters of each token, as fast tokenizers give them.
+        is_special: True for tokens that give no row.
+        beyond: Offsets of tokens behind the last one, which the model does not read.
+        contents: ``(start, stop)`` character ranges that count, ascending and apart, e.g. the
+            messages of a rendered chat; None: the whole text.
+
+    Returns:
+        ``{(range, characters into it): token}`` in the order of the tokens. Texts that share the
+        contents of their ranges but not what lies between have comparable keys.
+
+    Example:
+        >>> ends("to 河!", [(0, 2), (2, 3), (3, 4), (3, 4), (4, 5)], is_special=[False] * 5)
+        {(0, 2): 0, (0, 4): 3, (0, 5): 4}
+        >>> ends("to 河!", [(0, 2), (2, 3), (3, 4)], is_special=[False] * 3, beyond=[(3, 4)])
+        {(0, 2): 0}
+
+    Source: SPEC section 2, rows ``span``.
+    """
+    contents = [(0, len(text))] if contents is None else contents
+    starts = [start for start, _ in contents]
+    spans = [*offsets, *beyond]
+    last = {stop: token for token, (_, stop) in enumerate(spans)}
+    inside = {place for start, stop in spans for place in range(start + 1, stop)}
+    found = {}
+    for token, (start, stop) in enumerate(offsets):
+        if is_special[token] or last[stop] != token or stop in inside:
+            continue
+        content = bisect_left(starts, stop) - 1
+        if content >= 0 and stop <= contents[content][1] and text[start:stop].strip():
+            found[content, stop - starts[content]] = token
+    return found
+
+
+def shared(target: Mapping[Place, int], source: Mapping[Place, int]) -> list[tuple[int, int]]:
+    """(target token, source token) of every place where both tokenizations end a token.
+
+    Example:
+        >>> shared({(0, 2): 0, (0, 4): 3, (0, 5): 4}, {(0, 1): 0, (0, 2): 1, (0, 5): 2})
+        [(0, 1), (4, 2)]
+    """
+    return [(token, source[place]) for place, token in target.items() if place in source]
+
+
+def pick(pairs: Sequence[Sequence[tuple[int, int]]], *, max_rows: int, seed: int) -> Rows:
+    """Numbers the rows of all documents, a seeded subsample where there are too many.
+
+    Args:
+        pairs: For each document the (target, source) token positions of its rows.
+        max_rows: Rows kept at most.
+        seed: Of the subsample.
+
+    Returns:
+        Rows with ids ``0 .. total - 1`` in the order of documents and tokens.
+
+    Example:
+        >>> pick([[(0, 0), (1, 2)], [], [(3, 4)]], max_rows=9, seed=0).source
+        [([0, 2], [0, 1]), ([], []), ([4], [2])]
+    """
+    count = sum(map(len, pairs))
+    keep = np.ones(count, bool)
+    if count > max_rows:
+        keep[:] = False
+        keep[np.random.default_rng(seed).permutation(count)[:max_rows]] = True
+    target, source = [], []
+    seen = row = 0
+    for one in pairs:
+        kept = [pair for pair, k in zip(one, keep[seen : seen + len(one)], strict=True) if k]
+        ids = list(range(row, row + len(kept)))
+        target.append(([t for t, _ in kept], ids))
+        source.append(([s for _, s in kept], ids))
+        seen, row = seen + len(one), row + len(kept)
+    return Rows(target, source, row, count)
