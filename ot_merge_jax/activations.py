@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from ot_merge_jax import progress, sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.models.decoder import forward
-from ot_merge_jax.spaces import site_width
+from ot_merge_jax.models import decoder, specs
+from ot_merge_jax.spaces import VOCABULARY, site_width
 from ot_merge_jax.types import Activations, Batch, Params
 
 
@@ -21,7 +21,70 @@ def _step(
     params: Params, batch: Batch, *, cfg: ModelConfig, sites: frozenset[str]
 ) -> dict[str, jax.Array]:
     """The captured rows of one batch; the logits are never computed."""
-    return forward(params, batch, cfg=cfg, capture=sites)[1]
+    return decoder.forward(params, batch, cfg=cfg, capture=sites)[1]
+
+
+def _in_memory(site: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Room for the activations of a site in host memory."""
+    del site  # all sites live in one place
+    return np.empty(shape, np.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "kind", "sites"))
+def _layer_step(
+    layer: Params, x: jax.Array, batch: Batch, *, cfg: ModelConfig, kind: int, sites: frozenset[str]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer of one batch: the residual stream behind it, and its captured rows."""
+    seen = decoder.views(decoder.positions_of(batch.mask), batch.mask, cfg=cfg)
+    x, found, _ = decoder.layer(layer, x, *decoder.of_kind(seen, kind), cfg=cfg)
+    return x, {site: decoder.rows_of(found[site], batch) for site in sorted(sites)}
+
+
+_embed = jax.jit(decoder.embed, static_argnames="cfg")
+
+
+def _whole(
+    params: Params,
+    batches: Sequence[Batch],
+    *,
+    cfg: ModelConfig,
+    sites: frozenset[str],
+    model: str,
+    mesh: jax.sharding.Mesh | None,
+) -> Iterator[tuple[slice, int, dict[str, jax.Array]]]:
+    """(layers, batch, captured rows) of all layers at once, batch by batch."""
+    tracked = progress.track(
+        list(enumerate(batches)), f"gather activations of the {model} (batches)"
+    )
+    for index, batch in tracked:
+        split = sharding.split_batch(batch, mesh)
+        yield slice(None), index, _step(params, split, cfg=cfg, sites=sites)
+
+
+def _by_layer(
+    params: Params,
+    batches: Sequence[Batch],
+    *,
+    cfg: ModelConfig,
+    sites: frozenset[str],
+    model: str,
+    mesh: jax.sharding.Mesh | None,
+) -> Iterator[tuple[slice, int, dict[str, jax.Array]]]:
+    """The same layer by layer: one layer's parameters are in memory, and all hidden states."""
+    batches = [sharding.split_batch(batch, mesh) for batch in batches]
+    table = {"embed_tokens": {"embedding": specs.get(params, VOCABULARY["embed"])}}
+    hidden = [np.asarray(_embed(table, batch.tokens, cfg=cfg)) for batch in batches]
+    del table
+    kinds = cfg.layer_kinds()
+    numbers = [sorted(set(kinds), key=kinds.index).index(one) for one in kinds]
+    for l in progress.track(range(cfg.num_layers), f"gather activations of the {model} (layers)"):
+        layer = specs.layer(params, l)
+        for index, batch in enumerate(batches):
+            x, rows = _layer_step(
+                layer, hidden[index], batch, cfg=cfg, kind=numbers[l], sites=sites
+            )
+            hidden[index] = np.asarray(x)
+            yield slice(l, l + 1), index, {site: one[None] for site, one in rows.items()}
 
 
 def gather(
@@ -32,6 +95,8 @@ def gather(
     sites: Iterable[str],
     mesh: jax.sharding.Mesh | None = None,
     model: str = "model",
+    by_layer: bool = False,
+    allocate: Callable[[str, tuple[int, ...]], np.ndarray] = _in_memory,
 ) -> Activations:
     """Runs a model over batches and keeps the wanted rows of the wanted sites.
 
@@ -45,9 +110,13 @@ def gather(
         sites: Names of `ot_merge_jax.spaces.SITES`.
         mesh: Splits each batch along its ``data`` axis; None: that of the parameters, if any.
         model: Which model this is, for messages.
+        by_layer: Whether layers run one after the other over all batches, each one's parameters
+            dropped behind it: for `ot_merge_jax.io.stored.StoredParams` larger than memory.
+        allocate: Makes the float32 array of a site from its name and shape ``[layers, rows, d]``;
+            host memory, unless it is e.g. `ot_merge_jax.io.checkpoint.allocator`.
 
     Returns:
-        Activations on the host, rows sorted by ``row_id``.
+        Activations on the host, in the arrays that were allocated, rows sorted by ``row_id``.
 
     Raises:
         NonFiniteError: naming the site and the layer, if an activation is NaN or infinite.
@@ -64,16 +133,18 @@ def gather(
             "Two rows have the same row_id; each row of the calibration set needs its own."
         )
     values = {
-        site: np.empty((cfg.num_layers, len(row_id), site_width(site, cfg)), np.float32)
+        site: allocate(site, (cfg.num_layers, len(row_id), site_width(site, cfg)))
         for site in sorted(sites)
     }
-    for host_batch in progress.track(batches, f"gather activations of the {model} (batches)"):
-        batch, ids = sharding.split_batch(host_batch, mesh), np.asarray(host_batch.row_id)
-        captured = _step(params, batch, cfg=cfg, sites=sites)
+    steps = _by_layer if by_layer else _whole
+    for layers, index, captured in steps(
+        params, batches, cfg=cfg, sites=sites, model=model, mesh=mesh
+    ):
+        ids = np.asarray(batches[index].row_id)
         wanted = ids >= 0
         places = np.searchsorted(row_id, ids[wanted])
         for site, rows in captured.items():
-            values[site][:, places] = np.asarray(rows)[:, wanted]
+            values[site][layers, places] = np.asarray(rows)[:, wanted]
     for site, rows in values.items():
         for layer, one in enumerate(rows):
             if not np.isfinite(one).all():

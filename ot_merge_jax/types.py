@@ -26,8 +26,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Bool, Float, Int
 
-#: Nested dict of arrays; leaves under ``layers`` are stacked over the layers.
-Params = dict[str, Any]
+#: Nested dict of arrays; leaves under ``layers`` are stacked over the layers. A mapping, because
+#: those of `ot_merge_jax.io.stored` are read from disk when they are asked for.
+Params = Mapping[str, Any]
 
 
 class Batch(NamedTuple):

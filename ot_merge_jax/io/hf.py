@@ -84,7 +84,7 @@ def load_hf(
         def read(
             index: tuple[slice, ...], spec: specs.ParamSpec = spec, wanted: Any = wanted
         ) -> np.ndarray:
-            return _read_leaf(folder, opened, spec, index, wanted, broken)
+            return read_leaf(folder, opened, spec, index, wanted, broken)
 
         if mesh is None:
             leaves[spec.path] = jnp.asarray(read((slice(None),) * len(spec.shape)))
@@ -117,7 +117,7 @@ def load_hf(
     return folder.cfg, specs.unflatten(leaves)
 
 
-def _read_leaf(
+def read_leaf(
     folder: ModelFolder,
     opened: dict[str, safetensors.TensorFile],
     spec: specs.ParamSpec,

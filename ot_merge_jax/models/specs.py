@@ -178,6 +178,13 @@ def get(params: Params, path: str) -> Any:
     return params
 
 
+def layer(params: Any, l: int) -> Params:
+    """The parameters of one layer, without the stacking axis."""
+    if isinstance(params, dict):
+        return jax.tree.map(lambda leaf: leaf[l], params["layers"])
+    return params.layer(l)
+
+
 def has(params: Params, path: str) -> bool:
     """Whether there is a leaf (or subtree) at a ``/`` path."""
     try:

@@ -1,0 +1,103 @@
+"""Parameters that stay in their files: read when asked for, never kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.io import hf, safetensors
+from ot_merge_jax.io.folder import open_folder
+from ot_merge_jax.models import specs
+from ot_merge_jax.types import Params
+
+
+class StoredParams(Mapping[str, Any]):
+    """Reads like the nested dict of `hf.load_hf`, but every leaf comes from disk anew.
+
+    `specs.get` and ``in`` work on it. jit does not take it: ask for the leaves that are needed, or
+    for one layer by `layer`.
+    """
+
+    def __init__(self, read: Callable[[specs.ParamSpec, int | None], np.ndarray],
+                 table: Mapping[str, specs.ParamSpec]):  # fmt: skip
+        """Leaves by their path below this node, and the function that reads one."""
+        self._read, self._table = read, table
+
+    def __getitem__(self, key: str) -> Any:
+        """A leaf, read now, or the parameters below a key."""
+        if key in self._table:
+            return jnp.asarray(self._read(self._table[key], None))
+        below = {
+            path.removeprefix(f"{key}/"): spec
+            for path, spec in self._table.items()
+            if path.startswith(f"{key}/")
+        }
+        if not below:
+            raise KeyError(key)
+        return StoredParams(self._read, below)
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys at this node."""
+        return iter(dict.fromkeys(path.split("/")[0] for path in self._table))
+
+    def __len__(self) -> int:
+        """How many those are."""
+        return len(list(iter(self)))
+
+    def layer(self, l: int) -> Params:
+        """The parameters of one layer, read now, without the stacking axis."""
+        return specs.unflatten(
+            {
+                path.removeprefix("layers/"): jnp.asarray(self._read(spec, l))
+                for path, spec in self._table.items()
+                if path.startswith("layers/")
+            }
+        )
+
+
+def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, StoredParams]:
+    """Opens a Hugging Face folder without reading weights.
+
+    Args:
+        path: The folder.
+        dtype: Dtype of what is read; None: that of the file.
+
+    Returns:
+        The configuration, and parameters that are read when asked for.
+
+    Raises:
+        InputError: as `hf.load_hf` does; for weights that are not finite when they are read.
+
+    Example:
+        >>> from ot_merge_jax import assets
+        >>> cfg, params = open_stored(assets.path("sibling"))
+        >>> params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == cfg.num_layers
+        True
+    """
+    folder = open_folder(path)
+    opened = {
+        shard: safetensors.TensorFile(folder.path / shard) for shard in set(folder.files.values())
+    }
+
+    def read(spec: specs.ParamSpec, l: int | None) -> np.ndarray:
+        names = spec.tensor_names()
+        stored = [safetensors.DTYPES[folder.tensors[name].dtype] for name in names]
+        wanted = np.dtype(dtype) if dtype is not None else jnp.result_type(*stored)
+        broken: dict[str, dict[str, int]] = {}
+        first = slice(None) if l is None else slice(l, l + 1)
+        index = (first, *(slice(None),) * (len(spec.shape) - 1))
+        leaf = hf.read_leaf(folder, opened, spec, index, wanted, broken)
+        if broken:
+            raise InputError(
+                f"{folder.path} holds NaN or infinite weights: {', '.join(broken)}; "
+                "download it again."
+            )
+        return leaf if l is None else leaf[0]
+
+    return folder.cfg, StoredParams(read, {s.path: s for s in specs.param_specs(folder.cfg)})

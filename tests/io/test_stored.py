@@ -1,0 +1,85 @@
+"""Parameters that stay on disk: the same values, and the same activations layer by layer."""
+
+import jax
+import numpy as np
+import pytest
+
+from ot_merge_jax.activations import gather
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.io.stored import open_stored
+from ot_merge_jax.models import specs
+from ot_merge_jax.models.families import FAMILIES
+from ot_merge_jax.spaces import SITES
+
+
+def batches_of(cfg, random_batch):
+    """Two batches, one padded left, one right, with rows of their own."""
+    made = [
+        random_batch(cfg, padding=side, seed=seed) for seed, side in enumerate(("left", "right"))
+    ]
+    ids = np.arange(made[0].row_id.size, dtype=np.int32).reshape(made[0].row_id.shape)
+    return [one._replace(row_id=ids + place * ids.size) for place, one in enumerate(made)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_leaf_and_layer_is_the_loaded_one(family, tiny_checkpoint):
+    folder = tiny_checkpoint(family, max_shard_bytes=12_000)
+    cfg, loaded = load_hf(folder)
+    same, stored = open_stored(folder)
+    assert same == cfg
+    for spec in specs.param_specs(cfg):
+        np.testing.assert_array_equal(specs.get(stored, spec.path), specs.get(loaded, spec.path))
+        assert specs.has(stored, spec.path)
+    assert not specs.has(stored, "layers/mlp/no_such")
+    for l in range(cfg.num_layers):
+        ours, theirs = stored.layer(l), specs.layer(loaded, l)
+        assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_gathers_the_same(family, tiny_checkpoint, random_batch):
+    folder = tiny_checkpoint(family)
+    cfg, loaded = load_hf(folder)
+    batches = batches_of(cfg, random_batch)
+    whole = gather(loaded, batches, cfg=cfg, sites=SITES)
+    layered = gather(open_stored(folder)[1], batches, cfg=cfg, sites=SITES, by_layer=True)
+    np.testing.assert_array_equal(layered.row_id, whole.row_id)
+    for site in SITES:
+        assert np.abs(whole.values[site]).max() > 0.1
+        # of the largest: float32 rounds in proportion, and the two programs fuse differently
+        largest = np.abs(whole.values[site]).max()
+        np.testing.assert_allclose(
+            layered.values[site] / largest, whole.values[site] / largest, rtol=0, atol=1e-6
+        )
+
+
+def test_a_leaf_is_read_when_it_is_asked_for_and_not_before(tiny_checkpoint, monkeypatch):
+    from ot_merge_jax.io import hf
+
+    reads = []
+    was = hf.read_leaf
+    monkeypatch.setattr(
+        hf, "read_leaf", lambda f, o, spec, *a: reads.append(spec.path) or was(f, o, spec, *a)
+    )
+    _, stored = open_stored(tiny_checkpoint())
+    mlp = stored["layers"]["mlp"]
+    assert reads == []
+    assert set(mlp) == {"gate_proj", "up_proj", "down_proj"}
+    assert len(mlp) == 3
+    _ = mlp["up_proj"]["kernel"]
+    assert reads == ["layers/mlp/up_proj/kernel"]
+
+
+def test_weights_that_are_not_finite_are_refused_when_read(tiny_checkpoint, writable_copy):
+    import safetensors.numpy
+
+    folder = writable_copy(tiny_checkpoint())
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _, stored = open_stored(folder)
+    stored.layer(0)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        stored.layer(1)
