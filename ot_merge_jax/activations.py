@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -24,6 +24,12 @@ def _step(
     return forward(params, batch, cfg=cfg, capture=sites)[1]
 
 
+def _in_memory(site: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Room for the activations of a site in host memory."""
+    del site  # all sites live in one place
+    return np.empty(shape, np.float32)
+
+
 def gather(
     params: Params,
     batches: Sequence[Batch],
@@ -32,6 +38,7 @@ def gather(
     sites: Iterable[str],
     mesh: jax.sharding.Mesh | None = None,
     model: str = "model",
+    allocate: Callable[[str, tuple[int, ...]], np.ndarray] = _in_memory,
 ) -> Activations:
     """Runs a model over batches and keeps the wanted rows of the wanted sites.
 
@@ -45,9 +52,11 @@ def gather(
         sites: Names of `ot_merge_jax.spaces.SITES`.
         mesh: Splits each batch along its ``data`` axis; None: one device.
         model: Which model this is, for messages.
+        allocate: Makes the float32 array of a site from its name and shape ``[layers, rows, d]``;
+            host memory, unless it is e.g. `ot_merge_jax.io.checkpoint.allocator`.
 
     Returns:
-        Activations on the host, rows sorted by ``row_id``.
+        Activations on the host, in the arrays that were allocated, rows sorted by ``row_id``.
 
     Raises:
         NonFiniteError: naming the site and the layer, if an activation is NaN or infinite.
@@ -63,7 +72,7 @@ def gather(
             "Two rows have the same row_id; each row of the calibration set needs its own."
         )
     values = {
-        site: np.empty((cfg.num_layers, len(row_id), site_width(site, cfg)), np.float32)
+        site: allocate(site, (cfg.num_layers, len(row_id), site_width(site, cfg)))
         for site in sorted(sites)
     }
     for host_batch in progress.track(batches, f"gather activations of the {model} (batches)"):

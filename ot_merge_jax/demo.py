@@ -52,6 +52,7 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, pipel
             out / name,
             command="ot-merge demo",
             overwrite=overwrite,
+            keep=False,  # there is nothing to resume: it takes a minute, and has no such flag
         )
         for name, own in recipes.items()
     }

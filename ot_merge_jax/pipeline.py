@@ -5,11 +5,12 @@ Everything is checked that can be checked without reading weights before any wei
 
 from __future__ import annotations
 
-import json
+import functools
+import importlib.metadata
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,24 +19,28 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import calibration, fuse, merge
+from ot_merge_jax import calibration, fuse, merge, staged
 from ot_merge_jax import sweep as sweeps
-from ot_merge_jax.activations import gather
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, StrictError
 from ot_merge_jax.evaluate import compare, nll
-from ot_merge_jax.io import checkpoint, hf, provenance, publish
+from ot_merge_jax.io import details, hf, provenance, publish, stages
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.report import facts
-from ot_merge_jax.spaces import VOCABULARY, sites_of
+from ot_merge_jax.spaces import VOCABULARY
 from ot_merge_jax.transport import vocabulary as vocabularies
-from ot_merge_jax.types import MergeReport, Params, VocabularyMatch
+from ot_merge_jax.types import (
+    HParams,
+    MergeReport,
+    MergeSpec,
+    Params,
+    VocabularyMatch,
+)
 
 _LOG = logging.getLogger(__name__)
 _HELD_OUT_ROWS = 1024
-_WEIGHT_FILES = ("*.safetensors", "*.json", "tokenizer.model")
 
 
 class RunResult(NamedTuple):
@@ -84,6 +89,8 @@ def run(
     *,
     command: str,
     overwrite: bool = False,
+    resume: bool = False,
+    keep: bool = True,
     strict: bool = False,
     mesh: jax.sharding.Mesh | None = None,
 ) -> RunResult:
@@ -94,6 +101,10 @@ def run(
         out: The folder to write; absent, or empty, unless ``overwrite``.
         command: What the user typed, for the card and the provenance.
         overwrite: Whether an existing folder is replaced.
+        resume: Whether the finished stages of an earlier run of the same settings, inputs and
+            versions are used, after their hashes have been checked.
+        keep: Whether a run that is interrupted, or finds the disk or the memory full, keeps its
+            finished stages beside ``out``.
         strict: Whether a solver that did not converge, or a worse verdict, is an error.
         mesh: Where models and batches live; None: one device.
 
@@ -101,49 +112,85 @@ def run(
         What was found. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
 
     Raises:
-        OtMergeError: with an exit code; nothing has been written then.
+        OtMergeError: with an exit code; nothing has been written then, but for the stages of a
+            `ResourceError`.
+        KeyboardInterrupt: saying how to resume.
     """
     started = time.monotonic()
-    inputs = check(recipe, out, overwrite=overwrite)
+    inputs = check(recipe, out, overwrite=overwrite or resume)
+    models = {role: one.path for role, one in inputs.folders.items()}
+    texts = {name: Path(text.path).expanduser() for name, text in _texts(recipe).items()}
+    side = details.inputs(models, texts)
+    key = stages.key({"recipe": recipe.to_yaml(), "versions": _versions(), **side})
+    side = {"run": key, "command": command, **side}
+    with publish.locked(out):
+        if resume and (done := details.read(out, key)):
+            _LOG.info("resume: %s is finished", out)
+            stages.clear(out, key)
+            return RunResult(out, *done, done[0]["warnings"])
+        with stages.run_folder(
+            out, key, command=command, resume=resume, overwrite=overwrite, keep=keep
+        ) as state:
+            return _merge(
+                state, recipe, inputs, out, side, strict=strict, mesh=mesh, started=started
+            )
+
+
+def _merge(
+    state: stages.Run,
+    recipe: Recipe,
+    inputs: Inputs,
+    out: Path,
+    side: dict[str, Any],
+    *,
+    strict: bool,
+    mesh: jax.sharding.Mesh | None,
+    started: float,
+) -> RunResult:
+    """The stages of a run, up to the folder that is published."""
     spec, hparams = recipe.spec(), recipe.hparams()
-    models = {role: _load(folder, mesh) for role, folder in inputs.folders.items()}
-    target, source, base = models["target"], models["source"], models.get("source base")
+
+    @functools.cache
+    def models(role: str) -> merge.Model:
+        return _load(inputs.folders[role], mesh)
+
+    has_base = "source base" in inputs.folders
     _LOG.info("transport: %s", ", ".join(spec.weights))
-    prepared = merge.prepare(
-        target,
-        source,
-        (inputs.data.target, inputs.data.source),
-        hparams,
-        spec=spec,
-        source_base=base,
-        vocabulary=_vocabulary(recipe, inputs),
-    )
-    unseen = _held_out_activations(inputs, target, base or source, spec)
-    site_facts = facts.sites(prepared, unseen, spec=spec, seed=recipe.seed)
+    prepared = staged.prepare(
+        state, models, inputs.data, hparams,
+        spec=spec, has_base=has_base, vocabulary=_vocabulary(recipe, inputs),
+    )  # fmt: skip
+    site_facts = staged.site_facts(
+        state, models, prepared, inputs.held_out_data,
+        spec=spec, has_base=has_base, seed=recipe.seed,
+    )  # fmt: skip
     points: list[sweeps.Point] = []
     if recipe.strength == "auto":
-        cut = nll.windows(
-            inputs.dev, inputs.tokenizers["target"], max_positions=target[0].max_positions
+        points, hparams = staged.strength(
+            state, models, prepared, lambda: _dev_windows(inputs), hparams, spec=spec
         )
-        points, hparams = sweeps.sweep(target, prepared, cut, hparams, spec=spec)
-    fused = fuse.fuse(target[1], prepared.moved, hparams.strength, spec=spec, mask=prepared.masks)
-    report = merge.describe(target, prepared, hparams, spec=spec)
-    is_nothing = merge.is_nothing_transferred(report, hparams)
+    model = stages.stage(
+        state,
+        "model",
+        lambda folder: _write_model(folder, inputs, models("target"), prepared, hparams, spec),
+        lambda folder: folder,
+        needs=["moved", *(["sweep"] if points else [])],
+        folder=stages.MODEL,
+    )
+    report = merge.describe(models("target"), prepared, hparams, spec=spec)
     warnings = _warnings(report)
-    with publish.atomic_folder(out, overwrite=overwrite) as partial:
-        hf.write_model(partial, fused, cfg=target[0], like=inputs.folders["target"].path)
-        written = _self_check(partial, fused)
-        evaluation, change = _evaluate(inputs, {**models, "merge": (target[0], written)}, recipe)
-        verdict = facts.verdict(
-            is_nothing=is_nothing,
-            strength=hparams.strength,
-            is_auto=recipe.strength == "auto",
-            rule=recipe.rule,
-            change=change,
-        )
-        if strict and (warnings or verdict.startswith("worse")):
-            raise StrictError(f"--strict: {(warnings or [verdict])[0]}")
-        found = {
+    evaluation, change = _evaluate(state, inputs, models, model, recipe)
+    verdict = facts.verdict(
+        is_nothing=merge.is_nothing_transferred(report, hparams),
+        strength=hparams.strength,
+        is_auto=recipe.strength == "auto",
+        rule=recipe.rule,
+        change=change,
+    )
+    if strict and (warnings or verdict.startswith("worse")):
+        raise StrictError(f"--strict: {(warnings or [verdict])[0]}")
+    found = facts.plain(
+        {
             "verdict": verdict,
             "warnings": warnings,
             "controls": {name: evaluation[name] for name in ("target", "source") if evaluation},
@@ -154,8 +201,29 @@ def run(
             "calibration": _calibration_facts(inputs, recipe),
             "settings": yaml.safe_load(provenance.without_home(recipe.to_yaml())),
         }
-        _write_details(partial, recipe, inputs, prepared, facts.plain(found), command, started)
-    return RunResult(out, facts.plain(found), report, warnings)
+    )
+    stages.stage(
+        state,
+        "details",
+        lambda folder: details.write(
+            folder,
+            recipe=recipe,
+            models={role: one.path for role, one in inputs.folders.items()},
+            coupling=prepared.coupling,
+            found=found,
+            side=side,
+            started=started,
+        ),
+        lambda folder: folder,
+        needs=list(state.finished),
+        folder=stages.MODEL,
+    )
+    return RunResult(out, found, report, warnings)
+
+
+def _versions() -> list[str]:
+    """What else than settings and inputs decides the numbers."""
+    return [importlib.metadata.version(name) for name in ("ot-merge-jax", "jax")]
 
 
 def check(recipe: Recipe, out: Path, *, overwrite: bool) -> Inputs:
@@ -263,16 +331,24 @@ def _vocabulary(recipe: Recipe, inputs: Inputs) -> VocabularyMatch | None:
     return matched._replace(weights=jnp.asarray(weights))
 
 
-def _held_out_activations(inputs: Inputs, target: merge.Model, reference: merge.Model, spec: Any):
-    """Activations of the dev split, which the plans have not seen."""
-    sites = sites_of(spec.weights)
-    if not sites or inputs.held_out_data is None:
-        return None
-    data = inputs.held_out_data
-    return (
-        gather(target[1], data.target, cfg=target[0], sites=sites),
-        gather(reference[1], data.source, cfg=reference[0], sites=sites),
-    )
+def _dev_windows(inputs: Inputs) -> nll.Windows:
+    """The dev split, ready to be scored by the target."""
+    longest = inputs.folders["target"].cfg.max_positions
+    return nll.windows(inputs.dev, inputs.tokenizers["target"], max_positions=longest)
+
+
+def _write_model(
+    folder: Path,
+    inputs: Inputs,
+    target: merge.Model,
+    prepared: merge.Prepared,
+    hparams: HParams,
+    spec: MergeSpec,
+) -> None:
+    """The fused parameters as a Hugging Face folder, read back and tried."""
+    fused = fuse.fuse(target[1], prepared.moved, hparams.strength, spec=spec, mask=prepared.masks)
+    hf.write_model(folder, fused, cfg=target[0], like=inputs.folders["target"].path)
+    _self_check(folder, fused)
 
 
 def _warnings(report: MergeReport) -> list[str]:
@@ -287,8 +363,8 @@ def _warnings(report: MergeReport) -> list[str]:
     ]
 
 
-def _self_check(folder: Path, fused: Params) -> Params:
-    """Reads the written folder back: parameters, tokenizer, one forward pass. Returns float32."""
+def _self_check(folder: Path, fused: Params) -> None:
+    """Reads the written folder back: parameters, tokenizer, one forward pass."""
     cfg, written = hf.load_hf(folder)
     merged, written = (jax.tree.map(np.asarray, tree) for tree in (fused, written))
     same = jax.tree.map(lambda a, b: np.array_equal(a.astype(b.dtype), b), merged, written)
@@ -300,21 +376,26 @@ def _self_check(folder: Path, fused: Params) -> Params:
     logits = jax.jit(forward, static_argnames="cfg")(written, tokens, cfg=cfg)[0]
     if not np.isfinite(np.asarray(logits)[0, :2]).all():
         raise OSError(f"{folder} was written, but its logits are not finite; report this as a bug.")
-    return written
 
 
 def _evaluate(
-    inputs: Inputs, models: Mapping[str, merge.Model], recipe: Recipe
+    state: stages.Run, inputs: Inputs, models: staged.Models, merged: Path, recipe: Recipe
 ) -> tuple[dict[str, Any], compare.Difference | None]:
     """Loss of every model on the held-out text, and merge minus target."""
-    if inputs.held_out is None:
+    texts = inputs.held_out
+    if texts is None:
         return {}, None
-    scores = {}
-    for role in ("target", "merge", "source"):
-        cfg, params = models[role]
+    roles = ("target", "merge", "source")
+
+    def one(role: str) -> nll.Scores:
+        cfg, params = hf.load_hf(merged, dtype=jnp.float32) if role == "merge" else models(role)
         tokenizer = inputs.tokenizers["source" if role == "source" else "target"]
-        cut = nll.windows(inputs.held_out, tokenizer, max_positions=cfg.max_positions)
-        scores[role] = nll.score(params, cut, cfg=cfg)
+        return nll.score(
+            params, nll.windows(texts, tokenizer, max_positions=cfg.max_positions), cfg=cfg
+        )
+
+    read = staged.scores(state, lambda: {role: one(role) for role in roles})
+    scores = {role: read[role] for role in roles}
     same = {"merge": True, "source": inputs.is_one_tokenizer}
     change = compare.paired_bootstrap(scores["merge"], scores["target"], seed=recipe.seed)
     return facts.compared(scores, has_one_tokenizer=same, seed=recipe.seed), change
@@ -330,71 +411,6 @@ def _calibration_facts(inputs: Inputs, recipe: Recipe) -> dict[str, Any]:
         "rows": inputs.data.rows,
         "rows_are": recipe.rows,
     }
-
-
-def _write_details(
-    folder: Path,
-    recipe: Recipe,
-    inputs: Inputs,
-    prepared: merge.Prepared,
-    found: dict[str, Any],
-    command: str,
-    started: float,
-) -> None:
-    """README.md and ``ot_merge/``: recipe, coupling, report, provenance."""
-    details = folder / "ot_merge"
-    details.mkdir()
-    text = provenance.without_home(recipe.to_yaml())
-    (details / "recipe.yaml").write_text(text, encoding="utf-8")
-    if prepared.coupling is not None:
-        checkpoint.save_coupling(details / "coupling", prepared.coupling)
-    _write_json(details / "report.json", found)
-    (folder / "README.md").write_text(
-        provenance.model_card(
-            name=f"{inputs.folders['target'].path.name} + {inputs.folders['source'].path.name}",
-            models={role: one.path for role, one in inputs.folders.items()},
-            verdict=found["verdict"],
-            evaluation=[
-                (name, one["nll_per_token"], one["bits_per_byte"])
-                for name, one in found["evaluation"].items()
-            ],
-            command=provenance.without_home(command),
-            recipe=text,
-        ),
-        encoding="utf-8",
-    )
-    side = {
-        "command": provenance.without_home(command),
-        "recipe_sha256": provenance.sha256(details / "recipe.yaml"),
-        "inputs": {
-            role: {"name": one.path.name, "files": provenance.file_hashes(one.path, _WEIGHT_FILES)}
-            for role, one in inputs.folders.items()
-        },
-        "texts": {
-            name: {
-                "name": Path(text.path).name,
-                "sha256": provenance.sha256(Path(text.path).expanduser()),
-            }
-            for name, text in _texts(recipe).items()
-        },
-        "calibration": found["calibration"],
-        "seed": recipe.seed,
-        "transport": found["sites"]
-        and {
-            site: {k: one[k] for k in ("largest_error", "most_iterations", "converged")}
-            for site, one in found["sites"].items()
-        },
-        "evaluation": found["evaluation"],
-        "output": provenance.file_hashes(folder, _WEIGHT_FILES),
-        "wall_seconds": round(time.monotonic() - started, 2),
-        **provenance.environment(),
-    }
-    _write_json(details / "provenance.json", side)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Indented UTF-8 JSON."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def evaluate(paths: Sequence[str], text: Text, *, seed: int = 0) -> dict[str, Any]:

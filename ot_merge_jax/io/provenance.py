@@ -14,8 +14,8 @@ from typing import Any
 import jax
 from huggingface_hub import ModelCard, ModelCardData
 
-_PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "orbax-checkpoint",
-             "safetensors", "transformers", "huggingface-hub", "numpy")  # fmt: skip
+_PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "safetensors",
+             "transformers", "huggingface-hub", "numpy")  # fmt: skip
 
 
 def sha256(path: Path) -> str:
