@@ -308,7 +308,7 @@ def test_disk_that_fills_up_at_the_end_keeps_what_is_finished(
     with monkeypatch.context() as patch:
         patch.setattr(provenance, "model_card", fail)
         with pytest.raises(
-            errors.ResourceError, match="The disk is full at .* \\(full\\); "
+            errors.ResourceError, match=r"The disk is full at .* \(full\); "
         ) as caught:
             pipeline.run(resolved(), out, command="ot-merge run x", keep=keep)
     assert caught.value.exit_code == 4
