@@ -30,6 +30,7 @@ STOREYS = (
     ("activations", "calibration", "fuse", "adapt"),
     ("merge",),
     ("sweep", "evaluate", "controls"),
+    ("staged",),
     ("pipeline",),
     ("cli", "demo"),
 )
