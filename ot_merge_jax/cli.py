@@ -85,8 +85,8 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             _say("error: out of memory; use smaller models, fewer samples or a larger machine.")
             raise typer.Exit(4) from None
-        except KeyboardInterrupt:
-            _say("interrupted; nothing unfinished was left behind.")
+        except KeyboardInterrupt as error:
+            _say(str(error) or "interrupted; nothing unfinished was left behind.")
             raise typer.Exit(130) from None
 
     return wrapped
@@ -165,6 +165,9 @@ def run(
     k: Annotated[str | None, typer.Option(help="Neurons kept in each layer; or all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random choice.", min=0)] = None,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the same run where it was interrupted.")
+    ] = False,
     strict: Annotated[bool, typer.Option(help="Fail if not converged or worse.")] = False,
     mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
     offline: Offline = False,
@@ -199,8 +202,10 @@ def run(
         result = pipeline.run(
             resolved,
             out,
-            command=shlex.join(["ot-merge", *sys.argv[1:]]),
+            # a resumed run publishes the same bytes, so it is the same command
+            command=shlex.join(["ot-merge", *(w for w in sys.argv[1:] if w != "--resume")]),
             overwrite=overwrite,
+            resume=resume,
             strict=strict,
             offline=offline,
             mesh=sharding.make_mesh(_mesh_sizes(mesh)) if mesh else None,
@@ -369,7 +374,7 @@ def demo(
 
 
 def _interrupt(*_: Any) -> None:
-    """A signal that ends the run like Ctrl-C, so that partial folders are removed."""
+    """A signal that ends the run like Ctrl-C, so that it says how to resume."""
     raise KeyboardInterrupt
 
 

@@ -68,6 +68,7 @@ def run(
             command="ot-merge demo",
             overwrite=overwrite,
             offline=offline,
+            keep=False,  # there is nothing to resume: it takes a minute, and has no such flag
             known={role: scores[path] for role, path in folders.items() if path in scores},
         )
         scores |= {path: results[name].scores[role] for role, path in folders.items()}

@@ -128,12 +128,68 @@ def prepare(
     vocabulary: VocabularyMatch | None = None,
 ) -> Prepared:
     """Everything of `merge` that does not depend on the strength; same arguments."""
+    reference = source_base or source
+    check_needs(source, source_base, vocabulary, spec=spec)
+    found = rows = None
+    if sites := sites_of(spec.weights):
+        role = "source base" if source_base else "source"
+        rows = (
+            gather(target[1], batches[0], cfg=target[0], sites=sites, model="target"),
+            gather(reference[1], batches[1], cfg=reference[0], sites=sites, model=role),
+        )
+        found = couplings.couple(*rows, hparams, spec=spec)
+    moved, masks = move(
+        target, source, found, rows, spec=spec, source_base=source_base, vocabulary=vocabulary
+    )
+    return Prepared(moved, masks, found, *(rows or (None, None)))
+
+
+def check_needs(
+    source: Model,
+    source_base: Model | None,
+    vocabulary: VocabularyMatch | None,
+    *,
+    spec: MergeSpec,
+) -> None:
+    """Refuses a spec that needs a source base or matched tokens that are not given."""
     if spec.rule == "delta" and source_base is None:
         raise RecipeError(
             "rule: delta needs source_base, the checkpoint the source was fine-tuned from; "
             "give it or choose the preset barycentric."
         )
     check_base(source, source_base)
+    if set(spec.weights) & set(VOCABULARY) and vocabulary is None:
+        raise RecipeError("Moving embed or head needs the matched tokens of the two vocabularies.")
+
+
+def move(
+    target: Model,
+    source: Model,
+    coupling: Coupling | None,
+    rows: tuple[Activations, Activations] | None,
+    *,
+    spec: MergeSpec,
+    source_base: Model | None = None,
+    vocabulary: VocabularyMatch | None = None,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The transported weights and their masks, by parameter path.
+
+    Args:
+        target: Configuration and parameters of the target.
+        source: The same of the source.
+        coupling: From `couplings.couple`; None when only the vocabulary moves.
+        rows: The activations the coupling was made with; None when only the vocabulary moves.
+        spec: What moves and how.
+        source_base: What the source was fine-tuned from; its weights are subtracted for ``delta``.
+        vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
+
+    Returns:
+        Path -> transported weight (of the delta, for rule ``delta``), and path -> mask.
+
+    Raises:
+        RecipeError: if the spec needs a source base or a vocabulary that is not given.
+    """
+    check_needs(source, source_base, vocabulary, spec=spec)
     reference = source_base or source
 
     def carried(path: str) -> Any:
@@ -145,22 +201,13 @@ def prepare(
 
     moved: dict[str, jax.Array] = {}
     masks: dict[str, jax.Array] = {}
-    found = rows_target = rows_source = None
-    if sites := sites_of(spec.weights):
-        rows_target = gather(target[1], batches[0], cfg=target[0], sites=sites, model="target")
-        role = "source base" if source_base else "source"
-        rows_source = gather(reference[1], batches[1], cfg=reference[0], sites=sites, model=role)
-        found = couplings.couple(rows_target, rows_source, hparams, spec=spec)
-        moved = _projections(target[1], carried, found, rows_target, rows_source, spec=spec)
-        masks = fuse.masks(rows_target, spec=spec)
-    if set(spec.weights) & set(VOCABULARY):
-        if vocabulary is None:
-            raise RecipeError(
-                "Moving embed or head needs the matched tokens of the two vocabularies."
-            )
-        tables, rows = _tables(target, source[0], carried, reference, vocabulary, spec=spec)
-        moved, masks = moved | tables, masks | rows
-    return Prepared(moved, masks, found, rows_target, rows_source)
+    if coupling is not None and rows is not None:
+        moved = _projections(target[1], carried, coupling, *rows, spec=spec)
+        masks = fuse.masks(rows[0], spec=spec)
+    if vocabulary is not None and set(spec.weights) & set(VOCABULARY):
+        tables, kept = _tables(target, source[0], carried, reference, vocabulary, spec=spec)
+        moved, masks = moved | tables, masks | kept
+    return moved, masks
 
 
 @jax.jit
@@ -278,10 +325,10 @@ def describe(
         Norm ratios over the selected entries, and how sharp and how converged the plans were.
     """
     weights = {}
-    for path, moved in prepared.moved.items():
-        name = weight_of(path)
-        if name is None or path.endswith("/bias"):
-            continue
+    paths = {weight_of(path): path for path in prepared.moved if not path.endswith("/bias")}
+    for name in (name for name in (*PROJECTIONS, *VOCABULARY) if name in paths):
+        path = paths[name]
+        moved = prepared.moved[path]
         strength = fuse.strength_of(hparams.strength, name)
         kernel, mask = specs.get(target[1], path), prepared.masks.get(path)
         ratios = _ratios(kernel, moved, mask, strength, rule=spec.rule)

@@ -88,6 +88,16 @@ def sweep(
 
     groups = [name for name, members in GROUPS.items() if members & set(spec.weights)]
     points = search(loss, groups, GRIDS[spec.rule] if grid is None else grid)
+    return chosen(points, hparams)
+
+
+def chosen(points: list[Point], hparams: HParams) -> Sweep:
+    """The points with the best strength; of equal losses the first, which is the smaller.
+
+    Example:
+        >>> chosen([Point(0.0, 2.0), Point(0.5, 1.0), Point(1.0, 1.0)], HParams(0.0)).hparams[0]
+        0.5
+    """
     best = min(points, key=lambda point: point.loss)
     if not math.isfinite(best.loss):
         raise NonFiniteError("The loss on the dev split is not finite at any strength, not even 0.")

@@ -23,7 +23,7 @@ MAX_LINES = 500
 #: kept free of cycles.
 STOREYS = (
     ("errors", "progress", "assets", "redaction"),
-    ("types", "config"),
+    ("types", "config", "config_file", "rope_settings"),
     ("spaces", "sharding"),
     ("models", "recipe", "transport"),
     ("io",),
@@ -31,6 +31,7 @@ STOREYS = (
     ("activations", "calibration", "fuse", "adapt"),
     ("merge",),
     ("sweep", "evaluate", "controls"),
+    ("staged", "preflight"),
     ("pipeline",),
     ("cli", "demo"),
 )

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ot_merge_jax import calibration, errors, pipeline, recipe, sharding, texts
+from ot_merge_jax import calibration, errors, pipeline, preflight, recipe, sharding, texts
 from ot_merge_jax.evaluate.compare import Difference
-from ot_merge_jax.io import hf
+from ot_merge_jax.io import details, hf, provenance
 from ot_merge_jax.report import facts
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, WeightReport
 
@@ -83,7 +83,7 @@ def test_dev_split_gives_no_rows(rows, seed, resolved, out, lines, monkeypatch):
         "align",
         lambda documents, *a, **k: aligned.append(documents) or real(documents, *a, **k),
     )
-    inputs = pipeline.check(resolved(rows=rows, seed=seed), out, overwrite=False)
+    inputs = preflight.check(resolved(rows=rows, seed=seed), out, overwrite=False)
     assert not set(inputs.texts) & set(inputs.dev)
     assert sorted(inputs.texts + inputs.dev) == sorted(lines)
     assert len(inputs.dev) == 12
@@ -95,7 +95,7 @@ def test_dev_split_gives_no_rows(rows, seed, resolved, out, lines, monkeypatch):
 
 def test_rows_are_the_tokens_of_the_row_documents(resolved, out):
     """What is really in the batches: decoded, they are the row documents and no dev document."""
-    inputs = pipeline.check(resolved(rows="sample"), out, overwrite=False)
+    inputs = preflight.check(resolved(rows="sample"), out, overwrite=False)
     tokenizer = inputs.tokenizers["target"]
     decoded = [
         tokenizer.decode(tokens[mask], skip_special_tokens=True)
@@ -135,17 +135,17 @@ def test_held_out_text_is_only_reported(resolved, out, text_file, tmp_path):
 
 def test_samples_limits_the_documents_that_give_rows(resolved, out, text_file):
     settings = {"calibration": {"path": str(text_file), "samples": 20}}
-    inputs = pipeline.check(resolved(**settings), out, overwrite=False)
+    inputs = preflight.check(resolved(**settings), out, overwrite=False)
     assert (len(inputs.texts), len(inputs.dev)) == (20, 5)
-    again = pipeline.check(resolved(**settings), out, overwrite=False)
+    again = preflight.check(resolved(**settings), out, overwrite=False)
     assert (again.texts, again.dev) == (inputs.texts, inputs.dev)
-    other = pipeline.check(resolved(seed=1, **settings), out, overwrite=False)
+    other = preflight.check(resolved(seed=1, **settings), out, overwrite=False)
     assert set(other.texts) != set(inputs.texts)
 
 
 def test_check_reads_no_weights(resolved, out, monkeypatch):
     monkeypatch.setattr(hf, "load_hf", lambda *a, **k: pytest.fail("read weights"))
-    pipeline.check(resolved(), out, overwrite=False)
+    preflight.check(resolved(), out, overwrite=False)
     assert left_in(out) == []
 
 
@@ -233,7 +233,7 @@ def test_verdict_of_a_run_is_in_report_card_and_result(resolved, out, text_file)
 @pytest.mark.parametrize("ratio", [0.1, 1e-6], ids=["moved", "nothing-moved"])
 def test_strict_refuses_a_measured_worsening(ratio, resolved, out, monkeypatch):
     """Also of a merge that only shrinks the target."""
-    monkeypatch.setattr(pipeline, "_evaluate", lambda *a: ({}, WORSE))
+    monkeypatch.setattr(pipeline, "_evaluate", lambda *a: ({}, {}, WORSE))
     monkeypatch.setattr(facts, "is_nothing_transferred", lambda *a: ratio < 1e-4)
     with pytest.raises(errors.StrictError, match=r"\+0\.1000 nats") as caught:
         pipeline.run(resolved(), out, command="test", strict=True)
@@ -268,36 +268,41 @@ def test_mesh_gives_what_one_device_gives(resolved, out, text_file, monkeypatch)
 
 # ---- atomicity ----
 
-LATE = ["_self_check", "_evaluate", "_write_details", "_write_json"]
+LATE = [
+    (pipeline, "_self_check"),
+    (pipeline, "_evaluate"),
+    (details, "write"),
+    (provenance, "model_card"),
+]
+each_late = pytest.mark.parametrize("place", LATE, ids=lambda place: place[1])
 
 
-@pytest.mark.parametrize("stage", LATE)
+@each_late
 @pytest.mark.parametrize(
-    "problem",
-    [ValueError("a bug"), KeyboardInterrupt(), errors.InputError("bad."), OSError(errno.EIO, "io")],
+    "problem", [ValueError("a bug"), errors.InputError("bad."), OSError(errno.EIO, "io")]
 )
-def test_late_failure_leaves_nothing(stage, problem, resolved, out, monkeypatch):
+def test_late_failure_leaves_nothing(place, problem, resolved, out, monkeypatch):
     def fail(*a, **k):
         assert [
             name for name in left_in(out) if ".partial-" in name
         ]  # it is late: files have been written
         raise problem
 
-    monkeypatch.setattr(pipeline, stage, fail)
+    monkeypatch.setattr(*place, fail)
     with pytest.raises(type(problem)):
         pipeline.run(resolved(), out, command="test")
     assert left_in(out) == []
 
 
-@pytest.mark.parametrize("stage", LATE)
-def test_late_failure_keeps_the_folder_it_would_have_replaced(stage, resolved, out, monkeypatch):
+@each_late
+def test_late_failure_keeps_the_folder_it_would_have_replaced(place, resolved, out, monkeypatch):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
 
     def fail(*a, **k):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(pipeline, stage, fail)
+    monkeypatch.setattr(*place, fail)
     with pytest.raises(ValueError, match="a bug"):
         pipeline.run(resolved(), out, command="test", overwrite=True)
     assert left_in(out) == ["out"]
@@ -309,14 +314,14 @@ def test_folder_that_appears_meanwhile_is_not_replaced_unasked(
     overwrite, resolved, out, monkeypatch
 ):
     """Two runs with one output: the second must not delete what the first has just published."""
-    real = pipeline._write_details
+    real = details.write
 
     def late(*a, **k):
         out.mkdir()
         (out / "notes.txt").write_text("mine")
         return real(*a, **k)
 
-    monkeypatch.setattr(pipeline, "_write_details", late)
+    monkeypatch.setattr(details, "write", late)
     if overwrite:
         pipeline.run(resolved(), out, command="test", overwrite=True)
         assert (out / "config.json").exists()
@@ -328,15 +333,42 @@ def test_folder_that_appears_meanwhile_is_not_replaced_unasked(
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT])
-def test_disk_that_fills_up_at_the_end_is_a_resource_error(number, resolved, out, monkeypatch):
+@pytest.mark.parametrize("keep", [True, False])
+def test_disk_that_fills_up_at_the_end_keeps_what_is_finished(
+    keep, number, resolved, out, monkeypatch
+):
     def fail(*a, **k):
         raise OSError(number, "full")
 
-    monkeypatch.setattr(pipeline, "_write_json", fail)
-    with pytest.raises(errors.ResourceError) as caught:
-        pipeline.run(resolved(), out, command="test")
+    with monkeypatch.context() as patch:
+        patch.setattr(provenance, "model_card", fail)
+        with pytest.raises(
+            errors.ResourceError, match=r"The disk is full at .* \(full\); "
+        ) as caught:
+            pipeline.run(resolved(), out, command="ot-merge run x", keep=keep)
     assert caught.value.exit_code == 4
-    assert left_in(out) == []
+    if not keep:
+        assert str(caught.value).endswith("; nothing was written.")
+        assert left_in(out) == []
+        return
+    [partial] = left_in(out)
+    kept = f"finished stages are kept in {partial}, continue with: ot-merge run x --resume"
+    assert str(caught.value).endswith(kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(hf, "write_model", lambda *a, **k: pytest.fail("the model was finished"))
+        pipeline.run(resolved(), out, command="ot-merge run x", resume=True)
+    assert left_in(out) == ["out"]
+
+
+def test_full_memory_keeps_what_is_finished(resolved, out, monkeypatch):
+    def fail(*a, **k):
+        raise MemoryError
+
+    monkeypatch.setattr(pipeline, "_self_check", fail)
+    with pytest.raises(errors.ResourceError, match=r"memory is full; .* ot-merge run x --resume$"):
+        pipeline.run(resolved(), out, command="ot-merge run x")
+    [partial] = left_in(out)
+    assert partial.startswith("out.partial-")
 
 
 def test_inputs_that_fail_the_check_are_never_loaded(resolved, out, monkeypatch):

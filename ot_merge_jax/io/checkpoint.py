@@ -1,37 +1,129 @@
-"""The coupling of a run on disk, by Orbax: potentials, layer plans, standard deviations."""
+"""What the stages of a run leave on disk: arrays, activations, couplings, JSON values.
+
+All of it is the same bytes whenever the values are, so that a resumed run publishes what an
+uninterrupted one does. (Orbax names its chunks at random and stores the time.)
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import orbax.checkpoint as ocp
+import jax.numpy as jnp
+import numpy as np
 
-from ot_merge_jax.types import Coupling, Potentials
+from ot_merge_jax.io import safetensors
+from ot_merge_jax.types import Activations, Coupling, Potentials
 
-
-def save_coupling(path: Path, coupling: Coupling) -> None:
-    """Writes a coupling into a folder that does not exist yet; returns when it is on disk."""
-    tree = coupling._asdict()
-    tree["feature"] = {site: one._asdict() for site, one in coupling.feature.items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.resolve(), tree)
-        checkpointer.wait_until_finished()
-    # orbax needs this file, and signs it with the absolute path it was written under
-    (path / "commit_success.txt").write_text("written\n", encoding="utf-8")
+_ARRAYS = "arrays.safetensors"
+_ROW_ID = "row_id"
 
 
-def load_coupling(path: Path) -> Coupling:
+def save_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes named arrays of at least one dimension into a folder; names may hold slashes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.write(folder / _ARRAYS, {name: np.asarray(one) for name, one in arrays.items()})
+
+
+def load_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """Reads what `save_arrays` wrote.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_arrays(folder, {"a/b": np.array([1.5, 2.5])})
+        >>> load_arrays(folder)["a/b"].tolist()
+        [1.5, 2.5]
+    """
+    file = safetensors.TensorFile(folder / _ARRAYS)
+    return {name: file.read(name) for name in file.names()}
+
+
+def allocator(folder: Path) -> Callable[[str, tuple[int, ...]], np.ndarray]:
+    """Makes float32 arrays that live in files of a folder, for `ot_merge_jax.activations.gather`.
+
+    The disk space is reserved at once: a memory map on a disk that fills up ends the process.
+
+    Returns:
+        A function from the name of a site and a shape to a writable memory map.
+    """
+
+    def allocate(site: str, shape: tuple[int, ...]) -> np.ndarray:
+        path = folder / f"{site}.npy"
+        made = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return made
+
+    return allocate
+
+
+def save_row_ids(folder: Path, rows: Activations) -> None:
+    """Completes a folder whose sites `allocator` has made, so that `load_activations` reads it."""
+    np.save(folder / f"{_ROW_ID}.npy", rows.row_id)
+
+
+def load_activations(folder: Path) -> Activations:
+    """Activations that stay on disk until they are used.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> rows = Activations({"mlp_in": allocator(folder)("mlp_in", (1, 2, 3))}, np.arange(2))
+        >>> rows.values["mlp_in"][:] = 0.5
+        >>> save_row_ids(folder, rows)
+        >>> again = load_activations(folder)
+        >>> again.values["mlp_in"].shape, again.row_id.tolist()
+        ((1, 2, 3), [0, 1])
+    """
+    stored = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+    row_id = np.array(stored.pop(_ROW_ID))
+    return Activations(stored, row_id)  # pyright: ignore[reportArgumentType]
+
+
+def save_coupling(folder: Path, coupling: Coupling) -> None:
+    """Writes a coupling: potentials, layer plans, standard deviations."""
+    named = {
+        f"{part}/{site}": one
+        for part in ("layer", "std_target", "std_source")
+        for site, one in getattr(coupling, part).items()
+    }
+    for site, potentials in coupling.feature.items():
+        named |= {f"feature/{site}/{key}": one for key, one in potentials._asdict().items()}
+    save_arrays(folder, named)
+
+
+def load_coupling(folder: Path) -> Coupling:
     """Reads what `save_coupling` wrote.
 
     Example:
-        >>> import jax.numpy as jnp, tempfile
+        >>> import tempfile
         >>> layer = {"mlp_in": jnp.full((1, 2), 0.5)}
         >>> folder = Path(tempfile.mkdtemp()) / "coupling"
         >>> save_coupling(folder, Coupling(layer, {}, layer, layer))
         >>> load_coupling(folder).layer["mlp_in"].tolist()
         [[0.5, 0.5]]
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.restore(path.resolve())
-    tree["feature"] = {site: Potentials(**one) for site, one in (tree["feature"] or {}).items()}
-    return Coupling(**tree)
+    parts: dict[str, dict[str, Any]] = {part: {} for part in Coupling._fields}
+    for name, one in load_arrays(folder).items():
+        part, site, *field = name.split("/")
+        if field:
+            parts[part].setdefault(site, {})[field[0]] = jnp.asarray(one)
+        else:
+            parts[part][site] = jnp.asarray(one)
+    parts["feature"] = {site: Potentials(**one) for site, one in parts["feature"].items()}
+    return Coupling(**parts)
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Indented UTF-8 JSON; a float is read back as the same float."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_json(path: Path) -> Any:
+    """Reads what `save_json` wrote."""
+    return json.loads(path.read_bytes())

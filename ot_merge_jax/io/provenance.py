@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from ot_merge_jax.io import hub
 from ot_merge_jax.redaction import redacted
 
-_PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "orbax-checkpoint",
-             "safetensors", "transformers", "huggingface-hub", "numpy")  # fmt: skip
+_PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "safetensors",
+             "transformers", "huggingface-hub", "numpy")  # fmt: skip
 
 
 def sha256(path: Path) -> str:

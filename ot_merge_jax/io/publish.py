@@ -7,13 +7,17 @@ import errno
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import filelock
 
 from ot_merge_jax.errors import InputError, ResourceError
 
 #: What a full disk looks like: no space, quota, file too large.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LOCK = ".ot-merge.lock"
 #: Bytes of a name that leave room for ``.replaced-`` and a run id.
 _MAX_NAME = 255 - len(".replaced-01234567")
 
@@ -87,39 +91,111 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     check_output(out, overwrite=overwrite)
     out = out.expanduser().resolve()
     run_id = secrets.token_hex(4)
-    partial, old = (
+    partial, aside = (
         out.with_name(f"{out.name}.partial-{run_id}"),
         out.with_name(f"{out.name}.replaced-{run_id}"),
     )
+    with parents(out):
+        try:
+            partial.mkdir()
+            yield partial
+            put(partial, out, aside=aside, overwrite=overwrite)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and is_full(error):
+                raise ResourceError(
+                    f"The disk is full at {out.parent} ({error.strerror}); nothing was written."
+                ) from error
+            raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put(folder: Path, out: Path, *, aside: Path, overwrite: bool = False) -> None:
+    """Renames a finished folder to ``out``, flushed to disk first.
+
+    Args:
+        folder: The folder.
+        out: Its new name.
+        aside: Where an existing ``out`` goes; back again if something fails, else the caller's to
+            delete.
+        overwrite: Whether an existing ``out`` may be replaced.
+
+    Raises:
+        InputError: if somebody has written ``out`` meanwhile.
+    """
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+    check_output(out, overwrite=overwrite)
+    try:
+        if out.exists():
+            out.rename(aside)
+        folder.rename(out)
+    except BaseException:
+        if aside.exists() and not out.exists():
+            aside.rename(out)
+        raise
+
+
+@contextlib.contextmanager
+def parents(out: Path) -> Iterator[None]:
+    """The folders above ``out``; those that had to be made go again if they stay empty."""
     missing = [folder for folder in out.parents if not folder.exists()]  # deepest first
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        _sync(partial)
-        check_output(out, overwrite=overwrite)  # somebody may have written it meanwhile
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, OSError) and error.errno in _FULL:
-            raise ResourceError(
-                f"The disk is full at {out.parent} ({error.strerror}); nothing was written."
-            ) from error
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    """Flushes every file and folder to disk, so that the rename publishes what was written."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keeps other processes from writing ``out`` while the block runs.
+
+    The lock is the operating system's, so that of a process that died binds nobody.
+
+    Raises:
+        InputError: naming host and process, if another process has the lock.
+
+    Example:
+        >>> import tempfile
+        >>> out = Path(tempfile.mkdtemp()) / "result"
+        >>> with locked(out), locked(out):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        ot_merge_jax.errors.InputError: Another run, process ... on ..., is writing ...
+    """
+    out = out.resolve()
+    path = out.with_name(f"{out.name}{_LOCK}")
+    with parents(out):
+        lock = filelock.FileLock(path)
         try:
-            os.fsync(handle)
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            holder = path.read_text(encoding="utf-8") if path.exists() else "which is just ending"
+            raise InputError(
+                f"Another run, {holder}, is writing {out}; wait for it or choose another folder."
+            ) from error
+        try:
+            with contextlib.suppress(OSError):  # a full disk is told where it matters
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+            yield
         finally:
-            os.close(handle)
+            path.unlink(missing_ok=True)  # while we have it: a lock on a lost name is refused
+            lock.release()
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that there is no room on the disk."""
+    return error.errno in _FULL
+
+
+def flush(path: Path) -> None:
+    """Flushes a file or a folder to disk, so that a rename publishes what was written."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -115,6 +115,10 @@ class TensorFile:
         """Opens a file whose header `read_header` has accepted."""
         self._file = safetensors.safe_open(path, framework="np")
 
+    def names(self) -> list[str]:
+        """All tensors of the file."""
+        return list(self._file.keys())
+
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         """Reads a tensor, or a slice of it, in the file's dtype."""
         if not index:

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import yaml
 from desk import Desk
 
 from ot_merge_jax import pipeline
-from ot_merge_jax.io import hub
+from ot_merge_jax.io import hub, publish
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -244,8 +245,12 @@ def process(script, *arguments):
     )  # fmt: skip
 
 
-def test_full_disk_is_a_resource_error_and_leaves_nothing(desk, everything):
-    """A limit on the size of files stands in for a full disk, until it is just large enough."""
+def test_full_disk_is_a_resource_error_and_keeps_finished_stages_alone(desk, everything):
+    """A limit on the size of files stands in for a full disk, until it is just large enough.
+
+    At the first two nothing can be finished, so nothing is left; at the third the model does not
+    fit but the stages before it do, and the last continues with them.
+    """
     limits = (
         0,
         4096,
@@ -260,7 +265,8 @@ def test_full_disk_is_a_resource_error_and_leaves_nothing(desk, everything):
         "codes, left = [], []\n"
         f"for limit in {limits}:\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))\n"
-        "    try: cli.app(sys.argv[1:])\n"
+        "    more = ['--resume'] if codes else []\n"
+        "    try: cli.app([*sys.argv[1:], *more])\n"
         "    except SystemExit as stop: codes.append(stop.code)\n"
         f"    left.append(sorted(os.listdir({str(desk.folder)!r})))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))\n"
@@ -272,23 +278,63 @@ def test_full_disk_is_a_resource_error_and_leaves_nothing(desk, everything):
     out, err = started.communicate(timeout=300)
     codes, left = ast.literal_eval(out.splitlines()[-1])
     assert codes == [4, 4, 4, 0], err
-    assert left == [before, before, before, sorted([*before, "out"])]
-    sentence = re.compile(r"error: The disk is full at .*; nothing was written\.")
-    assert all(sentence.fullmatch(line) for line in err.splitlines())
-    assert len(err.splitlines()) == 3
+    partial = next(name for name in left[2] if ".partial-" in name)
+    assert left == [before, before, sorted([*before, partial]), sorted([*before, "out"])]
+    nothing, again, kept = err.splitlines()
+    sentence = r"error: The disk is full at .*; "
+    for line in (nothing, again):
+        assert re.fullmatch(sentence + r"nothing was written\.", line)
+    assert re.fullmatch(
+        sentence + rf"finished stages are kept in {partial}, continue with: ot-merge .* --resume",
+        kept,
+    )
     assert (everything()[1], everything()[0]["copy/" + SINGLE]) == inputs
 
 
-def test_interrupt_when_the_folder_is_nearly_done(desk, everything, cli, monkeypatch):
+@pytest.fixture
+def interrupted(desk, everything):
+    """Checks what an interrupt left, continues with the command it printed, checks the rest."""
+
+    def check(before, sentence, cli):
+        start = "interrupted; finished stages are kept in "
+        assert sentence.startswith(start), sentence
+        partial, _, command = sentence.removeprefix(start).partition(", continue with: ")
+        now = everything()
+        assert now[1] == before[1]
+        assert {name for name in now[0] if name.split("/")[0] != partial} == set(before[0])
+        program, *words = shlex.split(command)
+        assert (program, words[-1]) == ("ot-merge", "--resume")
+        assert cli(*words).code == 0
+        names = {path.name for path in desk.folder.iterdir()}
+        assert names == {name for name in before[0] if "/" not in name} | {"out"}
+
+    return check
+
+
+def test_interrupt_when_the_folder_is_nearly_done(desk, everything, cli, monkeypatch, interrupted):
     """SIGINT, as from Ctrl-C, while everything but the report lies in the partial folder."""
 
-    def interrupted(*a, **k):
-        assert list(desk.folder.glob("out.partial-*"))
+    def stopped(*a, **k):
+        assert list(desk.folder.glob("out.partial-*/model/*.safetensors"))
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr(pipeline, "_evaluate", interrupted)
     before = everything()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_evaluate", stopped)
+        called = cli(*desk.run("--quiet"))
+    assert (called.code, called.out) == (130, "")
+    [sentence] = called.err.splitlines()
+    interrupted(before, sentence, cli)
+
+
+def test_interrupt_before_anything_is_finished(desk, everything, cli, monkeypatch):
+    def stopped(*a, **k):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    before = everything()
+    monkeypatch.setattr(pipeline, "_load", stopped)
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (130, "")
     assert called.err.splitlines() == ["interrupted; nothing was written."]
@@ -296,16 +342,29 @@ def test_interrupt_when_the_folder_is_nearly_done(desk, everything, cli, monkeyp
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_interrupt_from_outside(desk, everything, number):
-    """A signal that another process sends while the tool works."""
+def test_interrupt_from_outside(desk, everything, number, cli, interrupted):
+    """A signal that another process sends while the tool works, once a stage is finished."""
     before = everything()
-    started = process("cli.main()", *desk.delta(weights="embed", strength="1"))
+    started = process("cli.main()", *desk.delta(weights="up,embed", strength="1"))
+    loaded = 0
     for line in started.stderr:
-        if "load" in line:  # the models are being read
+        loaded += line.lstrip().startswith("[") and " load " in line
+        if loaded == 2:  # the target's activations are there, and the source base is read
             started.send_signal(number)
             break
     out, err = started.communicate(timeout=300)
     assert started.returncode == 130, err
     assert out == ""
     assert "Traceback" not in err
+    interrupted(before, err.splitlines()[-1], cli)
+
+
+def test_second_run_to_the_same_folder_is_refused(desk, everything, cli):
+    before = everything()
+    with publish.locked(desk.out):
+        called = cli(*desk.run("--quiet"))
+    assert (called.code, called.out) == (3, "")
+    [sentence] = called.err.splitlines()
+    assert sentence.startswith("error: Another run, process ")
+    assert f"process {os.getpid()} on {os.uname().nodename}," in sentence
     assert everything() == before

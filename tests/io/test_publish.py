@@ -15,7 +15,7 @@ import pytest
 
 from ot_merge_jax.errors import InputError, ResourceError
 from ot_merge_jax.io import publish
-from ot_merge_jax.io.publish import atomic_folder, check_output
+from ot_merge_jax.io.publish import atomic_folder, check_output, locked
 
 
 def names(folder):
@@ -320,4 +320,50 @@ def test_name_too_long_is_an_input_error(length, tmp_path):
 
 def test_check_writes_nothing(tmp_path):
     check_output(tmp_path / "new" / "out", inputs=[tmp_path / "elsewhere"])
+    assert names(tmp_path) == []
+
+
+# ---- locked ----
+
+
+def test_lock_names_host_and_process_and_is_gone_at_the_end(tmp_path):
+    with locked(tmp_path / "out"):
+        who = f"process {os.getpid()} on {os.uname().nodename}"
+        with pytest.raises(InputError, match=who), locked(tmp_path / "out"):
+            pytest.fail("two runs at once")
+        with locked(tmp_path / "other"):
+            pass
+    assert names(tmp_path) == []
+    with locked(tmp_path / "out"):
+        pass
+
+
+def test_lock_of_a_process_that_was_killed_is_no_obstacle(tmp_path):
+    script = (
+        "import pathlib, sys\n"
+        "from ot_merge_jax.io.publish import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "out")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"process {other.pid} on"), locked(tmp_path / "out"):
+            pytest.fail("two runs at once")
+        other.kill()
+    assert names(tmp_path) == ["out.ot-merge.lock"]
+    with locked(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_lock_makes_and_removes_parents(tmp_path):
+    with pytest.raises(Stop), locked(tmp_path / "new" / "deeper" / "out"):
+        assert names(tmp_path / "new" / "deeper") == ["out.ot-merge.lock"]
+        raise Stop
     assert names(tmp_path) == []

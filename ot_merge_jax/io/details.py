@@ -1,0 +1,143 @@
+"""What a run writes beside the model: README.md, and ``ot_merge/`` with report and provenance."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ot_merge_jax.io import checkpoint, provenance, records
+from ot_merge_jax.io.folder import ModelFolder
+from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.types import Coupling, MergeReport, WeightReport
+
+#: Every file of a model folder that decides what a run writes.
+FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+
+
+def inputs(
+    folders: Mapping[str, ModelFolder], sources: Mapping[str, records.Source]
+) -> dict[str, Any]:
+    """Names and hashes of everything a run reads, for the provenance.
+
+    Args:
+        folders: Role -> model folder.
+        sources: ``calibration`` and ``evaluation`` -> where the text comes from.
+    """
+    return {
+        "inputs": {
+            role: {
+                "name": one.name,
+                "hub": one.origin and one.origin._asdict(),
+                "files": provenance.file_hashes(one.path, FILES),
+            }
+            for role, one in folders.items()
+        },
+        "texts": {
+            name: {
+                "hub": one.origin and {**one.origin._asdict(), "split": one.split},
+                "files": [
+                    {"name": file.name, "sha256": provenance.sha256(file)} for file in one.files
+                ],
+            }
+            for name, one in sources.items()
+        },
+    }
+
+
+def write(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    folders: Mapping[str, ModelFolder],
+    coupling: Coupling | None,
+    found: dict[str, Any],
+    side: Mapping[str, Any],
+    started: float,
+) -> None:
+    """Writes the details of a run into the folder of its model.
+
+    Of two runs with the same inputs only ``wall_seconds`` and ``peak_memory_bytes`` in
+    ``provenance.json`` differ.
+
+    Args:
+        folder: Holds the model.
+        recipe: The resolved recipe.
+        folders: Role -> model folder.
+        coupling: Of the merge; None when only the vocabulary moved.
+        found: The report, JSON values.
+        side: ``run`` (the key), ``command``, and what `inputs` returned.
+        started: ``time.monotonic()`` when this process began.
+    """
+    details = folder / "ot_merge"
+    details.mkdir()
+    text = provenance.public(recipe.to_yaml())
+    command = provenance.public(side["command"])
+    (details / "recipe.yaml").write_text(text, encoding="utf-8")
+    if coupling is not None:
+        checkpoint.save_coupling(details / "coupling", coupling)
+    checkpoint.save_json(details / "report.json", found)
+    (folder / "README.md").write_text(
+        provenance.model_card(
+            name=" + ".join(folders[role].name for role in ("target", "source")),
+            models={role: (one.path, one.origin) for role, one in folders.items()},
+            verdict=found["verdict"],
+            evaluation=[
+                (name, one["nll_per_token"], one["bits_per_byte"])
+                for name, one in found["evaluation"].items()
+            ],
+            command=command,
+            recipe=text,
+        ),
+        encoding="utf-8",
+    )
+    whole = {
+        **side,
+        "command": command,
+        "recipe_sha256": provenance.sha256(details / "recipe.yaml"),
+        "calibration": found["calibration"],
+        "seed": recipe.seed,
+        "transport": found["sites"]
+        and {
+            site: {k: one[k] for k in ("largest_error", "most_iterations", "converged")}
+            for site, one in found["sites"].items()
+        },
+        "evaluation": found["evaluation"],
+        "output": provenance.file_hashes(folder, FILES),
+        "wall_seconds": round(time.monotonic() - started, 2),
+        **provenance.environment(),
+    }
+    checkpoint.save_json(details / "provenance.json", whole)
+
+
+def read(folder: Path, run_key: str) -> tuple[dict[str, Any], MergeReport] | None:
+    """The report of a published folder, if it is the unchanged result of the run of this key.
+
+    Args:
+        folder: Anything, or nothing.
+        run_key: From `stages.key`.
+
+    Returns:
+        The report and the diagnostics; None if the folder is something else.
+    """
+    details = folder / "ot_merge"
+    try:
+        side = checkpoint.load_json(details / "provenance.json")
+        if side["run"] != run_key or any(
+            provenance.sha256(folder / name) != digest for name, digest in side["output"].items()
+        ):
+            return None
+        found = checkpoint.load_json(details / "report.json")
+        weights = {
+            name: WeightReport(**{key: np.array(value) for key, value in one.items()})  # pyright: ignore[reportArgumentType]
+            for name, one in found["weights"].items()
+        }
+        has_coupling = (details / "coupling").exists()
+        coupling = checkpoint.load_coupling(details / "coupling") if has_coupling else None
+        rows = found["calibration"]["rows"] if has_coupling else 0
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # anything may lie in that folder
+    return found, MergeReport(weights, coupling, rows)

@@ -1,0 +1,333 @@
+"""The state of a run on disk: finished stages, checked by their hashes, so that a run can resume.
+
+A run works in ``OUT.partial-KEY/``. `stage` is the one mechanism: whatever a stage makes lies in
+files, the manifest names them with their hashes once they are whole, and every run, resumed or not,
+goes on with what it reads back from them. Imports errors, publish and provenance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pydantic
+
+from ot_merge_jax.errors import ResourceError
+from ot_merge_jax.io import provenance, publish
+
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_MANIFEST = "manifest.json"
+#: The folder of a run folder that is published.
+MODEL = "model"
+
+
+class File(pydantic.BaseModel):
+    """What a finished file was."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    sha256: str
+    bytes: int
+
+
+class Entry(pydantic.BaseModel):
+    """A finished stage: the stages it was made from, and its files, relative to the run folder."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    stage: str
+    needs: list[str]
+    files: dict[str, File]
+
+
+class Manifest(pydantic.BaseModel):
+    """All finished stages in order, and the hash of that list, since no file vouches for it."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    sha256: str
+    stages: list[Entry]
+
+
+class Run(NamedTuple):
+    """A run folder that is being worked in.
+
+    Attributes:
+        folder: ``OUT.partial-KEY``.
+        finished: Stage -> entry; grows as stages finish.
+    """
+
+    folder: Path
+    finished: dict[str, Entry]
+
+
+def key(parts: Mapping[str, Any]) -> str:
+    """Eight hex digits that stand for everything a run depends on.
+
+    Example:
+        >>> key({"seed": 0}) == key({"seed": 0}), key({"seed": 0}) == key({"seed": 1})
+        (True, False)
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def stage(
+    run: Run,
+    name: str,
+    make: Callable[[Path], object],
+    load: Callable[[Path], T],
+    *,
+    needs: Sequence[str] = (),
+    folder: str | None = None,
+) -> T:
+    """Makes a stage unless it is finished, and reads it.
+
+    Args:
+        run: The run folder.
+        name: Of the stage.
+        make: Writes files into the folder it is given.
+        load: Reads them. Called whether or not they were there before: one road for every run.
+        needs: Stages whose results ``make`` uses; if one is redone, so is this one.
+        folder: Where the files go, relative to the run folder; None: ``state/NAME``. Stages may
+            share a folder: what lies there and belongs to no other stage is this stage's.
+
+    Returns:
+        What ``load`` returns.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run(Path(tempfile.mkdtemp()), {})
+        >>> made = []
+        >>> def make(folder):
+        ...     made.append("once")
+        ...     (folder / "a.txt").write_text("one")
+        >>> read = lambda folder: (folder / "a.txt").read_text()
+        >>> [stage(run, "a", make, read) for _ in range(2)], made
+        (['one', 'one'], ['once'])
+    """
+    place = run.folder / (folder or f"state/{name}")
+    if name not in run.finished:
+        place.mkdir(parents=True, exist_ok=True)
+        make(place)
+        known = {file for entry in run.finished.values() for file in entry.files}
+        files = {
+            file: File(sha256=provenance.sha256(run.folder / file), bytes=_bytes(run.folder / file))
+            for file in _files(run.folder, place)
+            if file not in known
+        }
+        entry = Entry(stage=name, needs=list(needs), files=files)
+        _commit_point(f"before {name}")
+        _write_manifest(run.folder, [*run.finished.values(), entry])
+        run.finished[name] = entry
+        _commit_point(f"after {name}")
+    return load(place)
+
+
+@contextlib.contextmanager
+def run_folder(
+    out: Path,
+    run_key: str,
+    *,
+    command: str,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep: bool = True,
+) -> Iterator[Run]:
+    """The folder of a run, whose ``model`` becomes ``out`` when the block ends well.
+
+    A run that is killed or interrupted, or that finds the disk or the memory full, keeps its
+    finished stages; any other error leaves nothing. Call it under `publish.locked`.
+
+    Args:
+        out: The folder to publish.
+        run_key: From `key`.
+        command: What the user typed, to be told with ``--resume`` where stages are kept.
+        resume: Whether finished stages of a run of this key are used; otherwise they are deleted.
+        overwrite: Whether an existing ``out`` is replaced.
+        keep: Whether stages are kept at all.
+
+    Yields:
+        The run.
+
+    Raises:
+        InputError: from `publish.check_output`.
+        ResourceError: if the disk or the memory is full.
+        KeyboardInterrupt: saying how to resume.
+    """
+    out = out.resolve()
+    folder, aside = _places(out, run_key)
+    if aside.exists() and not out.exists():  # killed between the two renames of publishing
+        aside.rename(out)
+    publish.check_output(out, overwrite=overwrite)
+    run = Run(folder, {})
+    try:
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)
+        if resume and not folder.exists():
+            _LOG.info("resume: there is nothing to resume, so the run starts anew")
+        folder.mkdir(exist_ok=True)
+        _mention_others(out, folder)
+        if resume:
+            run.finished.update(_verified(folder))
+            _delete_others(run)
+        yield run
+        _commit_point("before publish")
+        publish.put(folder / MODEL, out, aside=aside, overwrite=overwrite)
+        _commit_point("after publish")
+    except BaseException as error:
+        is_full = isinstance(error, OSError) and publish.is_full(error)
+        is_short = is_full or isinstance(error, MemoryError | ResourceError)
+        is_kept = keep and (is_short or not isinstance(error, Exception))
+        is_kept = is_kept and (folder / _MANIFEST).exists()  # at least one stage is finished
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        left = (
+            f"finished stages are kept in {folder.name}, continue with: {command} --resume"
+            if is_kept
+            else "nothing was written."
+        )
+        if isinstance(error, OSError) and is_full:
+            raise ResourceError(
+                f"The disk is full at {out.parent} ({error.strerror}); {left}"
+            ) from error
+        if isinstance(error, MemoryError):
+            raise ResourceError(
+                f"The memory is full; use smaller models or a larger machine; {left}"
+            ) from error
+        if isinstance(error, ResourceError) and is_kept:
+            raise ResourceError(f"{str(error).rstrip('.')}; {left}") from error
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"interrupted; {left}") from error
+        raise
+    clear(out, run_key)
+
+
+def clear(out: Path, run_key: str) -> None:
+    """Deletes what a run has left beside its published folder."""
+    for leftover in _places(out.resolve(), run_key):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _places(out: Path, run_key: str) -> tuple[Path, Path]:
+    """The run folder, and where a folder that is replaced waits."""
+    return out.with_name(f"{out.name}.partial-{run_key}"), out.with_name(
+        f"{out.name}.replaced-{run_key}"
+    )
+
+
+def _mention_others(out: Path, folder: Path) -> None:
+    """Says what other runs have left; it is the user's to delete."""
+    others = sorted(
+        path.name
+        for path in out.parent.iterdir()
+        if path.name.startswith(f"{out.name}.partial-") and path != folder
+    )
+    if others:
+        _LOG.info(
+            "other runs to %s, with other settings or inputs, have left %s; "
+            "delete what is not to be resumed",
+            out.name,
+            ", ".join(others),
+        )
+
+
+def _verified(folder: Path) -> dict[str, Entry]:
+    """The finished stages whose files, and whose needs' files, are what they were."""
+    kept: dict[str, Entry] = {}
+    again, damaged = [], []
+    for entry in _read_manifest(folder):
+        bad = [file for file, was in entry.files.items() if not _is_intact(folder / file, was)]
+        damaged += bad
+        if bad or not kept.keys() >= set(entry.needs):
+            again.append(entry.stage)
+        else:
+            kept[entry.stage] = entry
+    if again:
+        _LOG.warning(
+            "resume: %s: not what was written; done again: %s", ", ".join(damaged), ", ".join(again)
+        )
+    if kept:
+        _LOG.info("resume: taken from %s: %s", folder.name, ", ".join(kept))
+    return kept
+
+
+def _is_intact(path: Path, was: File) -> bool:
+    """Whether a file has the size and the hash it had."""
+    try:
+        return _bytes(path) == was.bytes and provenance.sha256(path) == was.sha256
+    except OSError:
+        return False
+
+
+def _read_manifest(folder: Path) -> list[Entry]:
+    """The entries of a manifest; none if it is missing or damaged."""
+    path = folder / _MANIFEST
+    if not path.exists():
+        return []
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (OSError, pydantic.ValidationError):
+        manifest = None
+    if manifest is None or manifest.sha256 != _digest(manifest.stages):
+        _LOG.warning("resume: %s is damaged; the run starts anew", _MANIFEST)
+        return []
+    return manifest.stages
+
+
+def _write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
+    """Replaces the manifest; at every moment the old or the new one is there, whole.
+
+    The files it names are not flushed: one that a power cut takes away no longer has its hash.
+    """
+    new = folder / f"{_MANIFEST}.new"
+    manifest = Manifest(sha256=_digest(entries), stages=list(entries))
+    new.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    publish.flush(new)
+    new.replace(folder / _MANIFEST)
+    publish.flush(folder)
+
+
+def _digest(entries: Sequence[Entry]) -> str:
+    """SHA-256 of the list of stages."""
+    return hashlib.sha256("\n".join(one.model_dump_json() for one in entries).encode()).hexdigest()
+
+
+def _delete_others(run: Run) -> None:
+    """Deletes what belongs to no finished stage: the files and folders a dying run was making."""
+    known = {_MANIFEST} | {file for entry in run.finished.values() for file in entry.files}
+    for file in _files(run.folder, run.folder):
+        if file not in known:
+            (run.folder / file).unlink()
+    for parent, _, _ in os.walk(run.folder, topdown=False):
+        with contextlib.suppress(OSError):  # not empty
+            Path(parent).rmdir()
+    run.folder.mkdir(exist_ok=True)
+
+
+def _files(root: Path, folder: Path) -> list[str]:
+    """All files below a folder, as POSIX paths relative to ``root``; links are not followed."""
+    found = [
+        Path(parent, name).relative_to(root).as_posix()
+        for parent, _, names in os.walk(folder)
+        for name in names
+    ]
+    return sorted(found)
+
+
+def _bytes(path: Path) -> int:
+    """Size of a file."""
+    return path.stat().st_size
+
+
+def _commit_point(name: str) -> None:
+    """Where tests let a run die as by ``kill -9``: ``OT_MERGE_CRASH_AT="before coupling"``."""
+    if os.environ.get("OT_MERGE_CRASH_AT") == name:
+        os._exit(137)

@@ -1,0 +1,197 @@
+"""Everything about a run's inputs that can be checked before weights are read."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import calibration, merge, spelling, texts
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.io import publish, records
+from ot_merge_jax.io.folder import ModelFolder, open_folder
+from ot_merge_jax.recipe import Recipe, Text
+from ot_merge_jax.spaces import VOCABULARY
+from ot_merge_jax.texts import Document
+from ot_merge_jax.types import VocabularyMatch
+
+_LOG = logging.getLogger(__name__)
+_HELD_OUT_ROWS = 1024
+
+
+class Inputs(NamedTuple):
+    """Everything that was checked before weights are read.
+
+    Attributes:
+        recipe: The recipe with ``rows`` decided.
+        folders: Role (``target``, ``source``, ``source base``) -> folder.
+        tokenizers: Role -> tokenizer.
+        texts: Documents that give rows.
+        dev: Documents that choose the strength.
+        held_out: Documents that are reported, or None.
+        sources: Name of a text (``calibration``, ``evaluation``) -> where it comes from.
+        data: Row-aligned batches of the calibration texts.
+        held_out_data: The same of the dev split, for held-out diagnostics; None if it is too small.
+        is_one_tokenizer: Whether target and source share a tokenizer.
+        vocabulary: Matched tokens, if the vocabulary moves.
+    """
+
+    recipe: Recipe
+    folders: dict[str, ModelFolder]
+    tokenizers: dict[str, Any]
+    texts: list[Document]
+    dev: list[Document]
+    held_out: list[Document] | None
+    sources: dict[str, records.Source]
+    data: calibration.Calibration
+    held_out_data: calibration.Calibration | None
+    is_one_tokenizer: bool
+    vocabulary: VocabularyMatch | None
+
+
+def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) -> Inputs:
+    """Checks folders, tokenizers and texts, and tokenises; reads no weights.
+
+    What is named by a hub id is fetched first, weights too; this is all that uses the network.
+    """
+    paths = {"target": recipe.target, "source": recipe.source, "source base": recipe.source_base}
+    paths = {role: path for role, path in paths.items() if path is not None}
+    named = [*paths.values(), *(text.path for text in _texts(recipe).values())]
+    local = [path for one in named if (path := Path(one).expanduser()).exists()]
+    publish.check_output(out, inputs=local, overwrite=overwrite)
+    sources = {
+        name: records.locate(text.path, offline=offline) for name, text in _texts(recipe).items()
+    }
+    folders = {role: open_folder(path, offline=offline) for role, path in paths.items()}
+    if "source base" in folders:
+        merge.check_base((folders["source"].cfg, {}), (folders["source base"].cfg, {}))
+    tokenizers = {role: tokenizer_of(folder) for role, folder in folders.items()}
+    documents = _sampled(recipe, sources["calibration"])
+    train, dev = texts.split(documents, seed=recipe.seed)
+    held_out = None
+    if recipe.evaluation is not None:
+        held_out = documents_of(recipe.evaluation, sources["evaluation"])
+    if not documents:
+        raise InputError(f"{recipe.calibration.path} has 0 documents; add text.")
+    if recipe.strength == "auto" and not dev:
+        raise InputError(
+            f"{recipe.calibration.path} has too few documents ({len(documents)}) for a dev split; "
+            f"add text or give a strength."
+        )
+    both = tokenizers["target"], tokenizers["source"]
+    is_one = calibration.is_same_tokenizer(*both, documents)
+    # a base often has no chat template: it reads what the source's own template writes
+    as_source = [texts.render(one, tokenizers["source"]).text for one in documents]
+    if "source base" in tokenizers and not calibration.is_same_tokenizer(
+        tokenizers["source base"], tokenizers["source"], as_source
+    ):
+        raise InputError(
+            "Source and source base have different tokenizers; give the right checkpoint."
+        )
+    if recipe.rows == "auto":
+        recipe = recipe.model_copy(update={"rows": "token" if is_one else "span"})
+    settings = {
+        "rows": recipe.rows,
+        "max_length": min(recipe.max_length, *(f.cfg.max_positions for f in folders.values())),
+        "seed": recipe.seed,
+    }
+    data = calibration.align(train, *both, max_rows=recipe.max_rows, **settings)
+    try:
+        unseen = calibration.align(dev, *both, max_rows=_HELD_OUT_ROWS, **settings)
+    except InputError:
+        unseen = None  # too few dev documents for held-out diagnostics
+    matched = None
+    if set(recipe.weights) & set(VOCABULARY):
+        matched = _vocabulary(recipe, folders, tokenizers, train, is_one=is_one)
+    return Inputs(
+        recipe, folders, tokenizers, train, dev, held_out, sources, data, unseen, is_one, matched
+    )
+
+
+def tokenizer_of(folder: ModelFolder) -> Any:
+    """The tokenizer of a model, if it fits the model's tables."""
+    tokenizer = calibration.load_tokenizer(folder.path)
+    if len(tokenizer) > folder.cfg.vocab_size:
+        raise InputError(
+            f"The tokenizer of {folder.path} has {len(tokenizer)} tokens but the model "
+            f"has {folder.cfg.vocab_size} rows; one of them is not its own."
+        )
+    return tokenizer
+
+
+def _texts(recipe: Recipe) -> dict[str, Text]:
+    """The texts a recipe reads."""
+    said: dict[str, Text] = {"calibration": recipe.calibration}
+    return said if recipe.evaluation is None else said | {"evaluation": recipe.evaluation}
+
+
+def _sampled(recipe: Recipe, source: records.Source) -> list[Document]:
+    """The seeded sample of the calibration text: rows and dev split together."""
+    text = recipe.calibration
+    count = round(text.samples / (1 - texts.DEV_FRACTION))
+    documents = texts.read_documents(source, field=text.field, encoding=text.encoding)
+    return texts.sample(documents, count=count, seed=recipe.seed)
+
+
+def documents_of(text: Text, source: records.Source) -> list[Document]:
+    """All documents of a text; InputError if there are none."""
+    documents = list(texts.read_documents(source, field=text.field, encoding=text.encoding))
+    if not documents:
+        raise InputError(f"{text.path} has 0 documents; add text.")
+    return documents
+
+
+def _vocabulary(
+    recipe: Recipe,
+    folders: Mapping[str, ModelFolder],
+    tokenizers: Mapping[str, Any],
+    documents: Sequence[Document],
+    *,
+    is_one: bool,
+) -> VocabularyMatch:
+    """Matched tokens, weighted as the recipe says."""
+    matched = spelling.matched(
+        tokenizers["target"],
+        tokenizers["source"],
+        target_size=folders["target"].cfg.vocab_size,
+        source_size=folders["source"].cfg.vocab_size,
+        is_one=is_one,
+    )
+    if recipe.vocabulary_weights == "uniform":
+        return matched
+    encoded = calibration.encode(tokenizers["target"], documents, max_length=recipe.max_length)
+    counts = Counter(token for one in encoded for token in one.ids)
+    weights = np.array([counts[int(token)] for token in matched.target_ids], np.float32)
+    return matched._replace(weights=jnp.asarray(weights))
+
+
+def log_matches(inputs: Inputs) -> None:
+    """How much of the two models' texts and vocabularies corresponds."""
+    data, vocabulary = inputs.data, inputs.vocabulary
+    if data.target_matched is not None and data.source_matched is not None:
+        _LOG.info(
+            "rows: %d (%s), matched %.1f %% of the target's tokens and %.1f %% of the source's",
+            *(data.rows, inputs.recipe.rows, 100 * data.target_matched, 100 * data.source_matched),
+        )
+    if vocabulary is not None:
+        _LOG.info("vocabulary: %d tokens matched", len(vocabulary.target_ids))
+
+
+def calibration_facts(inputs: Inputs) -> dict[str, Any]:
+    """What the rows were made from."""
+    return {
+        "documents": inputs.data.documents,
+        "dev_documents": len(inputs.dev),
+        "target_tokens": inputs.data.target_tokens,
+        "source_tokens": inputs.data.source_tokens,
+        "rows": inputs.data.rows,
+        "rows_are": inputs.recipe.rows,
+        "target_matched": inputs.data.target_matched,
+        "source_matched": inputs.data.source_matched,
+        "vocabulary_matched": inputs.vocabulary and len(inputs.vocabulary.target_ids),
+    }

@@ -1,0 +1,105 @@
+"""Real processes that are killed with SIGKILL, and `ot-merge run --resume` after them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from desk import Desk
+
+#: What no two runs share.
+OF_THE_PROCESS = ("wall_seconds", "peak_memory_bytes")
+
+
+@pytest.fixture
+def desk(tmp_path, models, text_files):
+    return Desk(tmp_path, models, text_files)
+
+
+@pytest.fixture
+def words(desk):
+    """A run with every stage."""
+    return desk.delta(weights="up,embed", strength="auto", eval_text=desk.heldout)
+
+
+def started(words, **environment):
+    """``ot-merge`` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ot_merge_jax.cli", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def published(folder):
+    """Every file of a folder, but for what belongs to the process alone."""
+    found = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    side = json.loads(found["ot_merge/provenance.json"])
+    found["ot_merge/provenance.json"] = {k: v for k, v in side.items() if k not in OF_THE_PROCESS}
+    return found
+
+
+@pytest.fixture
+def straight(desk, words, cli):
+    """What an uninterrupted run in this process publishes, moved out of the way."""
+    called = cli(*words)
+    assert called.code == 0, called.err
+    found = published(desk.out)
+    desk.out.rename(desk.folder / "straight")
+    return found
+
+
+def test_killed_process_is_resumed_with_the_same_bytes(desk, words, straight, cli):
+    around = {path.name for path in desk.folder.iterdir()}
+    killed = started(words, OT_MERGE_CRASH_AT="after moved")
+    out, err = killed.communicate(timeout=300)
+    assert killed.returncode == 137, err
+    assert out == ""
+    left = {path.name for path in desk.folder.iterdir()} - around
+    [partial] = [name for name in left if name.startswith("out.partial-")]
+    assert left == {partial, "out.ot-merge.lock"}
+    called = cli(*words, "--resume")
+    assert called.code == 0, called.err
+    assert "resume: taken from" in called.err
+    assert {path.name for path in desk.folder.iterdir()} == around | {"out"}
+    assert published(desk.out) == straight
+    again = cli(*words, "--resume", "--json")
+    assert again.code == 0, again.err
+    assert again.json == json.loads(straight["ot_merge/report.json"])
+
+
+@pytest.mark.slow
+def test_kill_at_twenty_random_moments(desk, words, straight):
+    """Each time the run goes on a little; in between it is killed at any moment of its life."""
+    rng = random.Random(20)
+    timed, began = desk.folder / "timed", time.monotonic()
+    assert started([timed if one == desk.out else one for one in words]).wait(timeout=300) == 0
+    length = time.monotonic() - began
+    assert published(timed)["model.safetensors"] == straight["model.safetensors"]
+    kills = 0
+    while kills < 20:
+        running = started([*words, "--resume"])
+        try:
+            _, err = running.communicate(timeout=rng.uniform(0.1, 1.0) * length)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGKILL)
+            running.communicate(timeout=60)
+            kills += 1
+            assert not desk.out.exists() or published(desk.out) == straight
+            continue
+        assert running.returncode == 0, err
+        assert published(desk.out) == straight
+        shutil.rmtree(desk.out)  # and once more from the start
+    ended = started([*words, "--resume"])
+    _, err = ended.communicate(timeout=300)
+    assert ended.returncode == 0, err
+    assert published(desk.out) == straight
