@@ -120,12 +120,14 @@ class Attention(nnx.Module):
         b, s, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         by_head = (b, s, -1, self.cfg.head_dim)
+        # XLA's CPU has no product of float16 that sums in float32
+        wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
         mixed = jax.nn.dot_product_attention(
-            rotate(q.reshape(by_head), tables),
-            rotate(k.reshape(by_head), tables),
-            v.reshape(by_head),
+            rotate(q.reshape(by_head), tables).astype(wide),
+            rotate(k.reshape(by_head), tables).astype(wide),
+            v.reshape(by_head).astype(wide),
             mask=visible,
-        )  # [b, s, h, e]
+        ).astype(x.dtype)  # [b, s, h, e]
         mixed = mixed.reshape(b, s, -1)
         out = self.o_proj(mixed)
         return out, {"attn_in": x, "q_out": q, "k_out": k, "v_out": v, "o_in": mixed, "o_out": out}

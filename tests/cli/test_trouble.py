@@ -291,7 +291,7 @@ def test_interrupt_when_the_folder_is_nearly_done(desk, everything, cli, monkeyp
     before = everything()
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (130, "")
-    assert called.err.splitlines() == ["interrupted; nothing was written."]
+    assert called.err.splitlines() == ["interrupted; nothing unfinished was left behind."]
     assert everything() == before
 
 
