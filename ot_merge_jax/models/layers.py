@@ -96,11 +96,17 @@ def attend(
         Mixed values of each query head.
     """
     if softcap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=visible, scale=scale)
+        # XLA's CPU has no product of float16 that sums in float32
+        wide = jnp.float32 if q.dtype == jnp.float16 else q.dtype
+        mixed = jax.nn.dot_product_attention(
+            q.astype(wide), k.astype(wide), v.astype(wide), mask=visible, scale=scale
+        )
+        return mixed.astype(q.dtype)
     b, length, heads, width = q.shape
-    grouped = q.reshape(b, length, k.shape[2], -1, width)  # the library has no soft cap
+    # the library has no soft cap
+    grouped = q.astype(jnp.float32).reshape(b, length, k.shape[2], -1, width)
     factor: float = 1.0 / math.sqrt(width) if scale is None else scale
-    products = jnp.einsum("bqgre,bkge->bgrqk", grouped, k, preferred_element_type=jnp.float32)
+    products = jnp.einsum("bqgre,bkge->bgrqk", grouped, k.astype(jnp.float32))
     products = softcap * jnp.tanh(products * (factor / softcap))
     products = jnp.where(visible[:, :, None], products, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(products, -1).astype(v.dtype)

@@ -74,14 +74,14 @@ def test_report_has_verdict_controls_and_diagnostics_of_every_weight(name, merge
         assert len(found["r2"]) == len(found["r2_permuted"]) == layers
         assert 0 <= found["converged"] <= 1
     stopped = {weight for weight, found in report["weights"].items() if not all(found["converged"])}
-    assert {sentence.split(":")[0] for sentence in report["warnings"]} == stopped
+    assert {one.split(":")[0] for one in report["warnings"] if "converge" in one} == stopped
     assert report["calibration"]["documents"] == counts.rows
     assert report["calibration"]["dev_documents"] == counts.dev
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_plans_of_ordinary_models_converge(name, merged):
-    assert merged(name).report["warnings"] == []
+    assert not any("converge" in one for one in merged(name).report["warnings"])
 
 
 @pytest.mark.parametrize("name", CROSS)

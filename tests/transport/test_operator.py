@@ -410,7 +410,7 @@ def test_layers_that_disagree_completely_still_have_a_weight():
     """The product of two plans may underflow float32; the roots of each do not."""
     tiny = 1e-25
     into = jnp.array([[1.0, tiny, tiny**1.4], [tiny, 1.0, tiny]])
-    out = jnp.array([[tiny, tiny, 1.0], [tiny**1.4, tiny, 1.0]])
+    out = jnp.array([[tiny, tiny, 1.0], [tiny**1.4, tiny**1.2, 1.0]])
     coupling = Coupling({"mlp_in": into, "up_out": out}, {}, {}, {})
     sites = {"in_site": "mlp_in", "out_site": "up_out"}
     for layers in ("soft", "top1"):
