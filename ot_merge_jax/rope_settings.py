@@ -122,7 +122,7 @@ def _read_rope(
     settings = {key: value for key, value in settings.items() if value is not None}
     kind = settings.pop("rope_type", settings.get("type", "default"))
     settings.pop("type", None)  # old files name the kind twice
-    if "original_max_position_embeddings" in family.reads and kind in ("su", "yarn"):
+    if "original_max_position_embeddings" in family.reads and kind in ["su", "yarn"]:
         kind = "longrope"  # what Phi-3 called it before it had a name
     theta = settings.pop("rope_theta", theta)
     rotated = 1.0
@@ -130,7 +130,7 @@ def _read_rope(
         rotated = settings.pop("partial_rotary_factor", 1.0)
     if kind == "yarn":
         settings.setdefault("original_max_position_embeddings", max_positions)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         problems.append(f"RoPE type {shown(kind)} is not supported (only {', '.join(_KINDS)})")
         return _PLAIN
     required, optional = _KINDS[kind]

@@ -116,7 +116,7 @@ def nan_activations_from_finite_weights(desk):
 # ---- models ----
 
 
-@row(3, "mamba", "llama, qwen2")
+@row(3, "mamba", "llama, mistral, qwen2")
 def unsupported_model(desk):
     desk.edit_config(model_type="mamba")
     return desk.run()
