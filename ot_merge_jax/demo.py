@@ -29,9 +29,9 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False) -> dict[str, pipel
     text = {name: str(assets.path(f"{name}.jsonl")) for name in ("calibration", "heldout")}
     shared = {
         "source": str(assets.path("source")),
-        # a tenth of the time of the defaults: few rows, and documents cut to one shape of batch
-        "calibration": {"path": text["calibration"], "samples": 200},
-        "max_rows": 4096,
+        # a fraction of the time of the defaults: few rows, and documents cut to one shape of batch
+        "calibration": {"path": text["calibration"], "samples": 100},
+        "max_rows": 2048,
         "max_length": 128,
         "evaluation": text["heldout"],
         "seed": seed,
