@@ -52,76 +52,30 @@ def flags_that_say_too_little(desk):
     return ["run", "--preset", "paper", "--out", desk.out]
 
 
-@row(2, "epsilon", "greater than 0")
-def epsilon_of_zero(desk):
-    return desk.run(epsilon="0")
+#: One flag with a value that cannot be: name of the row -> (flag, value, words of the sentence).
+VALUES = {
+    "epsilon of zero": ("epsilon", "0", "epsilon", "greater than 0"),
+    "negative epsilon": ("epsilon", "-0.1", "epsilon", "greater than 0"),
+    "epsilon that is not a number": ("epsilon", "nan", "epsilon"),
+    "layer epsilon of zero": ("layer_epsilon", "0", "layer_epsilon", "greater than 0"),
+    "no iterations": ("max_iterations", "0", "max_iterations"),
+    "negative strength": ("strength", "-1", "strength"),
+    "strength above one": ("strength", "1.5", "strength", "[0, 1]"),
+    "unknown preset": ("preset", "papier", "preset", "paper, barycentric, delta", "'papier'"),
+    "unknown weight": ("weights", "down,dwon", "weights", "'dwon'"),
+    "missing out": ("out", None, "--out"),
+    "nonsense mesh": ("mesh", "two by four", "--mesh", "data=2,model=4"),
+    "mesh with an unknown axis": ("mesh", "pipeline=2", "mesh axis", "'pipeline'", "data, model"),
+    "mesh larger than the machine": ("mesh", "data=64", "mesh", "does not fit"),
+    "mesh of zero": ("mesh", "data=0", "mesh"),
+    "negative mesh": ("mesh", "data=-2", "mesh"),
+}
 
 
-@row(2, "epsilon", "greater than 0")
-def negative_epsilon(desk):
-    return desk.run(epsilon="-0.1")
+def with_value(flag, value):
+    """A run in which one flag has that value (None: it is not given)."""
+    return lambda desk: desk.run(**{flag: value})
 
 
-@row(2, "epsilon")
-def epsilon_that_is_not_a_number(desk):
-    return desk.run(epsilon="nan")
-
-
-@row(2, "layer_epsilon", "greater than 0")
-def layer_epsilon_of_zero(desk):
-    return desk.run(layer_epsilon="0")
-
-
-@row(2, "max_iterations")
-def no_iterations(desk):
-    return desk.run(max_iterations="0")
-
-
-@row(2, "strength")
-def negative_strength(desk):
-    return desk.run(strength="-1")
-
-
-@row(2, "strength", "[0, 1]")
-def strength_above_one(desk):
-    return desk.run(strength="1.5")
-
-
-@row(2, "preset", "paper, barycentric, delta", "'papier'")
-def unknown_preset(desk):
-    return desk.run(preset="papier")
-
-
-@row(2, "weights", "'dwon'")
-def unknown_weight(desk):
-    return desk.run(weights="down,dwon")
-
-
-@row(2, "--out")
-def missing_out(desk):
-    return desk.run(out=None)
-
-
-@row(2, "--mesh", "data=2,model=4")
-def nonsense_mesh(desk):
-    return desk.run(mesh="two by four")
-
-
-@row(2, "mesh axis", "'pipeline'", "data, model")
-def mesh_with_an_unknown_axis(desk):
-    return desk.run(mesh="pipeline=2")
-
-
-@row(2, "mesh", "does not fit")
-def mesh_larger_than_the_machine(desk):
-    return desk.run(mesh="data=64")
-
-
-@row(2, "mesh")
-def mesh_of_zero(desk):
-    return desk.run(mesh="data=0")
-
-
-@row(2, "mesh")
-def negative_mesh(desk):
-    return desk.run(mesh="data=-2")
+for _name, (_flag, _value, *_words) in VALUES.items():
+    row(2, *_words, name=_name)(with_value(_flag, _value))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
+from desk import Desk
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -210,3 +211,9 @@ def merged(tmp_path_factory, calls, place, models, text_files):
         return made[name]
 
     return make
+
+
+@pytest.fixture
+def desk(tmp_path, models, text_files):
+    """A private folder of good inputs that the test may break."""
+    return Desk(tmp_path, models, text_files)

@@ -7,7 +7,10 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  (teaches safetensors the name bfloat16)
 import safetensors.numpy
 
-SINGLE = "model.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+#: For processes of their own, in which nothing has been compiled yet.
+FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Desk:
@@ -67,11 +70,12 @@ class Desk:
 ROWS = {}
 
 
-def row(code, *words):
-    """Registers a row: its exit code and the words of its sentence."""
+def row(code, *words, name=None):
+    """Registers a row: its exit code, the words of its sentence, and a name if the function's own
+    does not say it."""
 
     def register(function):
-        ROWS[function.__name__.replace("_", " ")] = (function, code, words)
+        ROWS[name or function.__name__.replace("_", " ")] = (function, code, words)
         return function
 
     return register

@@ -14,17 +14,9 @@ import bad_usage  # noqa: F401  (its rows stand in ROWS too)
 import ml_dtypes  # noqa: F401  (teaches safetensors the name bfloat16)
 import numpy as np
 import pytest
-from desk import ROWS, Desk, row
+from desk import GATE, ROWS, SINGLE, row
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-GATE = "model.layers.1.mlp.gate_proj.weight"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1234\n"
-FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-@pytest.fixture
-def desk(tmp_path, models, text_files):
-    return Desk(tmp_path, models, text_files)
 
 
 # ---- weights ----

@@ -11,44 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
 import yaml
+from desk import FAST_TO_COMPILE
+from published import ALL, CROSS, moved, tensors
 
 from ot_merge_jax import texts
 from ot_merge_jax.io import provenance
 
-INDEX = "model.safetensors.index.json"
-CROSS = [
-    "paper llama<-qwen2",
-    "paper qwen2<-llama",
-    "barycentric llama<-qwen2",
-    "barycentric qwen2<-llama",
-]
-ALL = [*CROSS, "delta llama<-llama"]
-#: For processes of their own, in which nothing has been compiled yet.
-FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 NOTHING = "nothing of the source was transferred"
 DIAGNOSTICS = {
     "ratio_transported", "ratio_change", "source_layer", "neighbours_out", "neighbours_in", "error",
     "iterations", "converged",
 }  # fmt: skip
-
-
-def tensors(folder):
-    """All tensors of a folder, name -> (dtype, array); bfloat16 as its bits."""
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safetensors.safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                array = file.get_tensor(name)
-                found[name] = (str(array.dtype), array)
-    return found
-
-
-def moved(merge):
-    """Names of the tensors that differ from the target's."""
-    before, after = tensors(merge.target), tensors(merge.out)
-    return {name for name in before if before[name][1].tobytes() != after[name][1].tobytes()}
 
 
 # ---- the report ----

@@ -16,20 +16,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
-from desk import Desk
+from desk import FAST_TO_COMPILE, GATE, SINGLE
 
 from ot_merge_jax import pipeline
 from ot_merge_jax.io import hub, publish
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-GATE = "model.layers.1.mlp.gate_proj.weight"
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1234\n"
-FAST_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-@pytest.fixture
-def desk(tmp_path, models, text_files):
-    return Desk(tmp_path, models, text_files)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 Tables need no activations, so nothing is gathered here.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,36 +10,11 @@ import pytest
 
 from ot_merge_jax import merge
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import specs
-from ot_merge_jax.types import HParams, MergeSpec, VocabularyMatch
+from ot_merge_jax.types import HParams, MergeSpec
 
-#: Sizes of the source; the target has the fixture's (hidden 24, 4 heads of 8, MLP 40).
-SOURCE = {"layers": 3, "hidden": 20, "heads": 3, "kv_heads": 1, "head_dim": 10, "intermediate": 56}
 EMBED, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 HPARAMS = HParams(0.1)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint):
-    """``model(role, family, **more)`` -> (cfg, params) of the target, source or (its) base."""
-
-    @functools.cache
-    def load(role, family="llama", **more):
-        sizes = {**({"layers": 2} if role == "target" else SOURCE), **more}
-        drift = {"source": 0.3}.get(role, 0.0)
-        seed = 0 if role == "target" else 5
-        return load_hf(tiny_checkpoint(family, seed=seed, drift=drift, **sizes))
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def matched():
-    """120 matched rows, in another order on either side."""
-    rng = np.random.default_rng(1)
-    target, source = (rng.permutation(n)[:120].astype(np.int32) for n in (300, 290))
-    return VocabularyMatch(jnp.asarray(np.sort(target)), jnp.asarray(source))
 
 
 def same_bits(one, other):

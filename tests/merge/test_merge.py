@@ -1,7 +1,5 @@
 """Merges of tiny random models of other depth, width, heads, vocabulary and family."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,28 +11,11 @@ from ot_merge_jax.models import specs
 from ot_merge_jax.spaces import PROJECTIONS, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
-from ot_merge_jax.types import HParams, MergeSpec, VocabularyMatch
+from ot_merge_jax.types import HParams, MergeSpec
 
-#: Sizes of the source; the target has the fixture's (hidden 24, 4 heads of 8, MLP 40).
-SOURCE = {"layers": 3, "hidden": 20, "heads": 3, "kv_heads": 1, "head_dim": 10, "intermediate": 56}
-TARGET = {"layers": 2}
 PATHS = {name: projection.path for name, projection in PROJECTIONS.items()}
 EMBED, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 K = 7
-
-
-@pytest.fixture(scope="module")
-def model(tiny_checkpoint):
-    """``model(role, family, **more)`` -> (cfg, params) of the target, source or (its) base."""
-
-    @functools.cache
-    def load(role, family="llama", **more):
-        sizes = {**(TARGET if role == "target" else SOURCE), **more}
-        drift = {"source": 0.3}.get(role, 0.0)
-        seed = 0 if role == "target" else 5
-        return load_hf(tiny_checkpoint(family, seed=seed, drift=drift, **sizes))
-
-    return load
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +27,6 @@ def batches():
     target = calibration.batches(sequences, rows)
     source = calibration.batches([s[::-1] for s in sequences[::-1]][::-1], rows)
     return target, source
-
-
-@pytest.fixture(scope="module")
-def matched():
-    """120 matched rows, in another order on either side."""
-    rng = np.random.default_rng(1)
-    target, source = (rng.permutation(n)[:120].astype(np.int32) for n in (300, 290))
-    return VocabularyMatch(jnp.asarray(np.sort(target)), jnp.asarray(source))
 
 
 def spec_of(preset):
@@ -403,9 +376,9 @@ def test_a_model_merged_with_itself_finds_itself(model, batches):
             wiring = PROJECTIONS[name]
             for site in (wiring.in_site, wiring.out_site):
                 np.testing.assert_array_equal(
-                    prepared.coupling.layer[site].argmax(1), np.arange(TARGET["layers"])
+                    prepared.coupling.layer[site].argmax(1), np.arange(target[0].num_layers)
                 )
-                for l in range(TARGET["layers"]):
+                for l in range(target[0].num_layers):
                     plan = couplings.plan(
                         prepared.coupling, prepared.target, prepared.source, site=site, l=l, m=l
                     )
