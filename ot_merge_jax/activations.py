@@ -11,8 +11,8 @@ import numpy as np
 from ot_merge_jax import progress, sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.models import decoder, specs
-from ot_merge_jax.spaces import VOCABULARY, site_width
+from ot_merge_jax.models import decoder, specs, streamed
+from ot_merge_jax.spaces import site_width
 from ot_merge_jax.types import Activations, Batch, Params
 
 
@@ -28,19 +28,6 @@ def _in_memory(site: str, shape: tuple[int, ...]) -> np.ndarray:
     """Room for the activations of a site in host memory."""
     del site  # all sites live in one place
     return np.empty(shape, np.float32)
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "kind", "sites"))
-def _layer_step(
-    layer: Params, x: jax.Array, batch: Batch, *, cfg: ModelConfig, kind: int, sites: frozenset[str]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """One layer of one batch: the residual stream behind it, and its captured rows."""
-    seen = decoder.views(decoder.positions_of(batch.mask), batch.mask, cfg=cfg)
-    x, found, _ = decoder.layer(layer, x, *decoder.of_kind(seen, kind), cfg=cfg)
-    return x, {site: decoder.rows_of(found[site], batch) for site in sorted(sites)}
-
-
-_embed = jax.jit(decoder.embed, static_argnames="cfg")
 
 
 def _whole(
@@ -70,21 +57,14 @@ def _by_layer(
     model: str,
     mesh: jax.sharding.Mesh | None,
 ) -> Iterator[tuple[slice, int, dict[str, jax.Array]]]:
-    """The same layer by layer: one layer's parameters are in memory, and all hidden states."""
+    """The same layer by layer, where the parameters are on disk."""
     batches = [sharding.split_batch(batch, mesh) for batch in batches]
-    table = {"embed_tokens": {"embedding": specs.get(params, VOCABULARY["embed"])}}
-    hidden = [np.asarray(_embed(table, batch.tokens, cfg=cfg)) for batch in batches]
-    del table
-    kinds = cfg.layer_kinds()
-    numbers = [sorted(set(kinds), key=kinds.index).index(one) for one in kinds]
-    for l in progress.track(range(cfg.num_layers), f"gather activations of the {model} (layers)"):
-        layer = specs.layer(params, l)
-        for index, batch in enumerate(batches):
-            x, rows = _layer_step(
-                layer, hidden[index], batch, cfg=cfg, kind=numbers[l], sites=sites
-            )
-            hidden[index] = np.asarray(x)
-            yield slice(l, l + 1), index, {site: one[None] for site, one in rows.items()}
+    hidden = streamed.embedded(params, batches, cfg=cfg)
+    what = f"gather activations of the {model}"
+    for l, index, rows in streamed.through_layers(
+        params, hidden, batches, cfg=cfg, sites=sites, what=what
+    ):
+        yield slice(l, l + 1), index, {site: one[None] for site, one in rows.items()}
 
 
 def gather(
@@ -95,7 +75,6 @@ def gather(
     sites: Iterable[str],
     mesh: jax.sharding.Mesh | None = None,
     model: str = "model",
-    by_layer: bool = False,
     allocate: Callable[[str, tuple[int, ...]], np.ndarray] = _in_memory,
 ) -> Activations:
     """Runs a model over batches and keeps the wanted rows of the wanted sites.
@@ -104,14 +83,13 @@ def gather(
     shape of batch.
 
     Args:
-        params: Parameters, in the dtype to compute in.
+        params: Parameters, in the dtype to compute in; of `ot_merge_jax.io.stored.StoredParams`
+            one layer at a time is in memory.
         batches: From `ot_merge_jax.calibration`.
         cfg: The model.
         sites: Names of `ot_merge_jax.spaces.SITES`.
         mesh: Splits each batch along its ``data`` axis; None: that of the parameters, if any.
         model: Which model this is, for messages.
-        by_layer: Whether layers run one after the other over all batches, each one's parameters
-            dropped behind it: for `ot_merge_jax.io.stored.StoredParams` larger than memory.
         allocate: Makes the float32 array of a site from its name and shape ``[layers, rows, d]``;
             host memory, unless it is e.g. `ot_merge_jax.io.checkpoint.allocator`.
 
@@ -136,7 +114,7 @@ def gather(
         site: allocate(site, (cfg.num_layers, len(row_id), site_width(site, cfg)))
         for site in sorted(sites)
     }
-    steps = _by_layer if by_layer else _whole
+    steps = _whole if specs.is_in_memory(params) else _by_layer
     for layers, index, captured in steps(
         params, batches, cfg=cfg, sites=sites, model=model, mesh=mesh
     ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -193,16 +194,17 @@ def move(
     reference = source_base or source
 
     def carried(path: str) -> Any:
-        """What of a subtree of the source's parameters is carried over."""
+        """What of a leaf of the source is carried over; a stacked one is indexed by layer."""
         of_source = specs.get(source[1], path)
         if spec.rule != "delta":
             return of_source
-        return _difference(of_source, specs.get(reference[1], path))
+        change = _Change(of_source, specs.get(reference[1], path))
+        return change if path.startswith("layers/") else change[...]
 
     moved: dict[str, jax.Array] = {}
     masks: dict[str, jax.Array] = {}
     if coupling is not None and rows is not None:
-        moved = _projections(target[1], carried, coupling, *rows, spec=spec)
+        moved = _projections(target[1], source[1], carried, coupling, *rows, spec=spec)
         masks = fuse.masks(rows[0], spec=spec)
     if vocabulary is not None and set(spec.weights) & set(VOCABULARY):
         tables, kept = _tables(target, source[0], carried, reference, vocabulary, spec=spec)
@@ -210,10 +212,21 @@ def move(
     return moved, masks
 
 
+@dataclass(frozen=True)
+class _Change:
+    """What the fine-tune changed in a leaf, float32; of a stacked leaf one layer at a time."""
+
+    source: Any
+    base: Any
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return _difference(self.source[index], self.base[index])
+
+
 @jax.jit
-def _difference(source: Any, base: Any) -> Any:
-    """What the fine-tune changed in a leaf or a subtree, float32."""
-    return jax.tree.map(lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), source, base)
+def _difference(source: jax.Array, base: jax.Array) -> jax.Array:
+    """Source minus base, float32."""
+    return source.astype(jnp.float32) - base.astype(jnp.float32)
 
 
 def check_base(source: Model, source_base: Model | None) -> None:
@@ -235,6 +248,7 @@ def check_base(source: Model, source_base: Model | None) -> None:
 
 def _projections(
     target: Params,
+    source: Params,
     carried: Callable[[str], Any],
     found: Coupling,
     rows_target: Activations,
@@ -248,13 +262,13 @@ def _projections(
         if name not in spec.weights:
             continue
         sites = {"in_site": wiring.in_site, "out_site": wiring.out_site}
-        leaves = carried(wiring.path)
-        moved[f"{wiring.path}/kernel"] = operator.transported(
-            leaves["kernel"], found, rows_target, rows_source, **sites, spec=spec
+        kernel, bias = f"{wiring.path}/kernel", f"{wiring.path}/bias"
+        moved[kernel] = operator.transported(
+            carried(kernel), found, rows_target, rows_source, **sites, spec=spec
         )
-        if "bias" in leaves and "bias" in specs.get(target, wiring.path):
-            moved[f"{wiring.path}/bias"] = operator.transported_bias(
-                leaves["bias"], found, rows_target, rows_source, **sites, spec=spec
+        if specs.has(source, bias) and specs.has(target, bias):
+            moved[bias] = operator.transported_bias(
+                carried(bias), found, rows_target, rows_source, **sites, spec=spec
             )
     return moved
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ import numpy as np
 from ot_merge_jax import calibration, progress, sharding, texts
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
-from ot_merge_jax.models.decoder import forward, token_nll
+from ot_merge_jax.models import decoder, specs, streamed
+from ot_merge_jax.models.decoder import token_nll
 from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch, Params
 
@@ -141,15 +142,45 @@ def _sequence_nll(
     params: Params, batch: Batch, scored: jax.Array, *, cfg: ModelConfig
 ) -> jax.Array:
     """Summed loss of the scored positions of each sequence ``[b]``."""
-    losses, _ = token_nll(forward(params, batch, cfg=cfg)[0], batch)
+    losses, _ = token_nll(decoder.forward(params, batch, cfg=cfg)[0], batch)
     return jnp.sum(losses * scored, -1)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg",))
+def _head_nll(
+    params: Params, x: jax.Array, batch: Batch, scored: jax.Array, *, cfg: ModelConfig
+) -> jax.Array:
+    """The same from the residual stream behind the last layer."""
+    losses, _ = token_nll(decoder.head(params, x, cfg=cfg), batch)
+    return jnp.sum(losses * scored, -1)
+
+
+def _losses(
+    params: Params, cut: Windows, *, cfg: ModelConfig, text: str
+) -> Iterator[tuple[np.ndarray, jax.Array]]:
+    """(documents, summed losses) of each batch; layer by layer where parameters are on disk."""
+    parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
+    if specs.is_in_memory(params):
+        mesh = sharding.mesh_of(params)
+        for batch, scored, document in progress.track(parts, f"score {text} (batches)"):
+            split = sharding.split_batch(batch, mesh)
+            yield document, _sequence_nll(params, split, scored, cfg=cfg)
+        return
+    hidden = streamed.embedded(params, cut.batches, cfg=cfg)
+    for _ in streamed.through_layers(params, hidden, cut.batches, cfg=cfg, what=f"score {text}"):
+        pass  # `hidden` is what counts
+    table = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
+    last = {key: dict(params[key]) for key in ("norm", table)}
+    for x, (batch, scored, document) in zip(hidden, parts, strict=True):
+        yield document, _head_nll(last, x, batch, scored, cfg=cfg)
 
 
 def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-out text") -> Scores:
     """Scores every document.
 
     Args:
-        params: Parameters, in the dtype to compute in.
+        params: Parameters, in the dtype to compute in; of `ot_merge_jax.io.stored.StoredParams`
+            one layer at a time is in memory.
         cut: From `windows`.
         cfg: The model.
         text: What the documents are, for the progress line.
@@ -160,10 +191,8 @@ def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-o
     Raises:
         NonFiniteError: if a loss is not finite.
     """
-    nll, mesh = np.zeros(len(cut.tokens)), sharding.mesh_of(params)
-    parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
-    for batch, scored, document in progress.track(parts, f"score {text} (batches)"):
-        losses = _sequence_nll(params, sharding.split_batch(batch, mesh), scored, cfg=cfg)
+    nll = np.zeros(len(cut.tokens))
+    for document, losses in _losses(params, cut, cfg=cfg, text=text):
         np.add.at(nll, document, np.asarray(losses, np.float64))
     if not np.isfinite(nll).all():
         raise NonFiniteError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,11 +18,27 @@ from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
 
 
+class StoredLayers(Sequence[jax.Array]):
+    """A stacked leaf on disk: ``[l]`` reads one layer, without the stacking axis."""
+
+    def __init__(self, read: Callable[[specs.ParamSpec, int], np.ndarray], spec: specs.ParamSpec):
+        """The leaf's row of the parameter table, and the function that reads a layer of it."""
+        self._read, self._spec = read, spec
+
+    def __getitem__(self, l: Any) -> jax.Array:
+        """One layer, read now; IndexError if there is no such layer."""
+        return jnp.asarray(self._read(self._spec, range(len(self))[l]))
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return self._spec.shape[0]
+
+
 class StoredParams(Mapping[str, Any]):
     """Reads like the nested dict of `hf.load_hf`, but every leaf comes from disk anew.
 
-    `specs.get` and ``in`` work on it. jit does not take it: ask for the leaves that are needed, or
-    for one layer by `layer`.
+    A leaf is an array, or `StoredLayers` if it is stacked. `specs.get` and ``in`` work on it. jit
+    does not take it: ask for the leaves that are needed, or for one layer by `layer`.
     """
 
     def __init__(self, read: Callable[[specs.ParamSpec, int | None], np.ndarray],
@@ -31,8 +48,10 @@ class StoredParams(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         """A leaf, read now, or the parameters below a key."""
-        if key in self._table:
-            return jnp.asarray(self._read(self._table[key], None))
+        if (spec := self._table.get(key)) is not None:
+            if spec.is_stacked:
+                return StoredLayers(self._read, spec)
+            return jnp.asarray(self._read(spec, None))
         below = {
             path.removeprefix(f"{key}/"): spec
             for path, spec in self._table.items()
@@ -77,7 +96,8 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, St
     Example:
         >>> from ot_merge_jax import assets
         >>> cfg, params = open_stored(assets.path("sibling"))
-        >>> params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == cfg.num_layers
+        >>> params["layers"]["mlp"]["up_proj"]["kernel"][0].shape == (
+        ...     cfg.hidden_size, cfg.intermediate_size)
         True
     """
     folder = open_folder(path)

@@ -178,9 +178,14 @@ def get(params: Params, path: str) -> Any:
     return params
 
 
+def is_in_memory(params: Any) -> bool:
+    """Whether parameters are a pytree, and not `ot_merge_jax.io.stored.StoredParams`."""
+    return isinstance(params, dict)
+
+
 def layer(params: Any, l: int) -> Params:
     """The parameters of one layer, without the stacking axis."""
-    if isinstance(params, dict):
+    if is_in_memory(params):
         return jax.tree.map(lambda leaf: leaf[l], params["layers"])
     return params.layer(l)
 

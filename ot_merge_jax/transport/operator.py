@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ot_merge_jax import progress
@@ -15,38 +15,39 @@ from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import Activations, Coupling, MergeSpec, Potentials
 
 
-class Space(NamedTuple):
-    """One site, seen from one target layer: what is needed to rebuild its plans.
+class Pair(NamedTuple):
+    """One site, seen from one target layer and one source layer: what rebuilds their plan.
 
     Attributes:
         x: Target activations ``[t, n]`` of the layer.
-        ys: Source activations ``[M, t, m]`` of all layers.
-        potentials: Their potentials, leading axis ``[M]``.
+        y: Source activations ``[t, m]`` of the layer.
+        potentials: Those of the pair.
         std_target: ``[n]``.
-        std_source: ``[M, m]``.
+        std_source: ``[m]``.
     """
 
     x: Float[Array, "t n"]
-    ys: Float[Array, "M t m"]
+    y: Float[Array, "t m"]
     potentials: Potentials
     std_target: Float[Array, " n"]
-    std_source: Float[Array, "M m"]
+    std_source: Float[Array, " m"]
 
 
-def spaces(
-    coupling: Coupling, target: Activations, source: Activations, site: str
-) -> Iterator[Space]:
-    """The `Space` of one site for each target layer; the source's rows are moved only once."""
-    ys = jnp.asarray(source.values[site])
-    for l, x in enumerate(target.values[site]):
-        potentials, std = _layer_of((coupling.feature[site], coupling.std_target[site]), l)
-        yield Space(jnp.asarray(x), ys, potentials, std, coupling.std_source[site])
+def _pair(
+    coupling: Coupling, target: Activations, source: Activations, site: str, l: int, m: int
+) -> Pair:
+    """The `Pair` of one site; only these two layers' rows are moved to the device."""
+    x, y = jnp.asarray(target.values[site][l]), jnp.asarray(source.values[site][m])
+    stacks = coupling.feature[site], coupling.std_target[site], coupling.std_source[site]
+    return Pair(x, y, *_facts_of(*stacks, l, m))
 
 
 @jax.jit
-def _layer_of(tree: Any, l: jax.Array | int) -> Any:
-    """One layer of stacked arrays."""
-    return jax.tree.map(lambda leaf: leaf[l], tree)
+def _facts_of(
+    potentials: Potentials, std_target: jax.Array, std_source: jax.Array, l: Any, m: Any
+) -> tuple[Potentials, jax.Array, jax.Array]:
+    """What stacked arrays say of one pair."""
+    return jax.tree.map(lambda leaf: leaf[l, m], potentials), std_target[l], std_source[m]
 
 
 @functools.partial(jax.jit, static_argnames=("in_site", "out_site", "spec"))
@@ -75,79 +76,66 @@ def layer_weights(
     return effective / effective.sum(1, keepdims=True) if spec.form == "barycentric" else effective
 
 
-def _map_out(space: Space, m: jax.Array, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
+def _map_out(pair: Pair, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
     """``Phi_out``: the barycentric out-map uses the TARGET marginal and restores the units."""
-    plan = _plan(space, m, spec)
+    plan = couplings.rebuild(pair.x, pair.y, pair.potentials, signed=spec.signed)
     if spec.form == "joint":
         return plan
-    return space.std_target[:, None] * (plan.shape[0] * plan) / space.std_source[m][None, :]
+    return pair.std_target[:, None] * (plan.shape[0] * plan) / pair.std_source[None, :]
 
 
-def _map_in(space: Space, m: jax.Array, spec: MergeSpec) -> Float[Array, "n_s n_t"]:
+def _map_in(pair: Pair, spec: MergeSpec) -> Float[Array, "n_s n_t"]:
     """``Phi_in``: the barycentric in-map uses the SOURCE marginal and restores the units."""
-    plan = _plan(space, m, spec).T
+    plan = couplings.rebuild(pair.x, pair.y, pair.potentials, signed=spec.signed).T
     if spec.form == "joint":
         return plan
-    return space.std_source[m][:, None] * (plan.shape[0] * plan) / space.std_target[None, :]
-
-
-def _plan(space: Space, m: jax.Array, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
-    """The (signed) plan between the space's target layer and source layer ``m``."""
-    potentials = jax.tree.map(lambda leaf: leaf[m], space.potentials)
-    return couplings.rebuild(space.x, space.ys[m], potentials, signed=spec.signed)
+    return pair.std_source[:, None] * (plan.shape[0] * plan) / pair.std_target[None, :]
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
-def _kernel_of_layer(
-    weights: Float[Array, "M d_in d_out"],
-    into: Space,
-    out: Space,
-    share: Float[Array, " M"],
+def _add_kernel(
+    total: Float[Array, "d_in_t d_out_t"],
+    share: Float[Array, ""],
+    kernel: Float[Array, "d_in d_out"],
+    into: Pair,
+    out: Pair,
     *,
     spec: MergeSpec,
 ) -> Float[Array, "d_in_t d_out_t"]:
-    """``sum_m share[m] Phi_in^T K[m] Phi_out^T``, one source layer in memory at a time."""
-
-    def moved(m: jax.Array) -> jax.Array:
-        phi_in, phi_out = _map_in(into, m, spec), _map_out(out, m, spec)
-        kernel = weights[m].astype(jnp.float32)
-        # the cheaper order of the two products is chosen by their FLOPs
-        return jnp.linalg.multi_dot(
-            [phi_in.T, kernel, phi_out.T], precision=jax.lax.Precision.HIGHEST
-        )
-
-    return _over_layers(moved, share, (into.x.shape[1], out.x.shape[1]), spec)
+    """``total + share Phi_in^T K Phi_out^T``."""
+    # the cheaper order of the two products is chosen by their FLOPs
+    carried = jnp.linalg.multi_dot(
+        [_map_in(into, spec).T, kernel.astype(jnp.float32), _map_out(out, spec).T],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return total + share * carried
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
-def _bias_of_layer(
-    biases: Float[Array, "M d_out"], out: Space, share: Float[Array, " M"], *, spec: MergeSpec
+def _add_bias(
+    total: Float[Array, " d_out_t"],
+    share: Float[Array, ""],
+    bias: Float[Array, " d_out"],
+    out: Pair,
+    *,
+    spec: MergeSpec,
 ) -> Float[Array, " d_out_t"]:
-    """``sum_m share[m] Phi_out b[m]``."""
-
-    def moved(m: jax.Array) -> jax.Array:
-        phi_out = _map_out(out, m, spec)
-        return jnp.matmul(
-            phi_out, biases[m].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-        )
-
-    return _over_layers(moved, share, (out.x.shape[1],), spec)
+    """``total + share Phi_out b``."""
+    carried = jnp.matmul(
+        _map_out(out, spec), bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return total + share * carried
 
 
-def _over_layers(moved, share: jax.Array, shape: tuple[int, ...], spec: MergeSpec) -> jax.Array:
-    """Sums over source layers; with ``top1`` only the one that counts is computed."""
-    if spec.layers == "top1":
-        m = share.argmax()
-        return share[m] * moved(m)
-
-    def add(total: jax.Array, m: jax.Array) -> tuple[jax.Array, None]:
-        return total + share[m] * moved(m), None
-
-    return jax.lax.scan(add, jnp.zeros(shape), jnp.arange(len(share)))[0]
+def _used(share: Float[Array, "L M"]) -> list[tuple[int, list[int]]]:
+    """Which target layers each source layer enters; all of them where that is traced."""
+    if isinstance(share, jax.core.Tracer):
+        return [(m, list(range(share.shape[0]))) for m in range(share.shape[1])]
+    return [(m, np.flatnonzero(column).tolist()) for m, column in enumerate(np.asarray(share).T)]
 
 
 def transported(
-    weights: Float[Array, "M d_in_s d_out_s"],
+    weights: Any,
     coupling: Coupling,
     target: Activations,
     source: Activations,
@@ -165,8 +153,9 @@ def transported(
     the units (standard deviations) of each space are restored.
 
     Args:
-        weights: Source kernels, ``[d_in, d_out]`` each; for rule ``delta`` the source minus its
-            base.
+        weights: Source kernels, ``[d_in, d_out]`` each, for rule ``delta`` the source minus its
+            base; an array, or anything else that gives layer ``m`` as ``weights[m]``. One is asked
+            for at a time, and only those that some target layer uses.
         coupling: From `couple`.
         target: The target activations it was made from.
         source: The source activations it was made from.
@@ -193,20 +182,20 @@ def transported(
     Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (SPEC section 5).
     """
     share = layer_weights(coupling, in_site=in_site, out_site=out_site, spec=spec)
-    into = spaces(coupling, target, source, in_site)
-    out = spaces(coupling, target, source, out_site)
-    pairs = zip(share, into, out, strict=True)
-    layers = [
-        _kernel_of_layer(weights, one_in, one_out, one_share, spec=spec)
-        for one_share, one_in, one_out in progress.track(
-            pairs, f"transport {in_site} -> {out_site} (layers)", total=len(share)
-        )
-    ]
-    return jnp.stack(layers)
+    shape = tuple(target.values[site].shape[-1] for site in (in_site, out_site))
+    moved = [jnp.zeros(shape)] * share.shape[0]
+    for m, layers in progress.track(_used(share), f"transport {in_site} -> {out_site} (layers)"):
+        kernel = jnp.asarray(weights[m]) if layers else None
+        for l in layers:
+            into, out = (
+                _pair(coupling, target, source, site, l, m) for site in (in_site, out_site)
+            )
+            moved[l] = _add_kernel(moved[l], share[l, m], kernel, into, out, spec=spec)
+    return jnp.stack(moved)
 
 
 def transported_bias(
-    biases: Float[Array, "M d_out_s"],
+    biases: Any,
     coupling: Coupling,
     target: Activations,
     source: Activations,
@@ -218,7 +207,7 @@ def transported_bias(
     """Carries the biases of one kind of weight; the out-map alone applies (SPEC section 5).
 
     Args:
-        biases: Source biases of all layers.
+        biases: Source biases of all layers, as the ``weights`` of `transported`.
         coupling: From `couple`.
         target: The target activations it was made from.
         source: The source activations it was made from.
@@ -230,8 +219,10 @@ def transported_bias(
         ``[L, d_out]`` float32 in the target's widths.
     """
     share = layer_weights(coupling, in_site=in_site, out_site=out_site, spec=spec)
-    outs = spaces(coupling, target, source, out_site)
-    rows = [
-        _bias_of_layer(biases, out, one, spec=spec) for one, out in zip(share, outs, strict=True)
-    ]
-    return jnp.stack(rows)
+    moved = [jnp.zeros(target.values[out_site].shape[-1])] * share.shape[0]
+    for m, layers in _used(share):
+        bias = jnp.asarray(biases[m]) if layers else None
+        for l in layers:
+            out = _pair(coupling, target, source, out_site, l, m)
+            moved[l] = _add_bias(moved[l], share[l, m], bias, out, spec=spec)
+    return jnp.stack(moved)

@@ -1,16 +1,20 @@
 """Parameters that stay on disk: the same values, and the same activations layer by layer."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ot_merge_jax import calibration, merge
 from ot_merge_jax.activations import gather
 from ot_merge_jax.errors import InputError
+from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.io.stored import open_stored
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.families import FAMILIES
-from ot_merge_jax.spaces import SITES
+from ot_merge_jax.spaces import PROJECTIONS, SITES, VOCABULARY
+from ot_merge_jax.types import HParams, MergeSpec, VocabularyMatch
 
 
 def batches_of(cfg, random_batch):
@@ -29,7 +33,9 @@ def test_every_leaf_and_layer_is_the_loaded_one(family, tiny_checkpoint):
     same, stored = open_stored(folder)
     assert same == cfg
     for spec in specs.param_specs(cfg):
-        np.testing.assert_array_equal(specs.get(stored, spec.path), specs.get(loaded, spec.path))
+        leaf = specs.get(stored, spec.path)
+        leaf = np.stack(list(leaf)) if spec.is_stacked else leaf
+        np.testing.assert_array_equal(leaf, specs.get(loaded, spec.path))
         assert specs.has(stored, spec.path)
     assert not specs.has(stored, "layers/mlp/no_such")
     for l in range(cfg.num_layers):
@@ -44,7 +50,7 @@ def test_layer_by_layer_gathers_the_same(family, tiny_checkpoint, random_batch):
     cfg, loaded = load_hf(folder)
     batches = batches_of(cfg, random_batch)
     whole = gather(loaded, batches, cfg=cfg, sites=SITES)
-    layered = gather(open_stored(folder)[1], batches, cfg=cfg, sites=SITES, by_layer=True)
+    layered = gather(open_stored(folder)[1], batches, cfg=cfg, sites=SITES)
     np.testing.assert_array_equal(layered.row_id, whole.row_id)
     for site in SITES:
         assert np.abs(whole.values[site]).max() > 0.1
@@ -55,6 +61,38 @@ def test_layer_by_layer_gathers_the_same(family, tiny_checkpoint, random_batch):
         )
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_layer_by_layer_scores_the_same(tied, tiny_checkpoint, texts):
+    folder = tiny_checkpoint("gemma2", tied=tied)
+    cfg, loaded = load_hf(folder)
+    tokenizer = calibration.load_tokenizer(folder)
+    cut = nll.windows(texts[:6], tokenizer, max_positions=32)
+    whole = nll.score(loaded, cut, cfg=cfg)
+    layered = nll.score(open_stored(folder)[1], cut, cfg=cfg)
+    np.testing.assert_allclose(layered.nll, whole.nll, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["interpolate", "delta"])
+def test_merging_from_disk_is_merging_from_memory(rule, tiny_checkpoint, random_batch):
+    """Projections with biases, both vocabulary tables, and only one source layer at a time."""
+    spec = MergeSpec(weights=(*PROJECTIONS, *VOCABULARY), rule=rule)
+    folders = [tiny_checkpoint("qwen2", seed=s, drift=d) for s, d in ((1, 0), (2, 0.3), (2, 0))]
+    target, source, base = (load_hf(folder) for folder in folders)
+    stored = [open_stored(folder) for folder in folders[1:]]
+    batches = batches_of(target[0], random_batch)
+    ids = jnp.arange(50)
+    given = {"spec": spec, "vocabulary": VocabularyMatch(ids, ids)}
+    whole = merge.merge(
+        target, source, (batches, batches), HParams(0.5), source_base=base, **given
+    )
+    layered = merge.merge(
+        target, stored[0], (batches, batches), HParams(0.5), source_base=stored[1], **given
+    )
+    for spec in specs.param_specs(target[0]):
+        ours, theirs = (np.asarray(specs.get(one[0], spec.path)) for one in (layered, whole))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
 def test_a_leaf_is_read_when_it_is_asked_for_and_not_before(tiny_checkpoint, monkeypatch):
     from ot_merge_jax.io import hf
 
@@ -63,12 +101,14 @@ def test_a_leaf_is_read_when_it_is_asked_for_and_not_before(tiny_checkpoint, mon
     monkeypatch.setattr(
         hf, "read_leaf", lambda f, o, spec, *a: reads.append(spec.path) or was(f, o, spec, *a)
     )
-    _, stored = open_stored(tiny_checkpoint())
+    cfg, stored = open_stored(tiny_checkpoint())
     mlp = stored["layers"]["mlp"]
     assert reads == []
     assert set(mlp) == {"gate_proj", "up_proj", "down_proj"}
     assert len(mlp) == 3
-    _ = mlp["up_proj"]["kernel"]
+    kernels = mlp["up_proj"]["kernel"]
+    assert (len(kernels), reads) == (cfg.num_layers, [])
+    _ = kernels[1]
     assert reads == ["layers/mlp/up_proj/kernel"]
 
 

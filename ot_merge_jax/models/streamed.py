@@ -1,0 +1,68 @@
+"""The decoder layer by layer: one layer's parameters in memory, and all hidden states.
+
+For parameters larger than memory (`ot_merge_jax.io.stored.StoredParams`); `decoder.forward` is the
+same in one program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from ot_merge_jax import progress
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.models import decoder, specs
+from ot_merge_jax.types import Batch, Params
+
+_embed = jax.jit(decoder.embed, static_argnames="cfg")
+
+
+def embedded(params: Params, batches: Sequence[Batch], *, cfg: ModelConfig) -> list[np.ndarray]:
+    """The residual stream before the first layer, on the host, for each batch ``[b, s, d]``."""
+    table = {"embed_tokens": {"embedding": specs.get(params, "embed_tokens/embedding")}}
+    return [np.asarray(_embed(table, batch.tokens, cfg=cfg)) for batch in batches]
+
+
+def through_layers(
+    params: Params,
+    hidden: list[np.ndarray],
+    batches: Sequence[Batch],
+    *,
+    cfg: ModelConfig,
+    sites: frozenset[str] = frozenset(),
+    what: str,
+) -> Iterator[tuple[int, int, dict[str, jax.Array]]]:
+    """Sends all batches through one layer after the other.
+
+    Args:
+        params: Parameters, of which one layer at a time is asked for.
+        hidden: From `embedded`; replaced in place by the residual stream behind each layer.
+        batches: The batches.
+        cfg: The model.
+        sites: Sites to capture.
+        what: What is done, for the progress line.
+
+    Yields:
+        (layer, batch, captured rows ``[b, r, d]`` by site).
+    """
+    kinds = cfg.layer_kinds()
+    numbers = [sorted(set(kinds), key=kinds.index).index(one) for one in kinds]
+    for l in progress.track(range(cfg.num_layers), f"{what} (layers)"):
+        layer = specs.layer(params, l)
+        for index, batch in enumerate(batches):
+            x, rows = _layer(layer, hidden[index], batch, cfg=cfg, kind=numbers[l], sites=sites)
+            hidden[index] = np.asarray(x)
+            yield l, index, rows
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "kind", "sites"))
+def _layer(
+    layer: Params, x: jax.Array, batch: Batch, *, cfg: ModelConfig, kind: int, sites: frozenset[str]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One layer of one batch: the residual stream behind it, and its captured rows."""
+    seen = decoder.views(decoder.positions_of(batch.mask), batch.mask, cfg=cfg)
+    x, found, _ = decoder.layer(layer, x, *decoder.of_kind(seen, kind), cfg=cfg)
+    return x, {site: decoder.rows_of(found[site], batch) for site in sorted(sites)}
