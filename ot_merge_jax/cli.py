@@ -129,9 +129,10 @@ def run(
         str | None, typer.Option(help="paper, barycentric or delta (default).")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Folder of the target (it is kept), or OWNER/NAME@REVISION.")
+        str | None,
+        typer.Option(help="Folder of the target (it is kept), OWNER/NAME@REVISION, or BASE+LORA."),
     ] = None,
-    source: Annotated[str | None, typer.Option(help="Folder of the source.")] = None,
+    source: Annotated[str | None, typer.Option(help="Folder of the source, likewise.")] = None,
     source_base: Annotated[
         str | None, typer.Option(help="Folder of what the source was fine-tuned from.")
     ] = None,

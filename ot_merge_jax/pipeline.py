@@ -202,8 +202,8 @@ def _versions() -> list[str]:
 
 def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> tuple[ModelConfig, Params]:
     """A model in float32."""
-    _LOG.info("load %s", folder.path)
-    return hf.load_hf(folder.path, mesh=mesh, dtype=jnp.float32)
+    _LOG.info("load %s", folder.where)
+    return hf.load_folder(folder, mesh=mesh, dtype=jnp.float32)
 
 
 def _dev_windows(inputs: Inputs) -> nll.Windows:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ot_merge_jax import calibration, merge, spelling, texts
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import publish, records
+from ot_merge_jax.io import location, publish, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.spaces import VOCABULARY
@@ -61,7 +61,8 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) 
     """
     paths = {"target": recipe.target, "source": recipe.source, "source base": recipe.source_base}
     paths = {role: path for role, path in paths.items() if path is not None}
-    named = [*paths.values(), *(text.path for text in _texts(recipe).values())]
+    named = [side for path in paths.values() for side in location.split(path) if side]
+    named += [text.path for text in _texts(recipe).values()]
     local = [path for one in named if (path := Path(one).expanduser()).exists()]
     publish.check_output(out, inputs=local, overwrite=overwrite)
     sources = {

@@ -101,7 +101,8 @@ class Recipe(pydantic.BaseModel):
     """A fully resolved recipe.
 
     Attributes:
-        target: Folder of the target, or its hub id as ``OWNER/NAME@REVISION``.
+        target: Folder of the target, or its hub id as ``OWNER/NAME@REVISION``; or either with a
+            LoRA adapter, ``BASE+ADAPTER``.
         source: The same of the source.
         source_base: The same of what the source was fine-tuned from.
         calibration: The calibration text.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ot_merge_jax.io import checkpoint, provenance, records
+from ot_merge_jax.io import adapter, checkpoint, hub, provenance, records
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.types import Coupling, MergeReport, WeightReport
@@ -33,6 +33,13 @@ def inputs(
                 "name": one.name,
                 "hub": one.origin and one.origin._asdict(),
                 "files": provenance.file_hashes(one.path, FILES),
+                "adapter": one.adapter
+                and {
+                    "hub": one.adapter.origin and one.adapter.origin._asdict(),
+                    "files": provenance.file_hashes(
+                        one.adapter.path, (adapter.CONFIG, adapter.WEIGHTS, "README.md")
+                    ),
+                },
             }
             for role, one in folders.items()
         },
@@ -83,7 +90,7 @@ def write(
     (folder / "README.md").write_text(
         provenance.model_card(
             name=" + ".join(folders[role].name for role in ("target", "source")),
-            models={role: (one.path, one.origin) for role, one in folders.items()},
+            models=_by_role(folders),
             verdict=found["verdict"],
             evaluation=[
                 (name, one["nll_per_token"], one["bits_per_byte"])
@@ -111,6 +118,16 @@ def write(
         **provenance.environment(),
     }
     checkpoint.save_json(details / "provenance.json", whole)
+
+
+def _by_role(folders: Mapping[str, ModelFolder]) -> dict[str, tuple[Path, hub.Origin | None]]:
+    """Role -> folder and origin, adapters with a role of their own."""
+    found = {}
+    for role, one in folders.items():
+        found[role] = (one.path, one.origin)
+        if one.adapter is not None:
+            found[f"{role}'s adapter"] = (one.adapter.path, one.adapter.origin)
+    return found
 
 
 def read(folder: Path, run_key: str) -> tuple[dict[str, Any], MergeReport] | None:

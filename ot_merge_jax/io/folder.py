@@ -6,25 +6,22 @@ listed at once. Imports models.families and models.specs, not flax.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import hub, safetensors
+from ot_merge_jax.io import adapter as adapters
+from ot_merge_jax.io import hub, location, safetensors
+from ot_merge_jax.io.location import link_problems, read_json, unusable
 from ot_merge_jax.models import families, specs
 
-INDEX = "model.safetensors.index.json"
+INDEX = location.INDEX
 SINGLE = "model.safetensors"
 _SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
 # buffers that old exporters stored; transformers ignores them too
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
-#: Other exports of the same weights: subfolders (onnx, original), and Mistral's own format.
-_NOT_DOWNLOADED = ("*/*", "consolidated*")
-_MAX_JSON_BYTES = {"config.json": 5_000_000, INDEX: 100_000_000}
 
 
 class ModelFolder(NamedTuple):
@@ -37,6 +34,8 @@ class ModelFolder(NamedTuple):
         files: Tensor name -> shard file name; empty for a folder without weights.
         tensors: Tensor name -> dtype and shape.
         origin: The repository of the hub it was fetched from, or None.
+        adapter: What is added to the tensors when they are read, or None. Everything else
+            (config, tokenizer, names, dtypes) is the base's alone.
     """
 
     path: Path
@@ -45,80 +44,18 @@ class ModelFolder(NamedTuple):
     files: dict[str, str]
     tensors: dict[str, safetensors.TensorInfo]
     origin: hub.Origin | None = None
+    adapter: adapters.Adapter | None = None
 
     @property
     def name(self) -> str:
-        """What people call it: the hub id, or the name of the folder."""
-        return self.path.resolve().name if self.origin is None else self.origin.repo
+        """What people call it: the hub id, or the name of the folder; with that of the adapter."""
+        parts = [self] if self.adapter is None else [self, self.adapter]
+        return "+".join(location.called(one.path, one.origin) for one in parts)
 
-
-class Location(NamedTuple):
-    """Where a model is.
-
-    Attributes:
-        path: An existing directory.
-        origin: The repository it was fetched from; None for a directory that was named as such.
-    """
-
-    path: Path
-    origin: hub.Origin | None
-
-
-def resolve(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Location:
-    """The local folder of a model: a directory, or the snapshot of a hub id at a revision.
-
-    An existing directory wins, whatever its name. A path is never taken for a hub id: without a
-    revision, what is not a directory is an error.
-
-    Args:
-        path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given.
-        revision: Branch, tag or commit of the hub id.
-        offline: Whether the network is forbidden; the hub's local cache is used all the same.
-
-    Returns:
-        An existing directory and its origin.
-
-    Raises:
-        InputError: if there is no such directory, or the hub cannot provide the revision.
-    """
-    named = (str(path), revision) if revision is not None else None
-    folder = Path(path).expanduser()
-    if named is None and not folder.is_dir():
-        named = hub.model_id(str(path))
-    if named is not None:
-        return Location(
-            *hub.snapshot(
-                *named,
-                kind="model",
-                patterns=_DOWNLOADED,
-                ignored=_NOT_DOWNLOADED,
-                offline=offline,
-            )
-        )
-    if not folder.is_dir():
-        raise InputError(
-            f"There is no directory {folder}; give the folder of a Hugging Face checkpoint, or a "
-            "hub id with its revision, as in OWNER/NAME@main."
-        )
-    return Location(folder, None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object of bounded size; InputError names the file otherwise."""
-    if not path.is_file():
-        raise InputError(f"{path} is missing; download it, a Hugging Face folder has one.")
-    limit = _MAX_JSON_BYTES.get(path.name, 5_000_000)
-    if path.stat().st_size > limit:
-        raise InputError(
-            f"{path} is larger than {limit} bytes, so it is damaged; download it again."
-        )
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object; download it again.")
-    return value
+    @property
+    def where(self) -> str:
+        """Where it lies, for messages."""
+        return f"{self.path}" if self.adapter is None else f"{self.path}+{self.adapter.path}"
 
 
 def open_folder(
@@ -131,7 +68,7 @@ def open_folder(
     """Checks a model folder by its config, index and headers; reads no weights.
 
     Args:
-        path: The folder, or a hub id (`resolve`).
+        path: The folder, or a hub id (`location.resolve`); or ``BASE+ADAPTER`` of either.
         revision: Branch, tag or commit of the hub id.
         needs_weights: Whether a folder without weights is an error.
         offline: Whether the network is forbidden.
@@ -140,11 +77,12 @@ def open_folder(
         The checked folder.
 
     Raises:
-        InputError: listing all problems of the tensors at once.
+        InputError: listing all problems of the tensors at once, and all of the adapter.
     """
-    path, origin = resolve(path, revision=revision, offline=offline)
-    if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
-        raise InputError(f"{path} holds only an adapter; merge it into its base model first.")
+    base, extra = location.split(path) if revision is None else (path, None)
+    path, origin = location.resolve(base, revision=revision, offline=offline)
+    if not (path / "config.json").exists() and (path / adapters.CONFIG).exists():
+        raise adapters.is_alone(path)
     config = read_json(path / "config.json")
     cfg = families.read(config, where=str(path / "config.json"))
     files, problems = _shards(path, needs_weights=needs_weights)
@@ -171,15 +109,11 @@ def open_folder(
         ]
         problems += _tensor_problems(cfg, tensors)
     if problems:
-        raise _unusable(path, problems)
-    return ModelFolder(path, config, cfg, owner, tensors, origin)
-
-
-def _unusable(path: Path, problems: list[str]) -> InputError:
-    """The error that lists what is wrong with a folder, the first dozen in full."""
-    shown = "; ".join(problems[:12])
-    more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
-    return InputError(f"{path} cannot be used: {shown}{more}; download it again or mend it.")
+        raise unusable(path, problems)
+    added = None
+    if extra is not None:
+        added = adapters.open_adapter(location.resolve(extra, offline=offline), cfg=cfg)
+    return ModelFolder(path, config, cfg, owner, tensors, origin, added)
 
 
 def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[str]]:
@@ -214,23 +148,8 @@ def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[st
         else:
             problems += link_problems(path, shard)
     if problems:
-        raise _unusable(path, problems)
+        raise unusable(path, problems)
     return weight_map, []
-
-
-def link_problems(path: Path, name: str) -> list[str]:
-    """Whether a file links out of its folder; the blobs of a hub cache are part of a snapshot."""
-    root = path.resolve()
-    try:
-        real = (path / name).resolve(strict=True)
-    except (OSError, RuntimeError):
-        return [f"{name} is a broken link"]
-    is_snapshot = root.parent.name == "snapshots"
-    if real.is_relative_to(root) or (
-        is_snapshot and real.is_relative_to(root.parent.parent / "blobs")
-    ):
-        return []
-    return [f"{name} is a link that leaves the folder"]
 
 
 def _is_spare(name: str, cfg: ModelConfig) -> bool:

@@ -20,7 +20,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from ot_merge_jax import sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, NonFiniteError
-from ot_merge_jax.io import publish, safetensors
+from ot_merge_jax.io import adapter as adapters
+from ot_merge_jax.io import location, publish, safetensors
 from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
@@ -53,7 +54,8 @@ def load_hf(
     """Loads a Hugging Face folder.
 
     Args:
-        path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given.
+        path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given; or
+            ``BASE+ADAPTER``, where the LoRA adapter is merged in, in float32.
         revision: Branch, tag or commit of the hub id.
         mesh: Where the parameters go, by the rules of `ot_merge_jax.sharding`; each process reads
             only its slices. None: the default device.
@@ -71,10 +73,14 @@ def load_hf(
         >>> cfg.family, params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == cfg.num_layers
         ('llama', True)
     """
-    folder = open_folder(path, revision=revision)
-    opened = {
-        shard: safetensors.TensorFile(folder.path / shard) for shard in set(folder.files.values())
-    }
+    return load_folder(open_folder(path, revision=revision), mesh=mesh, dtype=dtype)
+
+
+def load_folder(
+    folder: ModelFolder, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
+) -> tuple[ModelConfig, Params]:
+    """`load_hf` of a folder that has been opened."""
+    opened = open_files(folder)
     broken: dict[str, dict[str, int]] = {}
     leaves = {}
     for spec in specs.param_specs(folder.cfg):
@@ -102,12 +108,13 @@ def load_hf(
             for name, count in list(counts.items())[:12]
         )
         raise InputError(
-            f"{folder.path} holds NaN or infinite weights"
+            f"{folder.where} holds NaN or infinite weights"
             f"{'' if dtype is None else f' in {np.dtype(dtype)}'}: {listed}; download it again."
         )
     if folder.cfg.tie_word_embeddings and "lm_head.weight" in folder.files:
         table, head = (
-            opened[folder.files[n]].read(n) for n in ("model.embed_tokens.weight", "lm_head.weight")
+            opened[folder.path / folder.files[name]].read(name)
+            for name in ("model.embed_tokens.weight", "lm_head.weight")
         )
         if not np.array_equal(table, head):
             raise InputError(
@@ -117,15 +124,27 @@ def load_hf(
     return folder.cfg, specs.unflatten(leaves)
 
 
+def open_files(folder: ModelFolder) -> dict[Path, safetensors.TensorFile]:
+    """All files of a model that hold tensors, those of its adapter too."""
+    paths = {folder.path / shard for shard in folder.files.values()}
+    if folder.adapter is not None:
+        paths.add(folder.adapter.file)
+    return {path: safetensors.TensorFile(path) for path in paths}
+
+
 def read_leaf(
     folder: ModelFolder,
-    opened: dict[str, safetensors.TensorFile],
+    opened: dict[Path, safetensors.TensorFile],
     spec: specs.ParamSpec,
     index: tuple[slice, ...],
     dtype: Any,
     broken: dict[str, dict[str, int]],
 ) -> np.ndarray:
-    """Reads the slice ``index`` of one leaf, in our orientation; notes what is not finite."""
+    """Reads the slice ``index`` of one leaf, in our orientation; notes what is not finite.
+
+    What an adapter changes is changed here, in float32 and in the orientation of the file, so that
+    fused tensors and slices need nothing of their own.
+    """
     bounds = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
     out = np.empty([len(bound) for bound in bounds], dtype)
     names = spec.tensor_names()
@@ -136,7 +155,10 @@ def read_leaf(
     wanted = tuple(slice(*stretch) for stretch in stretches)
     for place, layer in enumerate(bounds[0] if spec.is_stacked else [0]):
         name = names[layer]
-        tensor = opened[folder.files[name]].read(name, wanted)
+        tensor = opened[folder.path / folder.files[name]].read(name, wanted)
+        if folder.adapter is not None and name in folder.adapter.updates:
+            update, file = folder.adapter.updates[name], opened[folder.adapter.file]
+            tensor = tensor.astype(np.float32) + adapters.change(update, file, wanted, broken)
         tensor = tensor.T if spec.transpose else tensor
         row = out[place] if spec.is_stacked else out
         with np.errstate(over="ignore"):  # what overflows is counted in the next line
@@ -163,6 +185,8 @@ def save_hf(
         cfg: The model; must be that of ``like``.
         like: The target's folder: names, dtypes, shards, config, tokenizer and generation files
             come from it. If it holds no weights, the parameter table and the config's dtype decide.
+            Of ``BASE+ADAPTER`` all of that is the base's, also where the adapter's folder has a
+            tokenizer.
         max_shard_bytes: Shard anew at this size; None keeps the target's shards.
 
     Raises:
@@ -179,7 +203,7 @@ def save_hf(
         >>> sorted(p.name for p in out.iterdir())[:2]
         ['config.json', 'generation_config.json']
     """
-    publish.check_output(Path(path), inputs=[Path(like)])
+    publish.check_output(Path(path), inputs=[Path(one) for one in location.split(like) if one])
     with publish.atomic_folder(Path(path)) as partial:
         write_model(partial, params, cfg=cfg, like=like, max_shard_bytes=max_shard_bytes)
 

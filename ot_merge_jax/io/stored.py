@@ -13,7 +13,7 @@ import numpy as np
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hf, safetensors
-from ot_merge_jax.io.folder import open_folder
+from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
 
@@ -84,7 +84,7 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, St
     """Opens a Hugging Face folder without reading weights.
 
     Args:
-        path: The folder.
+        path: The folder, or ``BASE+ADAPTER``.
         dtype: Dtype of what is read; None: that of the file.
 
     Returns:
@@ -100,22 +100,24 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, St
         ...     cfg.hidden_size, cfg.intermediate_size)
         True
     """
-    folder = open_folder(path)
-    opened = {
-        shard: safetensors.TensorFile(folder.path / shard) for shard in set(folder.files.values())
-    }
+    return stored(open_folder(path), dtype=dtype)
+
+
+def stored(folder: ModelFolder, *, dtype: Any = None) -> tuple[ModelConfig, StoredParams]:
+    """`open_stored` of a folder that has been opened."""
+    opened = hf.open_files(folder)
 
     def read(spec: specs.ParamSpec, l: int | None) -> np.ndarray:
         names = spec.tensor_names()
-        stored = [safetensors.DTYPES[folder.tensors[name].dtype] for name in names]
-        wanted = np.dtype(dtype) if dtype is not None else jnp.result_type(*stored)
+        held = [safetensors.DTYPES[folder.tensors[name].dtype] for name in names]
+        wanted = np.dtype(dtype) if dtype is not None else jnp.result_type(*held)
         broken: dict[str, dict[str, int]] = {}
         first = slice(None) if l is None else slice(l, l + 1)
         index = (first, *(slice(None),) * (len(spec.shape) - 1))
         leaf = hf.read_leaf(folder, opened, spec, index, wanted, broken)
         if broken:
             raise InputError(
-                f"{folder.path} holds NaN or infinite weights: {', '.join(broken)}; "
+                f"{folder.where} holds NaN or infinite weights: {', '.join(broken)}; "
                 "download it again."
             )
         return leaf if l is None else leaf[0]
