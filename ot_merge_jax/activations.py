@@ -21,7 +21,7 @@ def _step(
     params: Params, batch: Batch, *, cfg: ModelConfig, sites: frozenset[str]
 ) -> dict[str, jax.Array]:
     """The captured rows of one batch; the logits are never computed."""
-    return decoder.forward(params, batch, cfg=cfg, capture=sites)[1]
+    return decoder.residual(params, batch, cfg=cfg, capture=sites)[1]
 
 
 def _in_memory(site: str, shape: tuple[int, ...]) -> np.ndarray:

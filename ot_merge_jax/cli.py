@@ -171,13 +171,16 @@ def run(
     ] = False,
     strict: Annotated[bool, typer.Option(help="Fail if not converged or worse.")] = False,
     mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Host memory to stay within, e.g. 8GiB [the machine's].")
+    ] = None,
     offline: Offline = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge a source into a target, by a recipe, by flags, or by both (flags win)."""
-    from ot_merge_jax import pipeline, sharding
+    from ot_merge_jax import memory, pipeline, sharding
     from ot_merge_jax import recipe as recipes
     from ot_merge_jax.report import tables
 
@@ -210,6 +213,7 @@ def run(
             strict=strict,
             offline=offline,
             mesh=sharding.make_mesh(_mesh_sizes(mesh)) if mesh else None,
+            memory_limit=memory.parse(memory_limit) if memory_limit else None,
             show=None if quiet else lambda decided: _say(decided.to_yaml()),
         )
     if as_json:

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import calibration, fuse, merge, preflight, staged
+from ot_merge_jax import calibration, fuse, memory, merge, preflight, staged
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import compare, nll
-from ot_merge_jax.io import details, hf, provenance, publish, records, stages
+from ot_merge_jax.io import details, hf, provenance, publish, records, stages, stored
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.preflight import Inputs
@@ -63,6 +63,7 @@ def run(
     strict: bool = False,
     offline: bool = False,
     mesh: jax.sharding.Mesh | None = None,
+    memory_limit: int | None = None,
     known: Mapping[str, nll.Scores] | None = None,
     show: Callable[[Recipe], None] | None = None,
 ) -> RunResult:
@@ -80,6 +81,8 @@ def run(
         strict: Whether a solver that did not converge, or a worse verdict, is an error.
         offline: Whether the network is forbidden; the hub's local cache is used all the same.
         mesh: Where models and batches live; None: one device.
+        memory_limit: Bytes of host memory the run may use; None: those of the machine. If whole
+            models need more, the source and its base are read layer by layer.
         known: Role -> scores on the held-out text from an earlier run with the same model and text;
             they are not computed again.
         show: Called with the recipe once everything in it is decided, before weights are read.
@@ -98,8 +101,13 @@ def run(
     if show is not None:
         show(recipe)
     preflight.log_matches(inputs)
+    cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
+    held = memory.choose(cfgs, inputs.data, spec=recipe.spec(), limit=memory_limit)
+    _LOG.info("memory: %s", held)
     side = details.inputs(inputs.folders, inputs.sources)
-    key = stages.key({"recipe": recipe.to_yaml(), "versions": _versions(), **side})
+    # reading layer by layer rounds differently in the last bit, so it is another run
+    decided = {"versions": _versions(), "on disk": sorted(held.on_disk)}
+    key = stages.key({"recipe": recipe.to_yaml(), **decided, **side})
     side = {"run": key, "command": command, **side}
     with publish.locked(out):
         if resume and (done := details.read(out, key)):
@@ -110,8 +118,9 @@ def run(
             out, key, command=command, resume=resume, overwrite=overwrite, keep=keep
         ) as state:
             return _merge(
-                state, inputs, out, side, known or {}, strict=strict, mesh=mesh, started=started
-            )
+                state, inputs, out, side, known or {}, held,
+                strict=strict, mesh=mesh, started=started,
+            )  # fmt: skip
 
 
 def _merge(
@@ -120,6 +129,7 @@ def _merge(
     out: Path,
     side: dict[str, Any],
     known: Mapping[str, nll.Scores],
+    held: memory.Plan,
     *,
     strict: bool,
     mesh: jax.sharding.Mesh | None,
@@ -131,7 +141,8 @@ def _merge(
 
     @functools.cache
     def models(role: str) -> merge.Model:
-        return _load(inputs.folders[role], mesh)
+        folder = inputs.folders[role]
+        return _open(folder) if role in held.on_disk else _load(folder, mesh)
 
     has_base = "source base" in inputs.folders
     _LOG.info("transport: %s", ", ".join(spec.weights))
@@ -204,6 +215,12 @@ def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> tuple[ModelCon
     """A model in float32."""
     _LOG.info("load %s", folder.where)
     return hf.load_folder(folder, mesh=mesh, dtype=jnp.float32)
+
+
+def _open(folder: ModelFolder) -> tuple[ModelConfig, stored.StoredParams]:
+    """A model whose weights stay on disk, in float32 when they are read."""
+    _LOG.info("open %s", folder.where)
+    return stored.stored(folder, dtype=jnp.float32)
 
 
 def _dev_windows(inputs: Inputs) -> nll.Windows:

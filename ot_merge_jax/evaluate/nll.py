@@ -24,6 +24,9 @@ from ot_merge_jax.models.decoder import token_nll
 from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch, Params
 
+#: Logits in memory at a time: those of a whole batch are gigabytes where vocabularies are large.
+LOGITS_AT_ONCE = 1 << 26
+
 
 class Scores(NamedTuple):
     """What one model makes of a set of documents, an entry for each document.
@@ -142,17 +145,23 @@ def _sequence_nll(
     params: Params, batch: Batch, scored: jax.Array, *, cfg: ModelConfig
 ) -> jax.Array:
     """Summed loss of the scored positions of each sequence ``[b]``."""
-    losses, _ = token_nll(decoder.forward(params, batch, cfg=cfg)[0], batch)
-    return jnp.sum(losses * scored, -1)
+    return _head_nll(params, decoder.residual(params, batch, cfg=cfg)[0], batch, scored, cfg=cfg)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _head_nll(
     params: Params, x: jax.Array, batch: Batch, scored: jax.Array, *, cfg: ModelConfig
 ) -> jax.Array:
-    """The same from the residual stream behind the last layer."""
-    losses, _ = token_nll(decoder.head(params, x, cfg=cfg), batch)
-    return jnp.sum(losses * scored, -1)
+    """The same from the residual stream behind the last layer, a few sequences at a time."""
+
+    def one(args: tuple[jax.Array, Batch, jax.Array]) -> jax.Array:
+        x, sequence, counted = jax.tree.map(lambda leaf: leaf[None], args)
+        losses, _ = token_nll(decoder.head(params, x, cfg=cfg), sequence)
+        return jnp.sum(losses * counted)
+
+    size, length = batch.tokens.shape
+    at_once = max(1, min(size, LOGITS_AT_ONCE // (length * cfg.vocab_size)))
+    return jax.lax.map(one, (x, batch, scored), batch_size=at_once)
 
 
 def _losses(

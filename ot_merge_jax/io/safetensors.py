@@ -113,7 +113,9 @@ class TensorFile:
 
     def __init__(self, path: Path):
         """Opens a file whose header `read_header` has accepted."""
-        self._file = safetensors.safe_open(path, framework="np")
+        # not mapped: pages of a map count as the process's memory, and a file that shrinks would
+        # end the process
+        self._file = safetensors.safe_open(path, framework="np", backend="pread")
 
     def names(self) -> list[str]:
         """All tensors of the file."""

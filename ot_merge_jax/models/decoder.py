@@ -192,6 +192,19 @@ def forward(
     Raises:
         KeyError: if a site does not exist.
     """
+    x, captured = residual(params, batch, cfg=cfg, capture=capture, unroll=unroll)
+    return head(params, x, cfg=cfg), captured
+
+
+def residual(
+    params: Params,
+    batch: Batch,
+    *,
+    cfg: ModelConfig,
+    capture: frozenset[str] = frozenset(),
+    unroll: int = 1,
+) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "layers b r d"]]]:
+    """The residual stream behind the last layer, and what `forward` captures on the way."""
     seen = views(positions_of(batch.mask), batch.mask, cfg=cfg)
 
     def step(x: jax.Array, stacked: Any) -> tuple[jax.Array, Sites]:
@@ -200,8 +213,7 @@ def forward(
         return x, {site: rows_of(sites[site], batch) for site in sorted(capture)}
 
     x = embed(params, batch.tokens, cfg=cfg)
-    x, captured = jax.lax.scan(step, x, (params["layers"], seen.kind), unroll=unroll)
-    return head(params, x, cfg=cfg), captured
+    return jax.lax.scan(step, x, (params["layers"], seen.kind), unroll=unroll)
 
 
 def rows_of(site: Float[Array, "b s d"], batch: Batch) -> Float[Array, "b r d"]:

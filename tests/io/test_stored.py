@@ -82,9 +82,7 @@ def test_merging_from_disk_is_merging_from_memory(rule, tiny_checkpoint, random_
     batches = batches_of(target[0], random_batch)
     ids = jnp.arange(50)
     given = {"spec": spec, "vocabulary": VocabularyMatch(ids, ids)}
-    whole = merge.merge(
-        target, source, (batches, batches), HParams(0.5), source_base=base, **given
-    )
+    whole = merge.merge(target, source, (batches, batches), HParams(0.5), source_base=base, **given)
     layered = merge.merge(
         target, stored[0], (batches, batches), HParams(0.5), source_base=stored[1], **given
     )

@@ -1,0 +1,209 @@
+"""How much host memory a run needs, said before it starts, and whether models must stay on disk.
+
+Sums of the arrays that are alive together in each stage; no weights are read. Constants are named
+and measured, everything else follows from shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+
+from ot_merge_jax.calibration import Calibration
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import RecipeError, ResourceError
+from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE
+from ot_merge_jax.models import specs
+from ot_merge_jax.spaces import site_width, sites_of, weight_of
+from ot_merge_jax.transport.solve import pairs_at_once
+from ot_merge_jax.types import Batch, MergeSpec
+
+#: The interpreter, its libraries and compiled programs (measured: 0.5 to 0.8 GiB).
+PROCESS = 700 << 20
+_FLOAT = 4
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+class Plan(NamedTuple):
+    """What a run will hold.
+
+    Attributes:
+        on_disk: Roles whose weights are read layer by layer and never held whole.
+        stages: Stage -> bytes at its peak.
+    """
+
+    on_disk: frozenset[str]
+    stages: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest stage."""
+        return max(self.stages.values())
+
+    def __str__(self) -> str:
+        """One line for the log."""
+        held = f", {' and '.join(sorted(self.on_disk))} layer by layer" if self.on_disk else ""
+        stage = max(self.stages, key=self.stages.__getitem__)
+        return f"about {gib(self.peak)} at most (to {stage}){held}"
+
+
+def gib(size: float) -> str:
+    """A size for people.
+
+    Example:
+        >>> gib(3 << 29)
+        '1.5 GiB'
+    """
+    return f"{size / 2**30:.1f} GiB"
+
+
+def parse(text: str) -> int:
+    """Bytes of a size as people write it; units are powers of 1024.
+
+    Raises:
+        RecipeError: if it is not a size.
+
+    Example:
+        >>> parse("8GiB") == parse("8 G") == 8 << 30
+        True
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise RecipeError(f"--memory-limit {text!r} is not a size; write it as in 8GiB.")
+    return int(float(found[1]) * 2 ** _UNITS[found[2].upper()])
+
+
+def of_machine(files: Iterable[str] = _CGROUP) -> int:
+    """Bytes this process may use: the machine's memory, or the limit of its container.
+
+    Args:
+        files: Where a container's limit may stand.
+    """
+    limits = [psutil.virtual_memory().total]
+    for file in files:
+        if Path(file).is_file() and (said := Path(file).read_text().strip()).isdigit():
+            limits.append(int(said))  # without a limit it says `max`, or more than any machine has
+    return min(limits)
+
+
+def choose(
+    cfgs: Mapping[str, ModelConfig], data: Calibration, *, spec: MergeSpec, limit: int | None
+) -> Plan:
+    """Whole models if they fit, otherwise the source and its base layer by layer.
+
+    Args:
+        cfgs: Role (``target``, ``source``, ``source base``) -> configuration.
+        data: The calibration batches.
+        spec: What moves.
+        limit: Bytes; None: those of the machine.
+
+    Returns:
+        The plan to follow.
+
+    Raises:
+        ResourceError: if neither fits.
+    """
+    most = of_machine() if limit is None else limit
+    whole = needed(cfgs, data, spec=spec)
+    if whole.peak <= most:
+        return whole
+    layered = needed(cfgs, data, spec=spec, on_disk=frozenset(cfgs) - {"target"})
+    if layered.peak > most:
+        whose = "this machine has" if limit is None else "--memory-limit allows"
+        raise ResourceError(
+            f"The run needs {layered}, and {whose} {gib(most)}; use fewer --max-rows, move fewer "
+            "--weights, or say --memory-limit if you know better."
+        )
+    return layered
+
+
+def needed(
+    cfgs: Mapping[str, ModelConfig],
+    data: Calibration,
+    *,
+    spec: MergeSpec,
+    on_disk: frozenset[str] = frozenset(),
+) -> Plan:
+    """Bytes of every stage.
+
+    Args:
+        cfgs: Role -> configuration.
+        data: The calibration batches.
+        spec: What moves.
+        on_disk: Roles that are read layer by layer.
+
+    Returns:
+        The sums, by stage.
+    """
+    target, source = cfgs["target"], cfgs["source"]
+    batches = {role: data.target if role == "target" else data.source for role in cfgs}
+    sites = sites_of(spec.weights)
+    held = {role: 0 if role in on_disk else _weights(cfg) for role, cfg in cfgs.items()}
+    moved = _FLOAT * sum(
+        math.prod(one.shape) for one in specs.param_specs(target)
+        if weight_of(one.path) in spec.weights
+    )  # fmt: skip
+    largest = max(_largest(cfg) for cfg in cfgs.values())
+    models = sum(held.values())
+    stages = {
+        f"gather the {role}": models + _gather(cfg, batches[role], role in on_disk)
+        for role, cfg in cfgs.items()
+        if sites
+    }
+    rows = [data.rows * site_width(site, cfg) for site in sites for cfg in (target, source)]
+    pairs = [(site_width(site, target), site_width(site, source)) for site in sites]
+    if sites:
+        activations = max(
+            data.rows * (target.num_layers * n + source.num_layers * m) for n, m in pairs
+        )
+        # raw and standardised rows of a site; cost, kernel and two temporaries of the pairs solved
+        solving = max(4 * n * m * pairs_at_once(n, m) for n, m in pairs)
+        stages["couple"] = models + _FLOAT * (2 * activations + solving)
+    # two plans and their products, the rows they are rebuilt from, a source kernel and its base
+    carrying = _FLOAT * (max((3 * n * m for n, m in pairs), default=0) + 2 * max(rows, default=0))
+    stages["transport"] = models + moved + 3 * largest + carrying
+    scoring = 3 * _FLOAT * LOGITS_AT_ONCE + _step(target, _largest_batch(batches["target"]))
+    stages["choose the strength"] = models + 2 * moved + scoring
+    stages["check what was written"] = models + moved + 3 * held["target"]
+    return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
+
+
+def _weights(cfg: ModelConfig) -> int:
+    """Bytes of a whole model in float32."""
+    return _FLOAT * sum(math.prod(one.shape) for one in specs.param_specs(cfg))
+
+
+def _largest(cfg: ModelConfig) -> int:
+    """Bytes of the largest piece that is read at once: a layer, or a vocabulary table."""
+    table = specs.param_specs(cfg)
+    layer = sum(math.prod(one.shape[1:]) for one in table if one.is_stacked)
+    return _FLOAT * max(layer, *(math.prod(one.shape) for one in table if not one.is_stacked))
+
+
+def _largest_batch(batches: Iterable[Batch]) -> tuple[int, int]:
+    """Sequences and length of the batch with most tokens."""
+    return max((np.shape(one.tokens) for one in batches), key=math.prod)
+
+
+def _gather(cfg: ModelConfig, batches: Iterable[Batch], is_on_disk: bool) -> int:
+    """Bytes of a forward pass beside the weights; activations themselves go to disk."""
+    batches = list(batches)
+    step = _step(cfg, _largest_batch(batches))
+    if not is_on_disk:
+        return step
+    hidden = _FLOAT * cfg.hidden_size * sum(math.prod(np.shape(one.tokens)) for one in batches)
+    return step + hidden + 2 * _largest(cfg)
+
+
+def _step(cfg: ModelConfig, shape: tuple[int, int]) -> int:
+    """Bytes of one layer's work on one batch: wide MLP arrays, narrow ones, attention scores."""
+    tokens, (size, length) = math.prod(shape), shape
+    wide = 3 * tokens * cfg.intermediate_size + 8 * tokens * cfg.hidden_size
+    return _FLOAT * (wide + 2 * size * cfg.num_heads * length * length)
