@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ot_merge_jax import calibration, errors, pipeline, preflight, recipe, sharding, texts
+from ot_merge_jax import calibration, errors, memory, pipeline, preflight, recipe, sharding, texts
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import details, hf, provenance
 from ot_merge_jax.report import facts
@@ -457,3 +457,27 @@ def test_output_parent_that_does_not_exist_is_made(resolved, out):
     pipeline.run(resolved(), deep, command="test")
     assert (deep / "config.json").exists()
     assert left_in(deep) == ["out"]
+
+
+# ---- memory ----
+
+
+def test_run_within_less_memory_gives_the_same_weights(resolved, out, tmp_path, text_file):
+    """The source is read layer by layer, gathered, moved and scored; to rounding it is the same."""
+    settings = resolved(weights=["up", "embed"], evaluation={"path": str(text_file)})
+    whole = pipeline.run(settings, out, command="test")
+    inputs = preflight.check(settings, tmp_path / "other", overwrite=False)
+    cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
+    needed = memory.needed(cfgs, inputs.data, spec=settings.spec())
+    within = tmp_path / "within"
+    less = pipeline.run(settings, within, command="test", memory_limit=needed.peak - 1)
+    for one, other in zip(
+        *(
+            safetensors.numpy.load_file(path / "model.safetensors").values()
+            for path in (out, within)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max())
+    ours, theirs = (one.report["evaluation"]["source"] for one in (less, whole))
+    assert ours["nll_per_token"] == pytest.approx(theirs["nll_per_token"], rel=1e-6)

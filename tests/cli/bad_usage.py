@@ -68,6 +68,7 @@ VALUES = {
     "mesh with an unknown axis": ("mesh", "pipeline=2", "mesh axis", "'pipeline'", "data, model"),
     "mesh larger than the machine": ("mesh", "data=64", "mesh", "does not fit"),
     "mesh of zero": ("mesh", "data=0", "mesh"),
+    "size that is none": ("memory_limit", "plenty", "--memory-limit", "8GiB"),
     "negative mesh": ("mesh", "data=-2", "mesh"),
 }
 
@@ -79,3 +80,8 @@ def with_value(flag, value):
 
 for _name, (_flag, _value, *_words) in VALUES.items():
     row(2, *_words, name=_name)(with_value(_flag, _value))
+
+
+@row(4, "GiB", "--memory-limit allows", "--max-rows")
+def run_that_does_not_fit(desk):
+    return desk.run(memory_limit="64MiB")

@@ -1,0 +1,100 @@
+"""What a run is said to need, and what happens when that is too much."""
+
+import jax
+import numpy as np
+import pytest
+
+from ot_merge_jax import calibration, memory
+from ot_merge_jax.errors import RecipeError, ResourceError
+from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.types import MergeSpec
+
+SPEC = MergeSpec(weights=("up", "down"))
+
+
+@pytest.fixture(scope="module")
+def cfgs(tiny_checkpoint):
+    sizes = {"target": {"layers": 2}, "source": {"layers": 6, "hidden": 64, "intermediate": 256}}
+    return {role: load_hf(tiny_checkpoint(**more))[0] for role, more in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def data():
+    rows = [([0, 1], [2 * i, 2 * i + 1]) for i in range(8)]
+    parts = calibration.batches([[1, 2, 3, 4]] * 8, rows)
+    return calibration.Calibration(parts, parts, 8, 32, 32, rows=16, target_matched=1.0,
+                                   source_matched=1.0)  # fmt: skip
+
+
+def test_whole_models_are_held_if_they_fit(cfgs, data):
+    plan = memory.choose(cfgs, data, spec=SPEC, limit=1 << 40)
+    assert plan.on_disk == frozenset()
+    assert str(plan).startswith("about 0.7 GiB at most (to ")
+
+
+def test_source_stays_on_disk_if_it_does_not_fit(cfgs, data):
+    whole = memory.needed(cfgs, data, spec=SPEC)
+    plan = memory.choose(cfgs, data, spec=SPEC, limit=whole.peak - 1)
+    assert plan.on_disk == {"source"}
+    assert plan.peak < whole.peak
+    assert str(plan).endswith("source layer by layer")
+
+
+def test_run_that_cannot_fit_is_refused_with_both_sizes(cfgs, data):
+    with pytest.raises(
+        ResourceError, match=r"needs about 0\.7 GiB .*--memory-limit allows 0\.5 GiB"
+    ):
+        memory.choose(cfgs, data, spec=SPEC, limit=1 << 29)
+
+
+def test_machine_is_the_limit_if_none_is_given(cfgs, data, monkeypatch):
+    monkeypatch.setattr(memory, "of_machine", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"this machine has 0\.0 GiB"):
+        memory.choose(cfgs, data, spec=SPEC, limit=None)
+
+
+def test_more_of_everything_needs_more(cfgs, data):
+    """More rows, more weights, a source base: no stage may shrink."""
+    few = memory.needed(cfgs, data, spec=SPEC).stages
+    both = {**cfgs, "source base": cfgs["source"]}
+    for more in (
+        memory.needed(cfgs, data._replace(rows=10**6), spec=SPEC),
+        memory.needed(cfgs, data, spec=SPEC._replace(weights=("q", "up", "down", "embed"))),
+        memory.needed(both, data, spec=SPEC),
+    ):
+        assert all(more.stages[name] >= size for name, size in few.items())
+        assert more.peak > max(few.values())
+
+
+def test_weights_of_a_model_are_counted_from_its_shapes(tiny_checkpoint, data):
+    cfg, params = load_hf(tiny_checkpoint())
+    count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
+    cfgs = {"target": cfg, "source": cfg}
+    held = memory.needed(cfgs, data, spec=SPEC).stages["choose the strength"]
+    streamed = memory.needed(cfgs, data, spec=SPEC, on_disk=frozenset({"source"}))
+    assert held - streamed.stages["choose the strength"] == 4 * count
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1024", 1024), ("8GiB", 8 << 30), ("8g", 8 << 30), ("1.5 MB", 3 << 19), ("2T", 2 << 40)],
+)
+def test_sizes_are_read(text, size):
+    assert memory.parse(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1G", "8 XB", "0", "1e3", "8GiBs", "nan"])
+def test_what_is_not_a_size_is_refused(text):
+    with pytest.raises(RecipeError, match="8GiB"):
+        memory.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [("1000000\n", 1_000_000), ("max\n", None), ("9223372036854771712", None)]
+)
+def test_limit_of_a_container_counts(said, expected, tmp_path):
+    file = tmp_path / "memory.max"
+    machine = memory.of_machine([str(file)])  # no such file: the machine's memory
+    assert machine > 1 << 28
+    file.write_text(said)
+    assert memory.of_machine([str(file)]) == (expected or machine)
