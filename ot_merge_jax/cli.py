@@ -248,6 +248,10 @@ def evaluate(
         list[str], typer.Argument(help="Model folders, or hub ids as OWNER/NAME@REVISION.")
     ],
     text: Annotated[str, typer.Option(help="Held-out text: .txt, .jsonl, .parquet, or hub:...")],
+    generate: Annotated[
+        int, typer.Option(help="Documents whose beginning every model continues.", min=0)
+    ] = 0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.", min=1)] = 32,
     field: Field = None,
     encoding: Encoding = None,
     seed: Seed = 0,
@@ -259,10 +263,13 @@ def evaluate(
     """Loss and bits per byte of models on a text, with intervals for their differences."""
     from ot_merge_jax import pipeline
     from ot_merge_jax import recipe as recipes
+    from ot_merge_jax.report import tables
 
     with _session(verbose=verbose, quiet=quiet):
         source = recipes.text(text, field=field, encoding=encoding)
-        found = pipeline.evaluate(models, source, seed=seed, offline=offline)
+        found = pipeline.evaluate(
+            models, source, seed=seed, offline=offline, count=generate, new_tokens=new_tokens
+        )
     if as_json:
         _print_json(found)
         return
@@ -282,6 +289,8 @@ def evaluate(
             f"95 % interval [{pair['low']:+.4f}, {pair['high']:+.4f}]",
             _out,
         )
+    if "samples" in found:
+        _out.print(tables.samples(found["samples"]))
 
 
 @app.command()

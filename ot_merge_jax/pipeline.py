@@ -22,9 +22,9 @@ from ot_merge_jax import calibration, fuse, memory, merge, preflight, staged
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import StrictError
-from ot_merge_jax.evaluate import compare, nll
+from ot_merge_jax.evaluate import compare, nll, samples
 from ot_merge_jax.io import details, hf, provenance, publish, records, stages, stored
-from ot_merge_jax.io.folder import ModelFolder, open_folder
+from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe, Text
@@ -299,7 +299,13 @@ def _evaluate(
 
 
 def evaluate(
-    paths: Sequence[str], text: Text, *, seed: int = 0, offline: bool = False
+    paths: Sequence[str],
+    text: Text,
+    *,
+    seed: int = 0,
+    offline: bool = False,
+    count: int = 0,
+    new_tokens: int = 32,
 ) -> dict[str, Any]:
     """Scores models on a text and compares every pair.
 
@@ -308,35 +314,29 @@ def evaluate(
         text: The held-out text.
         seed: Of the bootstrap.
         offline: Whether the network is forbidden; the hub's local cache is used all the same.
+        count: How many documents every model continues, the first ones of the text.
+        new_tokens: By how many tokens at most.
 
     Returns:
         ``{"models": {path: {documents, tokens, nll_per_token, bits_per_byte}}, "pairs": [{a, b,
         metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
-        or in bits per byte where the two tokenizers differ.
+        or in bits per byte where the tokenizers differ. ``samples`` (`samples.facts`) if asked for.
     """
     documents = preflight.documents_of(text, records.locate(text.path, offline=offline))
-    scores, tokenizers = {}, {}
+    scores, tokenizers, continued, prompts = {}, {}, {}, []
     for path in dict.fromkeys(paths):
         folder = open_folder(path, offline=offline)
         tokenizers[path] = preflight.tokenizer_of(folder)
         cfg, params = _load(folder, None)
         cut = nll.windows(documents, tokenizers[path], max_positions=cfg.max_positions)
+        prompts = prompts or samples.prompts(documents[:count], tokenizers[path])
+        continued[path] = samples.sample(
+            params, cfg, tokenizers[path], prompts, stop=stop_ids(folder), max_new_tokens=new_tokens
+        )
         scores[path] = nll.score(params, cut, cfg=cfg)
-    pairs = []
-    names = list(scores)
-    for index, a in enumerate(names):
-        for b in names[index + 1 :]:
-            is_one = calibration.is_same_tokenizer(tokenizers[a], tokenizers[b], documents)
-            metric = "nll_per_token" if is_one else "bits_per_byte"
-            change = compare.paired_bootstrap(scores[a], scores[b], metric=metric, seed=seed)
-            pairs.append({"a": a, "b": b, "metric": metric, **change._asdict()})
-    models = {
-        name: {
-            "documents": len(one.tokens),
-            "tokens": int(one.tokens.sum()),
-            "nll_per_token": one.nll_per_token,
-            "bits_per_byte": one.bits_per_byte,
-        }
-        for name, one in scores.items()
-    }
-    return {"models": models, "pairs": pairs}
+    is_one = calibration.is_same_tokenizer
+    pairs = compare.every_pair(
+        scores, lambda a, b: is_one(tokenizers[a], tokenizers[b], documents), seed=seed
+    )
+    found = {"models": {name: one.totals for name, one in scores.items()}, "pairs": pairs}
+    return found | ({"samples": samples.facts(prompts, continued)} if count else {})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -70,3 +71,25 @@ def paired_bootstrap(
         means.append(change[drawn].sum(1) / size_a[drawn].sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Difference(float(change.sum() / size_a.sum()), float(low), float(high))
+
+
+def every_pair(
+    scores: Mapping[str, Scores], has_one_tokenizer: Callable[[str, str], bool], *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Each of several models against each that comes after it.
+
+    Args:
+        scores: Name -> scores, all of the same documents.
+        has_one_tokenizer: Whether two of them share a tokenizer; if not, bytes are compared.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``{a, b, metric, difference, low, high}``, ``a`` minus ``b``.
+    """
+    pairs, names = [], list(scores)
+    for index, a in enumerate(names):
+        for b in names[index + 1 :]:
+            metric: Metric = "nll_per_token" if has_one_tokenizer(a, b) else "bits_per_byte"
+            change = paired_bootstrap(scores[a], scores[b], metric=metric, seed=seed)
+            pairs.append({"a": a, "b": b, "metric": metric, **change._asdict()})
+    return pairs

@@ -52,6 +52,16 @@ class Scores(NamedTuple):
         """Comparable between tokenizers."""
         return float(self.nll.sum() / self.bytes.sum() / math.log(2))
 
+    @property
+    def totals(self) -> dict[str, int | float]:
+        """The whole text in numbers, for reports."""
+        return {
+            "documents": len(self.tokens),
+            "tokens": int(self.tokens.sum()),
+            "nll_per_token": self.nll_per_token,
+            "bits_per_byte": self.bits_per_byte,
+        }
+
 
 class Windows(NamedTuple):
     """Documents cut into padded windows, ready to be scored many times.

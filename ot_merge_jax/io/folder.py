@@ -116,6 +116,23 @@ def open_folder(
     return ModelFolder(path, config, cfg, owner, tensors, origin, added)
 
 
+def stop_ids(folder: ModelFolder) -> list[int]:
+    """Ids at which a model stops writing: those of generation_config.json, else of config.json.
+
+    Raises:
+        InputError: if they are not integers.
+    """
+    path = folder.path / "generation_config.json"
+    said = read_json(path).get("eos_token_id") if path.exists() else None
+    said = folder.config.get("eos_token_id") if said is None else said
+    ids = said if isinstance(said, list) else [] if said is None else [said]
+    if wrong := [one for one in ids if not isinstance(one, int) or isinstance(one, bool)]:
+        raise InputError(
+            f"{folder.path}: eos_token_id holds {str(wrong[0])[:60]!r} and not a token id; mend it."
+        )
+    return [one for one in ids if 0 <= one < folder.cfg.vocab_size]
+
+
 def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[str]]:
     """Tensor -> shard from the index ({} for a single file), and what is wrong with it."""
     # where both are there, transformers reads the single file too

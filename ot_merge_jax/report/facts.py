@@ -125,14 +125,9 @@ def compared(
     Returns:
         JSON values.
     """
-    result = {}
+    result: dict[str, Any] = {}
     for name, one in scores.items():
-        result[name] = {
-            "documents": len(one.tokens),
-            "tokens": int(one.tokens.sum()),
-            "nll_per_token": one.nll_per_token,
-            "bits_per_byte": one.bits_per_byte,
-        }
+        result[name] = dict(one.totals)
         if name != "target":
             metric = "nll_per_token" if has_one_tokenizer[name] else "bits_per_byte"
             change = paired_bootstrap(one, scores["target"], metric=metric, seed=seed)

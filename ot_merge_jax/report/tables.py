@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -61,3 +63,26 @@ def evaluation_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
             else f"[{change['low']:+.4f}, {change['high']:+.4f}]".replace("[", "\\["),
         )
     return table
+
+
+def samples(found: Sequence[Mapping[str, Any]]) -> Group:
+    """Prompts, and below each what every model wrote, as `evaluate.samples.facts` has them."""
+    blocks = []
+    for number, one in enumerate(found, 1):
+        blocks += [Text(), Text(f"{number}. {visible(one['prompt'])}", overflow="fold")]
+        for model, continuation in one["continuations"].items():
+            end = " [end of text]" if continuation["ended"] else ""
+            name = Text(visible(model), style="bold", overflow="fold")
+            text = Text(visible(continuation["text"]) + end, overflow="fold")
+            blocks += [Padding(name, (0, 0, 0, 3)), Padding(text, (0, 0, 0, 6))]
+    return Group(*blocks)
+
+
+def visible(text: str) -> str:
+    r"""A text on one line, its control characters written out: none of them reaches a terminal.
+
+    Example:
+        >>> print(visible("red: \x1b[31m"))
+        red: \x1b[31m
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

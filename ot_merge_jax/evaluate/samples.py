@@ -1,0 +1,197 @@
+"""What models write: the beginnings of documents, continued greedily. Imports models and texts.
+
+Every model reads the same beginning, in its own tokens and, of a chat, by its own template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import progress, texts
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.models.generation import generate
+from ot_merge_jax.texts import Chat, Document
+from ot_merge_jax.types import Params
+
+_PROMPT_TOKENS = 32
+_MAX_CHARACTERS = 4096  # of a document that are looked at: more than its prompt can need
+_PROMPTS_AT_ONCE = 16
+_WIDTH = 16  # prompts are padded to a multiple of it, so that few programs are compiled
+
+
+class Sample(NamedTuple):
+    """What one model makes of one prompt.
+
+    Attributes:
+        text: The continuation alone, without the token that ended it.
+        tokens: Its ids, likewise.
+        has_ended: Whether the model ended it, and not the limit.
+    """
+
+    text: str
+    tokens: list[int]
+    has_ended: bool
+
+
+def prompts(documents: Sequence[Document], tokenizer: Any) -> list[Document]:
+    """The first half of each document, at most 32 tokens; of a chat, of its first answer.
+
+    Args:
+        documents: Texts and chats.
+        tokenizer: Counts the tokens; others may need more or fewer for the same text.
+
+    Returns:
+        Texts, and chats that end in the middle of an answer.
+    """
+    found: list[Document] = []
+    for document in documents:
+        if isinstance(document, str):
+            found.append(_beginning(document, tokenizer))
+            continue
+        roles = [turn.role for turn in document.turns]
+        last = roles.index("assistant") if "assistant" in roles else len(roles) - 1
+        *before, answer = document.turns[: last + 1]
+        cut = answer._replace(content=_beginning(answer.content, tokenizer))
+        found.append(Chat((*before, cut)))
+    return found
+
+
+def _beginning(text: str, tokenizer: Any) -> str:
+    """The characters of the first half of a text's tokens."""
+    text = text[:_MAX_CHARACTERS]
+    one = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = one["input_ids"]
+    count = min(_PROMPT_TOKENS, max(1, len(ids) // 2))
+    if not tokenizer.is_fast:  # it cannot say where tokens end
+        return text[: max(1, len(text) * count // max(1, len(ids)))]
+    ends = [stop for _, stop in one["offset_mapping"][:count]]
+    return text[: max(ends, default=0)] or text
+
+
+def written(prompt: Document) -> str:
+    """A prompt as people read it."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in prompt.turns)
+
+
+def encode(prompt: Document, tokenizer: Any) -> list[int]:
+    """The tokens of a model that a prompt begins with; never empty, and not ended."""
+    text, contents, has_special = texts.render(prompt, tokenizer)
+    if has_special:  # what the template writes after the answer would end it
+        text = text[: contents[-1][1]] or text
+    ids = list(tokenizer(text, add_special_tokens=not has_special)["input_ids"])
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # some tokenizers end every text
+    if not ids:
+        raise InputError(f"The prompt {text[:40]!r} has no tokens; add text to its document.")
+    return ids
+
+
+def sample(
+    params: Params,
+    cfg: ModelConfig,
+    tokenizer: Any,
+    prompts: Sequence[Document],
+    *,
+    stop: Sequence[int] = (),
+    max_new_tokens: int = 32,
+) -> list[Sample]:
+    """Continues prompts with the likeliest token, one after the other.
+
+    Args:
+        params: Parameters, in the dtype to compute in.
+        cfg: The model.
+        tokenizer: Of the model.
+        prompts: Texts, and chats that end in an answer (`prompts`).
+        stop: Ids that end a text.
+        max_new_tokens: Tokens to add at most.
+
+    Returns:
+        One sample for each prompt.
+
+    Raises:
+        InputError: if a prompt has no tokens, prompt and continuation exceed the model's context,
+            or a chat cannot be rendered.
+
+    Example:
+        >>> from ot_merge_jax import assets, calibration
+        >>> from ot_merge_jax.io.hf import load_hf
+        >>> cfg, params = load_hf(assets.path("sibling"), dtype="float32")
+        >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
+        >>> [one] = sample(params, cfg, tokenizer, ["import unittest"], max_new_tokens=4)
+        >>> len(one.tokens), one.has_ended
+        (4, False)
+    """
+    if not prompts:
+        return []
+    encoded = [encode(one, tokenizer) for one in prompts]
+    longest = max(map(len, encoded))
+    if longest + max_new_tokens > cfg.max_positions:
+        raise InputError(
+            f"A prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of "
+            f"{cfg.max_positions} tokens of {tokenizer.name_or_path}; ask for fewer new tokens."
+        )
+    width = min(-(-longest // _WIDTH) * _WIDTH, cfg.max_positions - max_new_tokens)
+    size = min(len(encoded), _PROMPTS_AT_ONCE)
+    found = []
+    starts = range(0, len(encoded), _PROMPTS_AT_ONCE)
+    for start in progress.track(starts, "continue prompts (batches)"):
+        part = encoded[start : start + size]
+        tokens, mask = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
+        for row in range(size):
+            ids = part[min(row, len(part) - 1)]  # the last batch is filled with its last prompt
+            tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
+        new = generate(
+            params, jnp.asarray(tokens), jnp.asarray(mask),
+            cfg=cfg, max_new_tokens=max_new_tokens, stop=stop,
+        )  # fmt: skip
+        rows = np.asarray(new)[: len(part)].tolist()
+        found += [_cut(ids, row, tokenizer, stop) for ids, row in zip(part, rows, strict=True)]
+    return found
+
+
+def _cut(ids: list[int], new: list[int], tokenizer: Any, stop: Sequence[int]) -> Sample:
+    """A continuation up to its end, as text."""
+    place = next((place for place, token in enumerate(new) if token in stop), len(new))
+    kept = new[:place]
+    before, whole = (
+        tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for part in (ids, ids + kept)
+    )
+    # by difference: at the beginning of a text some decoders drop a space
+    is_prefix = whole.startswith(before)
+    text = whole[len(before) :] if is_prefix else tokenizer.decode(kept, skip_special_tokens=False)
+    return Sample(text, kept, place < len(new))
+
+
+def facts(prompts: Sequence[Document], found: Mapping[str, Sequence[Sample]]) -> list[dict]:
+    """Prompts and what every model made of them, as JSON values.
+
+    Args:
+        prompts: The prompts.
+        found: Model -> a sample for each prompt.
+
+    Returns:
+        For each prompt ``{prompt, continuations: {model: {text, tokens, ended}}}``, where
+        ``tokens`` is how many.
+    """
+    return [
+        {
+            "prompt": written(prompt),
+            "continuations": {
+                model: {
+                    "text": samples[place].text,
+                    "tokens": len(samples[place].tokens),
+                    "ended": samples[place].has_ended,
+                }
+                for model, samples in found.items()
+            },
+        }
+        for place, prompt in enumerate(prompts)
+    ]
