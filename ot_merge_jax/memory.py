@@ -54,7 +54,7 @@ class Plan(NamedTuple):
         return f"about {gib(self.peak)} at most (to {stage}){held}"
 
 
-def gib(size: float) -> str:
+def gib(size: int) -> str:
     """A size for people.
 
     Example:
@@ -169,7 +169,11 @@ def needed(
     # two plans and their products, the rows they are rebuilt from, a source kernel and its base
     carrying = _FLOAT * (max((3 * n * m for n, m in pairs), default=0) + 2 * max(rows, default=0))
     stages["transport"] = models + moved + 3 * largest + carrying
-    scoring = 3 * _FLOAT * LOGITS_AT_ONCE + _step(target, _largest_batch(batches["target"]))
+    size, length = _largest_batch(batches["target"])
+    logits = target.vocab_size * max(
+        length, min(LOGITS_AT_ONCE // target.vocab_size, size * length)
+    )
+    scoring = 3 * _FLOAT * logits + _step(target, (size, length))
     stages["choose the strength"] = models + 2 * moved + scoring
     stages["check what was written"] = models + moved + 3 * held["target"]
     return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
