@@ -143,6 +143,9 @@ def open_folder(
         InputError: listing all problems of the tensors at once.
     """
     path, origin = resolve(path, revision=revision, offline=offline)
+    for file in path.iterdir():  # reading a pipe never ends, and a device has no end
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise InputError(f"{file} is not a regular file; download the model again.")
     if not (path / "config.json").exists() and (path / "adapter_config.json").exists():
         raise InputError(f"{path} holds only an adapter; merge it into its base model first.")
     config = read_json(path / "config.json")

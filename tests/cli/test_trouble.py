@@ -18,7 +18,7 @@ import safetensors.numpy
 import yaml
 from desk import FAST_TO_COMPILE, GATE, SINGLE
 
-from ot_merge_jax import pipeline
+from ot_merge_jax import pipeline, preflight
 from ot_merge_jax.io import hub, publish
 
 
@@ -46,7 +46,7 @@ def test_trouble_with_files_and_memory_is_one_sentence(
     def fail(*a, **k):
         raise problem
 
-    monkeypatch.setattr(pipeline, "check", fail)
+    monkeypatch.setattr(preflight, "check", fail)
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (code, "")
     [sentence] = called.err.splitlines()
