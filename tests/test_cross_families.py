@@ -40,7 +40,7 @@ def test_every_family_is_target_and_source_of_every_preset():
         pairs = [(target, source) for one, target, source in PAIRS if one == preset]
         assert [sorted(side) for side in zip(*pairs, strict=True)] == [sorted(NAMES)] * 2
         assert all(target != source for target, source in pairs)
-    assert len(set(pair[1:] for pair in PAIRS)) == len(PAIRS)
+    assert len({pair[1:] for pair in PAIRS}) == len(PAIRS)
 
 
 @pytest.fixture(scope="module")

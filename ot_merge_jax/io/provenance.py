@@ -119,9 +119,9 @@ def model_card(
     stated = set(licences.values())
     agreed = stated.pop() if len(stated) == 1 else None
     data = ModelCardData(
-        # not escaped: to_yaml quotes what needs it
+        # not escaped: to_yaml quotes what needs it, but not on one line if the name has several
         base_model=[
-            folder.resolve().name if origin is None else origin.repo
+            " ".join(folder.resolve().name.split()) if origin is None else origin.repo
             for folder, origin in models.values()
         ],
         base_model_relation="merge",

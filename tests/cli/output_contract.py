@@ -142,7 +142,9 @@ def has_a_provenance_of_hashes_versions_and_the_command(merge):
         assert all(sha256(folder / file) == digest for file, digest in files.items())
     base = {"source base"} if recipe["source_base"] else set()
     assert set(found["inputs"]) == {"target", "source"} | base
-    assert set(found["texts"]) == {"calibration"} | ({"evaluation"} if recipe["evaluation"] else set())
+    assert set(found["texts"]) == {"calibration"} | (
+        {"evaluation"} if recipe["evaluation"] else set()
+    )
     assert found["command"].startswith("ot-merge run --preset")
     assert found["packages"]["jax"]
     assert found["wall_seconds"] > 0
