@@ -128,8 +128,8 @@ def recipe_of_200_megabytes(desk):
 #: Rows that must also be refused in little time and memory.
 BOMBS = [
     "pipe as config.json", "pipe as tokenizer.json", "device as tokenizer.json",
-    "config of 200 megabytes", "index of 200 megabytes", "header of 200 megabytes", "config of nested lists",
-    "endless line", "endless line of jsonl", "bad byte late in a large text",
+    "config of 200 megabytes", "index of 200 megabytes", "header of 200 megabytes",
+    "config of nested lists", "endless line", "endless line of jsonl", "bad byte late in a large text",
     "recipe that is an alias bomb", "recipe of nested lists", "recipe of 200 megabytes",
 ]  # fmt: skip
 

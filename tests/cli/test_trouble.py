@@ -327,7 +327,7 @@ def test_interrupt_before_anything_is_finished(desk, everything, cli, monkeypatc
     monkeypatch.setattr(pipeline, "_load", stopped)
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (130, "")
-    assert called.err.splitlines() == ["interrupted; nothing unfinished was left behind."]
+    assert called.err.splitlines() == ["interrupted; nothing was written."]
     assert everything() == before
 
 
