@@ -129,7 +129,8 @@ def recipe_of_200_megabytes(desk):
 BOMBS = [
     "pipe as config.json", "pipe as tokenizer.json", "device as tokenizer.json",
     "config of 200 megabytes", "index of 200 megabytes", "header of 200 megabytes",
-    "config of nested lists", "endless line", "endless line of jsonl", "bad byte late in a large text",
+    "config of nested lists", "endless line", "endless line of jsonl",
+    "bad byte late in a large text",
     "recipe that is an alias bomb", "recipe of nested lists", "recipe of 200 megabytes",
 ]  # fmt: skip
 
@@ -162,8 +163,9 @@ def of_kind(changes):
 
 
 for _name, (_changes, _reason) in KINDS.items():
-    row(3, "copy/config.json", repr(_changes["model_type"]), _reason, "supported are llama, mistral",
-        name=_name)(of_kind(_changes))  # fmt: skip
+    row(3, "copy/config.json", repr(_changes["model_type"]), _reason, "supported are", name=_name)(
+        of_kind(_changes)
+    )
 
 
 # ---- tokenizers ----
