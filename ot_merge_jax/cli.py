@@ -97,6 +97,14 @@ def _say(sentence: str, console: Console = _err) -> None:
     console.print(Words(redacted(sentence)), soft_wrap=True)
 
 
+class _Redacting(logging.Formatter):
+    """The message of a log record without secrets: paths and names are the user's."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message."""
+        return redacted(super().format(record))
+
+
 def _print_json(value: Any) -> None:
     """The one thing on stdout."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -109,6 +117,7 @@ def _session(*, verbose: bool, quiet: bool) -> Iterator[None]:
     handler = RichHandler(
         console=_err, show_path=False, show_level=False, markup=False, log_time_format="[%X]"
     )
+    handler.setFormatter(_Redacting("%(message)s"))
     logger = logging.getLogger("ot_merge_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)

@@ -71,7 +71,8 @@ def resolve(path: str | Path, *, revision: str | None = None, offline: bool = Fa
         An existing directory and its origin.
 
     Raises:
-        InputError: if there is no such directory, or the hub cannot provide the revision.
+        InputError: if there is no such directory, the hub cannot provide the revision, or something
+            in the folder is neither a file nor a directory.
     """
     named = (str(path), revision) if revision is not None else None
     folder = Path(path).expanduser()
@@ -92,6 +93,9 @@ def resolve(path: str | Path, *, revision: str | None = None, offline: bool = Fa
             f"There is no directory {folder}; give the folder of a Hugging Face checkpoint, or a "
             "hub id with its revision, as in OWNER/NAME@main."
         )
+    for file in folder.iterdir():  # reading a pipe never ends, and a device has no end
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise InputError(f"{file} is not a regular file; download the model again.")
     return Location(folder, None)
 
 

@@ -21,6 +21,8 @@ from ot_merge_jax.redaction import redacted
 _PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "safetensors",
              "transformers", "huggingface-hub", "numpy")  # fmt: skip
 
+_MAX_CARD_BYTES = 5_000_000
+
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
@@ -62,8 +64,11 @@ def environment() -> dict[str, Any]:
 
 def licence_of(folder: Path) -> str | None:
     """The licence a model's own card states, or None."""
+    card = folder / "README.md"
     try:
-        value = ModelCard.load(folder / "README.md").data.get("license")
+        if card.stat().st_size > _MAX_CARD_BYTES:
+            return None
+        value = ModelCard.load(card).data.get("license")
     except Exception:  # a card is somebody's text: anything may be wrong with it
         return None
     return value if isinstance(value, str) else None
@@ -114,9 +119,9 @@ def model_card(
     stated = set(licences.values())
     agreed = stated.pop() if len(stated) == 1 else None
     data = ModelCardData(
-        # not escaped: to_yaml quotes what needs it
+        # not escaped: to_yaml quotes what needs it, but not on one line if the name has several
         base_model=[
-            folder.resolve().name if origin is None else origin.repo
+            " ".join(folder.resolve().name.split()) if origin is None else origin.repo
             for folder, origin in models.values()
         ],
         base_model_relation="merge",

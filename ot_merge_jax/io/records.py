@@ -24,6 +24,9 @@ _READABLE = (".parquet", *_JSON_LINES, ".txt")
 _PARQUET_COPY = "try the hub's parquet copy, @refs/convert/parquet"
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
 _RECORDS_PER_BATCH = 256
+#: A line longer than this is no document, but a file without line ends.
+_MAX_LINE = 10_000_000
+_MAX_CARD_BYTES = 5_000_000
 
 
 class Source(NamedTuple):
@@ -136,11 +139,14 @@ def _card_patterns(card: Path, wanted: hub.DatasetId) -> list[str] | None:
     pattern, patterns, or a list of ``split`` and ``path``), ``data_dir`` and ``default``.
     """
     where = f"The card of the dataset {wanted.repo}"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = ""
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(_MAX_CARD_BYTES)
     front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
         told = yaml.safe_load(front[1]) if front else {}
-        configs = {str(one["config_name"]): one for one in told.get("configs") or ()}
+        configs = {_word(one["config_name"]): one for one in told.get("configs") or ()}
         splits = {name: _splits(one) for name, one in configs.items()}
         default = [name for name, one in configs.items() if one.get("default")]
     except (yaml.YAMLError, RecursionError, TypeError, KeyError, AttributeError) as error:
@@ -165,14 +171,21 @@ def _card_patterns(card: Path, wanted: hub.DatasetId) -> list[str] | None:
 
 def _splits(config: dict[str, Any]) -> dict[str, list[str]]:
     """Split -> file patterns of one configuration of a card."""
-    base = f"{config['data_dir']}/" if config.get("data_dir") else ""
+    base = f"{_word(config['data_dir'])}/" if config.get("data_dir") else ""
     files = config.get("data_files") or "**/*"
     splits: dict[str, list[str]] = {}
     for one in [files] if isinstance(files, str) else files:
         split, paths = ("train", one) if isinstance(one, str) else (one["split"], one["path"])
         paths = [paths] if isinstance(paths, str) else paths
-        splits.setdefault(str(split), []).extend(f"{base}{path}" for path in paths)
+        splits.setdefault(_word(split), []).extend(f"{base}{_word(path)}" for path in paths)
     return splits
+
+
+def _word(value: Any) -> str:
+    """A scalar of a card as text; TypeError for a nest, whose aliases could write out terabytes."""
+    if not isinstance(value, str | int | float):
+        raise TypeError("not a name")
+    return str(value)
 
 
 def read(path: Path, *, fields: Sequence[str], encoding: str) -> Iterator[tuple[str, Any]]:
@@ -227,7 +240,12 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[str, str]]:
         ) from error
     try:
         with path.open(encoding="utf-8-sig" if name == "utf-8" else encoding) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_LINE + 1), ""), 1):
+                if len(line) > _MAX_LINE:
+                    raise InputError(
+                        f"{path}, line {number}, is longer than {_MAX_LINE} characters; break it "
+                        "into documents, one a line."
+                    )
                 if "\0" in line:
                     raise InputError(f"{path}, line {number}, holds a NUL byte; this is not text.")
                 if line.strip():
@@ -240,12 +258,20 @@ def _lines(path: Path, encoding: str) -> Iterator[tuple[str, str]]:
 
 def _first_bad_byte(path: Path, encoding: str) -> str:
     """Where a file stops being text in this encoding."""
-    content = path.read_bytes()
-    try:
-        content.decode(encoding)
-    except UnicodeDecodeError as error:
-        return f"at byte {error.start} (line {content[: error.start].count(bytes([10])) + 1})"
-    return "text"
+    decoder = codecs.getincrementaldecoder(encoding)()
+    before, lines = 0, 1  # of the block that is being decoded
+    with path.open("rb") as file:
+        while True:
+            block = file.read(1 << 20)
+            kept = decoder.getstate()[0]  # the start of a character whose end is in this block
+            try:
+                decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                start = before - len(kept) + error.start
+                return f"at byte {start} (line {lines + error.object[: error.start].count(10)})"
+            if not block:
+                return "text"
+            before, lines = before + len(block), lines + block.count(10)
 
 
 def _parquet(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:

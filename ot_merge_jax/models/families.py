@@ -165,6 +165,16 @@ _REASONS = {
     "llava": "vision models are not language decoders",
     "bert": "encoders predict no next token",
 }
+#: The same by a key that such models have, whatever their name.
+_REASONS_BY_KEY = {
+    "vision_config": _REASONS["vl"],
+    "num_experts": _REASONS["moe"],
+    "num_local_experts": _REASONS["moe"],
+    "n_routed_experts": _REASONS["moe"],
+    "is_encoder_decoder": _REASONS["t5"],
+    "ssm_cfg": _REASONS["mamba"],
+    "state_size": _REASONS["mamba"],
+}
 
 
 def read(config: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
@@ -213,7 +223,9 @@ qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2, smollm3, granite.
         )
     supported = ", ".join(FAMILIES)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        reason = next((why for part, why in _REASONS.items() if part in str(kind)), None)
+        reasons = [why for part, why in _REASONS.items() if part in str(kind)]
+        reasons += [why for key, why in _REASONS_BY_KEY.items() if config.get(key)]
+        reason = next(iter(reasons), None)
         near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
         hint = f" ({reason})" if reason else f" (nearest: {near[0]})" if near else ""
         raise InputError(

@@ -9,11 +9,14 @@ would pass.
 import json
 import re
 import shutil
+import time
+import tracemalloc
 
 import bad_usage  # noqa: F401  (its rows stand in ROWS too)
 import ml_dtypes  # noqa: F401  (teaches safetensors the name bfloat16)
 import numpy as np
 import pytest
+from bad_files import BOMBS  # its rows stand in ROWS too
 from desk import GATE, ROWS, SINGLE, row
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 1234\n"
@@ -401,6 +404,20 @@ def test_bad_input_is_refused(name, desk, cli, everything):
     missing = [word for word in words if word not in sentence]
     assert not missing, sentence
     assert everything() == before, "something was written, moved or removed"
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bomb_costs_little_to_refuse(name, desk, cli):
+    make, code, _ = ROWS[name]
+    arguments = make(desk)
+    start = time.process_time()
+    tracemalloc.start()
+    called = cli(*arguments)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert called.code == code
+    assert time.process_time() - start < 20
+    assert peak < 100e6
 
 
 def test_untouched_desk_works(desk, cli):

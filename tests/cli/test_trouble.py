@@ -18,7 +18,7 @@ import safetensors.numpy
 import yaml
 from desk import FAST_TO_COMPILE, GATE, SINGLE
 
-from ot_merge_jax import pipeline
+from ot_merge_jax import pipeline, preflight
 from ot_merge_jax.io import hub, publish
 
 
@@ -46,7 +46,7 @@ def test_trouble_with_files_and_memory_is_one_sentence(
     def fail(*a, **k):
         raise problem
 
-    monkeypatch.setattr(pipeline, "check", fail)
+    monkeypatch.setattr(preflight, "check", fail)
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (code, "")
     [sentence] = called.err.splitlines()
@@ -327,7 +327,7 @@ def test_interrupt_before_anything_is_finished(desk, everything, cli, monkeypatc
     monkeypatch.setattr(pipeline, "_load", stopped)
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (130, "")
-    assert called.err.splitlines() == ["interrupted; nothing unfinished was left behind."]
+    assert called.err.splitlines() == ["interrupted; nothing was written."]
     assert everything() == before
 
 
@@ -335,13 +335,22 @@ def test_interrupt_before_anything_is_finished(desk, everything, cli, monkeypatc
 def test_interrupt_from_outside(desk, everything, number, cli, interrupted):
     """A signal that another process sends while the tool works, once a stage is finished."""
     before = everything()
-    started = process("cli.main()", *desk.delta(weights="up,embed", strength="1"))
-    loaded = 0
-    for line in started.stderr:
-        loaded += line.lstrip().startswith("[") and " load " in line
-        if loaded == 2:  # the target's activations are there, and the source base is read
-            started.send_signal(number)
-            break
+    script = (
+        "import time\n"
+        "load, loaded = pipeline._load, []\n"
+        "def slow(*a):\n"
+        "    loaded.append(a)\n"
+        # the target's activations are there, and the source base is read
+        "    if len(loaded) == 2:\n"
+        "        print('ready', file=sys.stderr, flush=True)\n"
+        "        time.sleep(300)\n"
+        "    return load(*a)\n"
+        "pipeline._load = slow\n"
+        "cli.main()\n"
+    )
+    started = process(script, *desk.delta(weights="up,embed", strength="1"))
+    assert "ready\n" in iter(started.stderr.readline, "")
+    started.send_signal(number)
     out, err = started.communicate(timeout=300)
     assert started.returncode == 130, err
     assert out == ""

@@ -6,6 +6,7 @@ import json
 import huggingface_hub
 import pyarrow as pa
 import pytest
+from bombs import ALIASES
 from hub_cache import COMMIT, fill, jsonl
 from pyarrow import parquet
 
@@ -143,6 +144,7 @@ CARDED = {
     "ms/held.jsonl": jsonl("d"),
     "en/x.jsonl": jsonl("e"),
 }
+BOMB = f"---\n{ALIASES}configs: [{{config_name: *i}}]\n---\n".encode()
 NAMED = {
     "README.md": b"# no configs\n",
     "data/train-00000-of-00002.jsonl": jsonl("a"),
@@ -198,6 +200,7 @@ def test_the_commit_is_known(cache):
         ({"README.md": b"---\nconfigs: 3\n---\n"}, "hub:o/n", "card .* cannot be understood"),
         ({"README.md": b"---\nconfigs: [{data_files: a}]\n---\n"}, "hub:o/n", "cannot be underst"),
         ({"README.md": b"---\na: [\n---\n"}, "hub:o/n", "card .* cannot be understood"),
+        ({"README.md": BOMB}, "hub:o/n", "card .* cannot be understood"),
         (CARDED, "hub:o/n@v2", r"local hub cache does not hold the dataset o/n at revision v2"),
         (CARDED, "hub:o/other", "local hub cache does not hold"),
         (CARDED, "hub:n", r"write hub:OWNER/NAME\[@REVISION\]"),
