@@ -203,7 +203,7 @@ def residual(
     cfg: ModelConfig,
     capture: frozenset[str] = frozenset(),
     unroll: int = 1,
-) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "layers b r d"]]]:
+) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "layers b r width"]]]:
     """The residual stream behind the last layer, and what `forward` captures on the way."""
     seen = views(positions_of(batch.mask), batch.mask, cfg=cfg)
 
