@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.models import specs
 from ot_merge_jax.spaces import PROJECTIONS, group_of, weight_of
+from ot_merge_jax.transport import cost
 from ot_merge_jax.types import Activations, MergeSpec, Params
 
 Leaves = Mapping[str, jax.Array]
@@ -47,7 +49,8 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
 
     Rows of q, k, v, gate and up are masked by their output site; columns of o and down by their
     INPUT site. A bias follows the rows of its weight; the biases of o and down move with ``k`` None
-    only.
+    only. A layer whose activations never change at a site of the weight says nothing of its
+    neurons, so nothing moves there.
 
     Args:
         target: Target activations; None if no projection moves.
@@ -61,12 +64,16 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
         if name not in PROJECTIONS or target is None:
             continue
         wiring = PROJECTIONS[name]
-        chosen = top_k(jnp.asarray(target.values[wiring.masked_site]), spec.k)
+        varies = [
+            cost.has_signal(target.values[site]) for site in (wiring.in_site, wiring.out_site)
+        ]
+        chosen = np.array(top_k(jax.device_put(target.values[wiring.masked_site]), spec.k))
+        chosen[~(varies[0] & varies[1])] = 0
         is_row_mask = wiring.masked == "out"
         found[f"{wiring.path}/kernel"] = chosen[:, None, :] if is_row_mask else chosen[:, :, None]
-        bias = chosen if is_row_mask else jnp.full((chosen.shape[0], 1), float(spec.k is None))
+        bias = chosen if is_row_mask else chosen.max(1, keepdims=True) * float(spec.k is None)
         found[f"{wiring.path}/bias"] = bias
-    return found
+    return jax.device_put(found)
 
 
 def strength_of(strength: Any, weight: str) -> Any:

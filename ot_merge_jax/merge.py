@@ -292,8 +292,8 @@ def _tables(
     for role in sorted(roles):
         aim = _table(target, role)
         rotation = vocabularies.procrustes(
-            _table(reference, role)[matched.source_ids],
-            aim[matched.target_ids],
+            vocabularies.rows_of(_table(reference, role), matched.source_ids),
+            vocabularies.rows_of(aim, matched.target_ids),
             weights=matched.weights,
         )
         table, mask = vocabularies.moved_rows(
@@ -378,54 +378,49 @@ def _plan_facts(name: str, prepared: Prepared, spec: MergeSpec) -> tuple[jax.Arr
     assert found is not None
     assert prepared.target is not None
     assert prepared.source is not None
-    sites = (wiring.out_site, wiring.in_site)
     share = operator.layer_weights(
         found, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
     )
-    return _describe_plans(
-        share,
-        [found.feature[site] for site in sites],
-        [jnp.asarray(prepared.target.values[site]) for site in sites],
-        [jnp.asarray(prepared.source.values[site]) for site in sites],
-        signed=spec.signed,
+    into, out = (
+        _describe_plans(
+            share,
+            found.feature[site],
+            jax.device_put(prepared.target.values[site]),
+            jax.device_put(prepared.source.values[site]),
+            signed=spec.signed,
+        )
+        for site in (wiring.in_site, wiring.out_site)
     )
+    return _joined(share, into, out)
 
 
 @functools.partial(jax.jit, static_argnames="signed")
 def _describe_plans(
-    share: jax.Array,
-    potentials: list[Potentials],
-    xs: list[jax.Array],
-    ys: list[jax.Array],
-    *,
-    signed: bool,
+    share: jax.Array, potentials: Potentials, xs: jax.Array, ys: jax.Array, *, signed: bool
 ) -> tuple[jax.Array, ...]:
-    """`_plan_facts` of the output and the input site, as one program."""
+    """Sharpness, error, iterations and convergence at one site, for each target layer."""
     best, is_used = share.argmax(1), share > 0
-    layers = jnp.arange(len(share))
+    pairs = jax.tree.map(lambda leaf: leaf[jnp.arange(len(share)), best], potentials)
 
-    sharpness, error, iterations, converged = [], [], [], []
-    for found, x, y in zip(potentials, xs, ys, strict=True):
-        pairs = jax.tree.map(lambda leaf: leaf[layers, best], found)
+    def neighbours(args: tuple[jax.Array, jax.Array, Potentials]) -> jax.Array:
+        x, m, pair = args
+        return diagnostics.effective_neighbours(couplings.rebuild(x, ys[m], pair, signed=signed))
 
-        def neighbours(
-            args: tuple[jax.Array, jax.Array, Potentials], ys: jax.Array = y
-        ) -> jax.Array:
-            x, m, pair = args
-            plan = couplings.rebuild(x, ys[m], pair, signed=signed)
-            return diagnostics.effective_neighbours(plan)
-
-        sharpness.append(jax.lax.map(neighbours, (x, best, pairs)))
-        error.append(jnp.where(is_used, found.error, 0).max(1))
-        iterations.append(jnp.where(is_used, found.iterations, 0).max(1))
-        converged.append((found.converged | ~is_used).all(1))
     return (
-        best,
-        *sharpness,
-        jnp.maximum(*error),
-        jnp.maximum(*iterations),
-        converged[0] & converged[1],
+        jax.lax.map(neighbours, (xs, best, pairs)),
+        jnp.where(is_used, potentials.error, 0).max(1),
+        jnp.where(is_used, potentials.iterations, 0).max(1),
+        (potentials.converged | ~is_used).all(1),
     )
+
+
+@jax.jit
+def _joined(
+    share: jax.Array, into: tuple[jax.Array, ...], out: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """The facts of both sites of a projection, the worse of the two where there is one figure."""
+    worse = jnp.maximum(into[1], out[1]), jnp.maximum(into[2], out[2])
+    return share.argmax(1), out[0], into[0], *worse, into[3] & out[3]
 
 
 #: Stands in for the facts of plans where tokens are matched one to one.

@@ -29,6 +29,8 @@ from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.report import facts
+from ot_merge_jax.spaces import sites_of
+from ot_merge_jax.transport import cost
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, Params
 
 _LOG = logging.getLogger(__name__)
@@ -169,7 +171,8 @@ def _merge(
     )
     report = merge.describe(models("target"), prepared, hparams, spec=spec)
     unconverged = _unconverged(report)
-    warnings = [*unconverged, *sweeps.at_the_edge(points, hparams)]
+    silent = _silent(prepared, spec)
+    warnings = [*silent, *unconverged, *sweeps.at_the_edge(points, hparams)]
     scores, evaluation, change = _evaluate(state, inputs, models, model, known)
     verdict = facts.verdict(report, hparams, spec, change, is_auto=recipe.strength == "auto")
     if strict and (unconverged or (change and change.low > 0)):
@@ -252,6 +255,22 @@ def _unconverged(report: MergeReport) -> list[str]:
         f"raise epsilon or max_iterations."
         for name, one in report.weights.items()
         if not np.all(one.converged)
+    ]
+
+
+def _silent(prepared: merge.Prepared, spec: MergeSpec) -> list[str]:
+    """Sentences about target layers whose activations never change."""
+    if prepared.target is None:
+        return []
+    layers = {
+        site: np.flatnonzero(~cost.has_signal(prepared.target.values[site]))
+        for site in sites_of(spec.weights)
+    }
+    return [
+        f"The target's activations at {site} never change in layer "
+        f"{', '.join(map(str, found))}; the weights at it stay the target's."
+        for site, found in layers.items()
+        if len(found)
     ]
 
 

@@ -103,7 +103,9 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) 
     }
     data = calibration.align(train, *both, max_rows=recipe.max_rows, **settings)
     try:
-        unseen = calibration.align(dev, *both, max_rows=_HELD_OUT_ROWS, **settings)
+        # rows as dense as those of the calibration, so that the batches have its shapes
+        most = min(_HELD_OUT_ROWS, max(2, recipe.max_rows * len(dev) // len(train)))
+        unseen = calibration.align(dev, *both, max_rows=most, **settings)
     except InputError:
         unseen = None  # too few dev documents for held-out diagnostics
     matched = None

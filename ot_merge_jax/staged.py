@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
 from ot_merge_jax import calibration, merge
 from ot_merge_jax import sweep as sweeps
@@ -111,7 +111,7 @@ def prepare(
 
     def load(folder: Any) -> list[dict[str, Any]]:
         both = (checkpoint.load_arrays(folder / part) for part in ("moved", "masks"))
-        return [{path: jnp.asarray(one) for path, one in part.items()} for part in both]
+        return jax.device_put(list(both))
 
     moved, masks = stages.stage(run, "moved", make, load, needs=needs)
     return merge.Prepared(moved, masks, found, *(rows or (None, None)))

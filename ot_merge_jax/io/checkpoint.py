@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from ot_merge_jax.io import safetensors
@@ -112,9 +112,9 @@ def load_coupling(folder: Path) -> Coupling:
     for name, one in load_arrays(folder).items():
         part, site, *field = name.split("/")
         if field:
-            parts[part].setdefault(site, {})[field[0]] = jnp.asarray(one)
+            parts[part].setdefault(site, {})[field[0]] = jax.device_put(one)
         else:
-            parts[part][site] = jnp.asarray(one)
+            parts[part][site] = jax.device_put(one)
     parts["feature"] = {site: Potentials(**one) for site, one in parts["feature"].items()}
     return Coupling(**parts)
 

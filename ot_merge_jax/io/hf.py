@@ -93,7 +93,7 @@ def load_folder(
             return read_leaf(folder, opened, spec, index, wanted, broken)
 
         if mesh is None:
-            leaves[spec.path] = jnp.asarray(read((slice(None),) * len(spec.shape)))
+            leaves[spec.path] = jax.device_put(read((slice(None),) * len(spec.shape)))
         else:
             place = sharding.leaf_sharding(mesh, spec.axes, spec.shape)
             leaves[spec.path] = jax.make_array_from_callback(

@@ -27,7 +27,7 @@ class StoredLayers(Sequence[jax.Array]):
 
     def __getitem__(self, l: Any) -> jax.Array:
         """One layer, read now; IndexError if there is no such layer."""
-        return jnp.asarray(self._read(self._spec, range(len(self))[l]))
+        return jax.device_put(self._read(self._spec, range(len(self))[l]))
 
     def __len__(self) -> int:
         """How many layers there are."""
@@ -51,7 +51,7 @@ class StoredParams(Mapping[str, Any]):
         if (spec := self._table.get(key)) is not None:
             if spec.is_stacked:
                 return StoredLayers(self._read, spec)
-            return jnp.asarray(self._read(spec, None))
+            return jax.device_put(self._read(spec, None))
         below = {
             path.removeprefix(f"{key}/"): spec
             for path, spec in self._table.items()
@@ -73,7 +73,7 @@ class StoredParams(Mapping[str, Any]):
         """The parameters of one layer, read now, without the stacking axis."""
         return specs.unflatten(
             {
-                path.removeprefix("layers/"): jnp.asarray(self._read(spec, l))
+                path.removeprefix("layers/"): jax.device_put(self._read(spec, l))
                 for path, spec in self._table.items()
                 if path.startswith("layers/")
             }

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
@@ -106,8 +107,9 @@ def _pair_facts(
     plan = couplings.rebuild(*rows, pair, signed=signed)
     r2 = permuted = None
     if new is not None:
-        r2 = diagnostics.held_out_r2(plan, rows, new)
-        permuted = diagnostics.held_out_r2(plan[:, order], rows, new)
+        r2, permuted = jax.lax.map(  # not written twice: it would be compiled twice
+            lambda one: diagnostics.held_out_r2(one, rows, new), jnp.stack([plan, plan[:, order]])
+        )
     return diagnostics.mass_curve(plan, ks), r2, permuted, diagnostics.sorted_heat(plan)
 
 

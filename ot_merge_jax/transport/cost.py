@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 # A column whose spread is within this many units in the last place of its largest entry is
-# constant:
-# its variance is rounding noise, and dividing by it would invent correlations.
+# constant: its variance is rounding noise, and dividing by it would invent correlations.
 _CONSTANT_ULPS = 8
 
 
@@ -24,11 +26,32 @@ def centred(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, "
     """
     x = x.astype(jnp.float32)
     low, high = x.min(0), x.max(0)
-    ulp = jnp.finfo(jnp.float32).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    is_constant = high - low <= _CONSTANT_ULPS * ulp
+    is_constant = _is_constant(low, high)
     shifted = x - low[None]  # exact for close values: a large common offset costs no precision
     centre = jnp.where(is_constant[None], 0.0, shifted - shifted.mean(0, keepdims=True))
     return centre, jnp.sqrt(jnp.mean(centre * centre, 0))
+
+
+def _is_constant(low: Any, high: Any) -> Any:
+    """Whether columns between these bounds differ by rounding alone."""
+    ulp = np.finfo(np.float32).eps * abs(low).clip(abs(high))
+    return high - low <= _CONSTANT_ULPS * ulp
+
+
+def has_signal(values: Any) -> np.ndarray:
+    """Whether any neuron of a site ever changes, for each layer.
+
+    Args:
+        values: ``[layers, t, d]``, on the host; read one layer at a time.
+
+    Returns:
+        ``[layers]`` of booleans.
+
+    Example:
+        >>> has_signal(np.array([[[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 2.0]]])).tolist()
+        [True, False]
+    """
+    return np.array([not _is_constant(one.min(0), one.max(0)).all() for one in values])
 
 
 def standardise(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:

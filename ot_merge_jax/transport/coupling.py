@@ -62,18 +62,17 @@ def couple(
     steps = iter(progress.track(range(total), "neuron transport (layers x sites)"))
     feature, layer, std_target, std_source = {}, {}, {}, {}
     for site in sites:
-        xs, std_target[site] = _standardise(jnp.asarray(target.values[site]))
-        ys, std_source[site] = _standardise(jnp.asarray(source.values[site]))
-        rows = []
-        for x in xs:
+        ys = jax.device_put(source.values[site])
+        solved = []
+        for x in target.values[site]:
             next(steps)
-            rows.append(
+            solved.append(
                 _one_layer(
-                    x, ys, hparams.epsilon, hparams.threshold,
+                    jax.device_put(x), ys, hparams.epsilon, hparams.threshold,
                     max_iterations=spec.max_iterations, signed=spec.signed,
                 )
             )  # fmt: skip
-        feature[site] = _stacked(rows)
+        feature[site], std_target[site], std_source[site] = _stacked(solved)
         layer[site] = layer_plan(
             feature[site].cost, epsilon=hparams.layer_epsilon, layer_cost=spec.layer_cost
         )
@@ -82,17 +81,13 @@ def couple(
 
 
 @jax.jit
-def _standardise(
-    layers: Float[Array, "layers t d"],
-) -> tuple[Float[Array, "layers t d"], Float[Array, "layers d"]]:
-    """Unit columns and standard deviations of every layer; pairs share them."""
-    return jax.lax.map(cost.standardise, layers)
-
-
-@jax.jit
-def _stacked(rows: list[Potentials]) -> Potentials:
-    """One set of potentials, target layers leading."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+def _stacked(
+    solved: list[tuple[Potentials, jax.Array, jax.Array]],
+) -> tuple[Potentials, jax.Array, jax.Array]:
+    """The results of `_one_layer`, target layers leading; those of the source are all the same."""
+    potentials, std_target, std_source = zip(*solved, strict=True)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *potentials)
+    return stacked, jnp.stack(std_target), std_source[0]
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "signed"))
@@ -104,16 +99,25 @@ def _one_layer(
     *,
     max_iterations: int,
     signed: bool,
-) -> Potentials:
-    """One target layer against all source layers, standardised, a few pairs at a time."""
+) -> tuple[Potentials, Float[Array, " n"], Float[Array, "M m"]]:
+    """One target layer against all source layers, a few pairs at a time.
 
-    def pair(y: jax.Array) -> Potentials:
-        costs = cost.of_units(x, y, signed=signed)
-        return solve.solve(
+    Also the standard deviations of both. The source's rows are standardised again for each target
+    layer, which costs little beside the solve and keeps no second copy of them.
+    """
+    units, std = cost.standardise(x)
+
+    def pair(y: jax.Array) -> tuple[Potentials, jax.Array]:
+        other, std = cost.standardise(y)
+        costs = cost.of_units(units, other, signed=signed)
+        found = solve.solve(
             costs, epsilon=epsilon, threshold=threshold, max_iterations=max_iterations
         )
+        return found, std
 
-    return jax.lax.map(pair, ys, batch_size=solve.pairs_at_once(x.shape[1], ys.shape[2]))
+    at_once = solve.pairs_at_once(x.shape[1], ys.shape[2])
+    found, std_source = jax.lax.map(pair, ys, batch_size=at_once)
+    return found, std, std_source
 
 
 def layer_plan(

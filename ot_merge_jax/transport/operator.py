@@ -37,7 +37,7 @@ def _pair(
     coupling: Coupling, target: Activations, source: Activations, site: str, l: int, m: int
 ) -> Pair:
     """The `Pair` of one site; only these two layers' rows are moved to the device."""
-    x, y = jnp.asarray(target.values[site][l]), jnp.asarray(source.values[site][m])
+    x, y = jax.device_put((target.values[site][l], source.values[site][m]))
     stacks = coupling.feature[site], coupling.std_target[site], coupling.std_source[site]
     return Pair(x, y, *_facts_of(*stacks, l, m))
 
@@ -50,7 +50,6 @@ def _facts_of(
     return jax.tree.map(lambda leaf: leaf[l, m], potentials), std_target[l], std_source[m]
 
 
-@functools.partial(jax.jit, static_argnames=("in_site", "out_site", "spec"))
 def layer_weights(
     coupling: Coupling, *, in_site: str, out_site: str, spec: MergeSpec
 ) -> Float[Array, "L M"]:
@@ -68,8 +67,16 @@ def layer_weights(
 
     Source: Transport and Merge, eq. 13. Differs: normalised rows are ours.
     """
+    return _layer_weights(coupling.layer[in_site], coupling.layer[out_site], spec=spec)
+
+
+@functools.partial(jax.jit, static_argnames=("spec",))
+def _layer_weights(
+    into: Float[Array, "L M"], out: Float[Array, "L M"], *, spec: MergeSpec
+) -> Float[Array, "L M"]:
+    """`layer_weights` of two layer plans."""
     # the root of each, because their product may be too small for float32 where they disagree
-    effective = jnp.sqrt(coupling.layer[in_site]) * jnp.sqrt(coupling.layer[out_site])
+    effective = jnp.sqrt(into) * jnp.sqrt(out)
     if spec.layers == "top1":
         one_hot = jax.nn.one_hot(effective.argmax(1), effective.shape[1])
         return one_hot if spec.form == "barycentric" else one_hot * effective

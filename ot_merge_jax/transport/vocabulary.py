@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ot_merge_jax.types import VocabularyMatch
 
@@ -85,6 +86,14 @@ def procrustes(
         raise ValueError(
             f"Matched rows must correspond, not {source_rows.shape[0]} and {target_rows.shape[0]}."
         )
+    return _procrustes(source_rows, target_rows, weights)
+
+
+@jax.jit
+def _procrustes(
+    source_rows: jax.Array, target_rows: jax.Array, weights: jax.Array | None
+) -> jax.Array:
+    """`procrustes` as one program."""
     with jax.default_matmul_precision("highest"):
         left, right = source_rows.astype(jnp.float32), target_rows.astype(jnp.float32)
         if weights is not None:
@@ -96,6 +105,13 @@ def procrustes(
         return rotation * jnp.linalg.norm(right) / jnp.where(mapped > 0, mapped, 1.0)
 
 
+@jax.jit
+def rows_of(table: Float[Array, "v d"], ids: Int[Array, " k"]) -> Float[Array, "k d"]:
+    """Some rows of a table."""
+    return table[ids]
+
+
+@functools.partial(jax.jit, static_argnames="size")
 def moved_rows(
     rows: Float[Array, "v_s d_s"],
     rotation: Float[Array, "d_s d_t"],
