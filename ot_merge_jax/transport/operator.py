@@ -83,9 +83,14 @@ def _layer_weights(
     return effective / effective.sum(1, keepdims=True) if spec.form == "barycentric" else effective
 
 
+def _plan(pair: Pair, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
+    """The (signed) plan of a pair."""
+    return couplings.rebuild(pair.x, pair.y, pair.potentials, signed=spec.signed)
+
+
 def _map_out(pair: Pair, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
     """``Phi_out``: the barycentric out-map uses the TARGET marginal and restores the units."""
-    plan = couplings.rebuild(pair.x, pair.y, pair.potentials, signed=spec.signed)
+    plan = _plan(pair, spec)
     if spec.form == "joint":
         return plan
     return pair.std_target[:, None] * (plan.shape[0] * plan) / pair.std_source[None, :]
@@ -93,7 +98,7 @@ def _map_out(pair: Pair, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
 
 def _map_in(pair: Pair, spec: MergeSpec) -> Float[Array, "n_s n_t"]:
     """``Phi_in``: the barycentric in-map uses the SOURCE marginal and restores the units."""
-    plan = couplings.rebuild(pair.x, pair.y, pair.potentials, signed=spec.signed).T
+    plan = _plan(pair, spec).T
     if spec.form == "joint":
         return plan
     return pair.std_source[:, None] * (plan.shape[0] * plan) / pair.std_target[None, :]
