@@ -31,7 +31,7 @@ from ot_merge_jax.types import Batch, Params
 
 _LOG = logging.getLogger("train_demo_models")
 _BLOCK, _BATCH, _LONGEST = 128, 16, 160  # tokens, blocks, tokens of a scored document
-_AT_MOST = {"calibration": 256, "heldout": 192}  # documents that ship
+_AT_MOST = {"calibration": 400, "heldout": 192}  # documents that ship
 _COMMON = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
