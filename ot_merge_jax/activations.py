@@ -58,13 +58,15 @@ def _by_layer(
     mesh: jax.sharding.Mesh | None,
 ) -> Iterator[tuple[slice, int, dict[str, jax.Array]]]:
     """The same layer by layer, where the parameters are on disk."""
-    batches = [sharding.split_batch(batch, mesh) for batch in batches]
-    hidden = streamed.embedded(params, batches, cfg=cfg)
     what = f"gather activations of the {model}"
-    for l, index, rows in streamed.through_layers(
-        params, hidden, batches, cfg=cfg, sites=sites, what=what
-    ):
-        yield slice(l, l + 1), index, {site: one[None] for site, one in rows.items()}
+    for part in streamed.chunks(batches, cfg=cfg):
+        split = [sharding.split_batch(batch, mesh) for batch in batches[part]]
+        hidden = streamed.embedded(params, split, cfg=cfg)
+        for l, index, rows in streamed.through_layers(
+            params, hidden, split, cfg=cfg, sites=sites, what=what
+        ):
+            captured = {site: one[None] for site, one in rows.items()}
+            yield slice(l, l + 1), part.start + index, captured
 
 
 def gather(

@@ -18,7 +18,7 @@ from ot_merge_jax.errors import InputError
 from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch
 
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 _SHORTEST = 16
 
 
@@ -314,7 +314,7 @@ def grouped(lengths: Mapping[int, int], *, longest: int | None = None) -> list[G
     groups, waiting = [], []
     for length in sorted(buckets):
         waiting = sorted(waiting + buckets[length])
-        size = max(1, _TOKENS_PER_BATCH // length)
+        size = max(1, TOKENS_PER_BATCH // length)
         if length < max(buckets) and len(waiting) < size:
             continue
         size = min(size, _power_of_two(len(waiting)))

@@ -31,7 +31,7 @@ from rich.table import Column, Table
 from rich.text import Text as Words
 
 from ot_merge_jax import progress
-from ot_merge_jax.errors import OtMergeError, RecipeError
+from ot_merge_jax.errors import OtMergeError, RecipeError, is_out_of_memory
 from ot_merge_jax.redaction import redacted
 
 app = typer.Typer(
@@ -80,10 +80,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             is_input = isinstance(error, PermissionError | FileNotFoundError)
             raise typer.Exit(3 if is_input else 4) from None
         except (MemoryError, RuntimeError) as error:
-            # XLA has no exception of its own for a full device
-            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
-            _say("error: out of memory; use smaller models, fewer samples or a larger machine.")
+            _say("error: out of memory; use smaller models or fewer texts, or a larger machine.")
             raise typer.Exit(4) from None
         except KeyboardInterrupt as error:
             _say(str(error) or "interrupted; nothing unfinished was left behind.")

@@ -34,6 +34,13 @@ class NonFiniteError(OtMergeError):
     exit_code = 5
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host or the device had no memory left; XLA has no exception of its own."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+
+
 class StrictError(OtMergeError):
     """A warning that ``--strict`` turns into a failure (exit code 5)."""
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import psutil
 
-from ot_merge_jax.calibration import Calibration
+from ot_merge_jax.calibration import TOKENS_PER_BATCH, Calibration
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import RecipeError, ResourceError
-from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE
+from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE, LONGEST_WINDOW
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.streamed import HIDDEN_AT_ONCE
 from ot_merge_jax.spaces import site_width, sites_of, weight_of
+from ot_merge_jax.transport.coupling import ROWS_AT_ONCE
 from ot_merge_jax.transport.solve import pairs_at_once
 from ot_merge_jax.types import Batch, MergeSpec
 
@@ -94,7 +96,12 @@ def of_machine(files: Iterable[str] = _CGROUP) -> int:
 
 
 def choose(
-    cfgs: Mapping[str, ModelConfig], data: Calibration, *, spec: MergeSpec, limit: int | None
+    cfgs: Mapping[str, ModelConfig],
+    data: Calibration,
+    *,
+    spec: MergeSpec,
+    scored: Sequence[int],
+    limit: int | None,
 ) -> Plan:
     """Whole models if they fit, otherwise the source and its base layer by layer.
 
@@ -102,6 +109,7 @@ def choose(
         cfgs: Role (``target``, ``source``, ``source base``) -> configuration.
         data: The calibration batches.
         spec: What moves.
+        scored: Tokens, at most, of each document that is scored.
         limit: Bytes; None: those of the machine.
 
     Returns:
@@ -111,15 +119,20 @@ def choose(
         ResourceError: if neither fits.
     """
     most = of_machine() if limit is None else limit
-    whole = needed(cfgs, data, spec=spec)
+    whole = needed(cfgs, data, spec=spec, scored=scored)
     if whole.peak <= most:
         return whole
-    layered = needed(cfgs, data, spec=spec, on_disk=frozenset(cfgs) - {"target"})
+    on_disk = frozenset(cfgs) - {"target"}
+    layered = needed(cfgs, data, spec=spec, scored=scored, on_disk=on_disk)
     if layered.peak > most:
-        whose = "this machine has" if limit is None else "--memory-limit allows"
+        allowed, more = (
+            ("this machine has", "say --memory-limit if you know better")
+            if limit is None
+            else ("--memory-limit allows", "raise it")
+        )
         raise ResourceError(
-            f"The run needs {layered}, and {whose} {gib(most)}; use fewer --max-rows, move fewer "
-            "--weights, or say --memory-limit if you know better."
+            f"The run needs {layered}, and {allowed} {gib(most)}; use fewer --max-rows, move fewer "
+            f"--weights, take a smaller target, or {more}."
         )
     return layered
 
@@ -129,6 +142,7 @@ def needed(
     data: Calibration,
     *,
     spec: MergeSpec,
+    scored: Sequence[int],
     on_disk: frozenset[str] = frozenset(),
 ) -> Plan:
     """Bytes of every stage.
@@ -137,6 +151,7 @@ def needed(
         cfgs: Role -> configuration.
         data: The calibration batches.
         spec: What moves.
+        scored: Tokens, at most, of each document that is scored.
         on_disk: Roles that are read layer by layer.
 
     Returns:
@@ -146,10 +161,11 @@ def needed(
     batches = {role: data.target if role == "target" else data.source for role in cfgs}
     sites = sites_of(spec.weights)
     held = {role: 0 if role in on_disk else _weights(cfg) for role, cfg in cfgs.items()}
+    # a tied target has one table, which plays the head too
+    names = {"embed" if x == "head" and target.tie_word_embeddings else x for x in spec.weights}
     moved = _FLOAT * sum(
-        math.prod(one.shape) for one in specs.param_specs(target)
-        if weight_of(one.path) in spec.weights
-    )  # fmt: skip
+        math.prod(one.shape) for one in specs.param_specs(target) if weight_of(one.path) in names
+    )
     largest = max(_largest(cfg) for cfg in cfgs.values())
     models = sum(held.values())
     stages = {
@@ -160,21 +176,25 @@ def needed(
     rows = [data.rows * site_width(site, cfg) for site in sites for cfg in (target, source)]
     pairs = [(site_width(site, target), site_width(site, source)) for site in sites]
     if sites:
-        activations = max(
-            data.rows * (target.num_layers * n + source.num_layers * m) for n, m in pairs
-        )
-        # raw and standardised rows of a site; cost, kernel and two temporaries of the pairs solved
+        # cost, kernel and two temporaries of the pairs solved, beside the rows of a block of layers
         solving = max(4 * n * m * pairs_at_once(n, m) for n, m in pairs)
-        stages["couple"] = models + _FLOAT * (2 * activations + solving)
+        blocks = max(
+            min(source.num_layers * data.rows * m, max(ROWS_AT_ONCE, data.rows * m)) + data.rows * n
+            for n, m in pairs
+        )
+        stages["couple"] = models + _FLOAT * (blocks + 3 * max(rows) + solving)
+        stacks = max(data.rows * (target.num_layers * n + source.num_layers * m) for n, m in pairs)
+        stages["describe the plans"] = models + moved + _FLOAT * stacks
     # two plans and their products, the rows they are rebuilt from, a source kernel and its base
     carrying = _FLOAT * (max((3 * n * m for n, m in pairs), default=0) + 2 * max(rows, default=0))
     stages["transport"] = models + moved + 3 * largest + carrying
-    size, length = _largest_batch(batches["target"])
-    logits = target.vocab_size * max(
-        length, min(LOGITS_AT_ONCE // target.vocab_size, size * length)
-    )
-    scoring = 3 * _FLOAT * logits + _step(target, (size, length))
-    stages["choose the strength"] = models + 2 * moved + scoring
+    stages["choose the strength"] = models + 2 * moved + _scoring(target, scored)
+    for role, cfg in {"target": target, "source": source}.items():
+        hidden = min(HIDDEN_AT_ONCE, 2 * _FLOAT * cfg.hidden_size * sum(scored))  # padded
+        streaming = hidden + 2 * _largest(cfg) if role in on_disk else 0
+        # the merged model is read back beside the target it came from
+        held_too = moved + held["target"] + streaming
+        stages[f"score the {role}"] = models + held_too + _scoring(cfg, scored)
     stages["check what was written"] = models + moved + 3 * held["target"]
     return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
 
@@ -191,9 +211,19 @@ def _largest(cfg: ModelConfig) -> int:
     return _FLOAT * max(layer, *(math.prod(one.shape) for one in table if not one.is_stacked))
 
 
+def _scoring(cfg: ModelConfig, scored: Sequence[int]) -> int:
+    """Bytes of scoring a batch of the longest windows, beside the weights."""
+    most = min(cfg.max_positions, LONGEST_WINDOW, max(scored, default=0) + 1)
+    length = 1 << max(0, most - 1).bit_length()
+    size = max(1, TOKENS_PER_BATCH // length)
+    logits = cfg.vocab_size * max(length, min(LOGITS_AT_ONCE // cfg.vocab_size, size * length))
+    return 3 * _FLOAT * logits + _step(cfg, (size, length))
+
+
 def _largest_batch(batches: Iterable[Batch]) -> tuple[int, int]:
     """Sequences and length of the batch with most tokens."""
-    return max((np.shape(one.tokens) for one in batches), key=math.prod)
+    size, length = max((np.shape(one.tokens) for one in batches), key=math.prod)
+    return size, length
 
 
 def _gather(cfg: ModelConfig, batches: Iterable[Batch], is_on_disk: bool) -> int:
@@ -202,7 +232,8 @@ def _gather(cfg: ModelConfig, batches: Iterable[Batch], is_on_disk: bool) -> int
     step = _step(cfg, _largest_batch(batches))
     if not is_on_disk:
         return step
-    hidden = _FLOAT * cfg.hidden_size * sum(math.prod(np.shape(one.tokens)) for one in batches)
+    tokens = sum(math.prod(np.shape(one.tokens)) for one in batches)
+    hidden = min(HIDDEN_AT_ONCE, _FLOAT * cfg.hidden_size * tokens)
     return step + hidden + 2 * _largest(cfg)
 
 

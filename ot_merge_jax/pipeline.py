@@ -21,7 +21,7 @@ import yaml
 from ot_merge_jax import calibration, fuse, memory, merge, preflight, staged
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.errors import StrictError
+from ot_merge_jax.errors import ResourceError, StrictError
 from ot_merge_jax.evaluate import compare, nll, samples
 from ot_merge_jax.io import details, hf, provenance, publish, records, stages, stored
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
@@ -34,6 +34,7 @@ from ot_merge_jax.transport import cost
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, Params
 
 _LOG = logging.getLogger(__name__)
+_FEWEST_ROWS = 1024  # to which max_rows is lowered where memory asks for it
 
 
 class RunResult(NamedTuple):
@@ -98,13 +99,13 @@ def run(
         KeyboardInterrupt: saying how to resume.
     """
     started = time.monotonic()
-    inputs = preflight.check(recipe, out, overwrite=overwrite or resume, offline=offline)
+    inputs, held = _checked(
+        recipe, out, overwrite=overwrite or resume, offline=offline, limit=memory_limit
+    )
     recipe = inputs.recipe
     if show is not None:
         show(recipe)
     preflight.log_matches(inputs)
-    cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
-    held = memory.choose(cfgs, inputs.data, spec=recipe.spec(), limit=memory_limit)
     _LOG.info("memory: %s", held)
     side = details.inputs(inputs.folders, inputs.sources)
     # reading layer by layer rounds differently in the last bit, so it is another run
@@ -209,9 +210,33 @@ def _merge(
     return RunResult(out, found, report, warnings, scores)
 
 
+def _checked(
+    recipe: Recipe, out: Path, *, overwrite: bool, offline: bool, limit: int | None
+) -> tuple[Inputs, memory.Plan]:
+    """The checked inputs, and what the run will hold; with fewer rows if it would be too much."""
+    inputs = preflight.check(recipe, out, overwrite=overwrite, offline=offline)
+    try:
+        return inputs, _memory(inputs, limit)
+    except ResourceError:
+        if recipe.max_rows <= _FEWEST_ROWS or inputs.data.rows <= _FEWEST_ROWS:
+            raise
+    fewer = recipe.model_copy(update={"max_rows": max(_FEWEST_ROWS, inputs.data.rows // 2)})
+    _LOG.info("memory: max_rows is lowered to %d", fewer.max_rows)
+    return _checked(fewer, out, overwrite=overwrite, offline=offline, limit=limit)
+
+
+def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
+    """What the run will hold."""
+    cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
+    documents = [*inputs.dev, *(inputs.held_out or [])]
+    scored = [len(str(one)) for one in documents]  # a token is hardly ever less than a character
+    return memory.choose(cfgs, inputs.data, spec=inputs.recipe.spec(), scored=scored, limit=limit)
+
+
 def _versions() -> list[str]:
     """What else than settings and inputs decides the numbers."""
-    return [importlib.metadata.version(name) for name in ("ot-merge-jax", "jax")]
+    named = ("ot-merge-jax", "jax", "numpy", "ott-jax", "tokenizers", "transformers")
+    return [importlib.metadata.version(name) for name in named]
 
 
 def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> tuple[ModelConfig, Params]:
@@ -222,7 +247,7 @@ def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> tuple[ModelCon
 
 def _open(folder: ModelFolder) -> tuple[ModelConfig, stored.StoredParams]:
     """A model whose weights stay on disk, in float32 when they are read."""
-    _LOG.info("open %s", folder.where)
+    _LOG.info("read layer by layer, on one device: %s", folder.where)
     return stored.stored(folder, dtype=jnp.float32)
 
 
@@ -268,7 +293,8 @@ def _silent(prepared: merge.Prepared, spec: MergeSpec) -> list[str]:
     }
     return [
         f"The target's activations at {site} never change in layer "
-        f"{', '.join(map(str, found))}; the weights at it stay the target's."
+        f"{', '.join(map(str, found))}; the weights at it stay the target's: check them, or use "
+        "more varied text."
         for site, found in layers.items()
         if len(found)
     ]
@@ -353,6 +379,7 @@ def evaluate(
             params, cfg, tokenizers[path], prompts, stop=stop_ids(folder), max_new_tokens=new_tokens
         )
         scores[path] = nll.score(params, cut, cfg=cfg)
+        del params  # or two models would be held while the next one is read
     is_one = calibration.is_same_tokenizer
     pairs = compare.every_pair(
         scores, lambda a, b: is_one(tokenizers[a], tokenizers[b], documents), seed=seed

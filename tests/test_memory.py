@@ -27,14 +27,14 @@ def data():
 
 
 def test_whole_models_are_held_if_they_fit(cfgs, data):
-    plan = memory.choose(cfgs, data, spec=SPEC, limit=1 << 40)
+    plan = memory.choose(cfgs, data, spec=SPEC, scored=[100], limit=1 << 40)
     assert plan.on_disk == frozenset()
     assert str(plan).startswith("about 0.7 GiB at most (to ")
 
 
 def test_source_stays_on_disk_if_it_does_not_fit(cfgs, data):
-    whole = memory.needed(cfgs, data, spec=SPEC)
-    plan = memory.choose(cfgs, data, spec=SPEC, limit=whole.peak - 1)
+    whole = memory.needed(cfgs, data, spec=SPEC, scored=[100])
+    plan = memory.choose(cfgs, data, spec=SPEC, scored=[100], limit=whole.peak - 1)
     assert plan.on_disk == {"source"}
     assert plan.peak < whole.peak
     assert str(plan).endswith("source layer by layer")
@@ -44,23 +44,26 @@ def test_run_that_cannot_fit_is_refused_with_both_sizes(cfgs, data):
     with pytest.raises(
         ResourceError, match=r"needs about 0\.7 GiB .*--memory-limit allows 0\.5 GiB"
     ):
-        memory.choose(cfgs, data, spec=SPEC, limit=1 << 29)
+        memory.choose(cfgs, data, spec=SPEC, scored=[100], limit=1 << 29)
 
 
 def test_machine_is_the_limit_if_none_is_given(cfgs, data, monkeypatch):
     monkeypatch.setattr(memory, "of_machine", lambda: 1000)
     with pytest.raises(ResourceError, match=r"this machine has 0\.0 GiB"):
-        memory.choose(cfgs, data, spec=SPEC, limit=None)
+        memory.choose(cfgs, data, spec=SPEC, scored=[100], limit=None)
 
 
 def test_more_of_everything_needs_more(cfgs, data):
     """More rows, more weights, a source base: no stage may shrink."""
-    few = memory.needed(cfgs, data, spec=SPEC).stages
+    few = memory.needed(cfgs, data, spec=SPEC, scored=[10]).stages
     both = {**cfgs, "source base": cfgs["source"]}
     for more in (
-        memory.needed(cfgs, data._replace(rows=10**6), spec=SPEC),
-        memory.needed(cfgs, data, spec=SPEC._replace(weights=("q", "up", "down", "embed"))),
-        memory.needed(both, data, spec=SPEC),
+        memory.needed(cfgs, data._replace(rows=10**6), spec=SPEC, scored=[10]),
+        memory.needed(
+            cfgs, data, spec=SPEC._replace(weights=("q", "up", "down", "embed")), scored=[10]
+        ),
+        memory.needed(cfgs, data, spec=SPEC, scored=[60]),
+        memory.needed(both, data, spec=SPEC, scored=[10]),
     ):
         assert all(more.stages[name] >= size for name, size in few.items())
         assert sum(more.stages.values()) > sum(few.values())
@@ -70,8 +73,8 @@ def test_weights_of_a_model_are_counted_from_its_shapes(tiny_checkpoint, data):
     cfg, params = load_hf(tiny_checkpoint())
     count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     cfgs = {"target": cfg, "source": cfg}
-    held = memory.needed(cfgs, data, spec=SPEC).stages["choose the strength"]
-    streamed = memory.needed(cfgs, data, spec=SPEC, on_disk=frozenset({"source"}))
+    held = memory.needed(cfgs, data, spec=SPEC, scored=[10]).stages["choose the strength"]
+    streamed = memory.needed(cfgs, data, spec=SPEC, scored=[10], on_disk=frozenset({"source"}))
     assert held - streamed.stages["choose the strength"] == 4 * count
 
 

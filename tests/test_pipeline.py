@@ -468,7 +468,8 @@ def test_run_within_less_memory_gives_the_same_weights(resolved, out, tmp_path, 
     whole = pipeline.run(settings, out, command="test")
     inputs = preflight.check(settings, tmp_path / "other", overwrite=False)
     cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
-    needed = memory.needed(cfgs, inputs.data, spec=settings.spec())
+    scored = [len(one) for one in (*inputs.dev, *inputs.held_out)]
+    needed = memory.needed(cfgs, inputs.data, spec=settings.spec(), scored=scored)
     within = tmp_path / "within"
     less = pipeline.run(settings, within, command="test", memory_limit=needed.peak - 1)
     for one, other in zip(
@@ -481,3 +482,28 @@ def test_run_within_less_memory_gives_the_same_weights(resolved, out, tmp_path, 
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(one).max())
     ours, theirs = (one.report["evaluation"]["source"] for one in (less, whole))
     assert ours["nll_per_token"] == pytest.approx(theirs["nll_per_token"], rel=1e-6)
+
+
+def test_rows_are_lowered_before_a_run_is_refused(resolved, out, monkeypatch, caplog):
+    """As often as needed, down to the fewest; the recipe that is written says how many."""
+    monkeypatch.setattr(pipeline, "_FEWEST_ROWS", 20)
+    asked = []
+
+    def choose(cfgs, data, **more):
+        asked.append(data.rows)
+        if data.rows > 50:
+            raise errors.ResourceError("Too much.")
+        return memory.Plan(frozenset(), {"all": 1})
+
+    monkeypatch.setattr(memory, "choose", choose)
+    shown = []
+    settings = resolved(weights=["up"], rows="token")
+    with caplog.at_level("INFO"):
+        pipeline.run(settings, out, command="test", show=shown.append)
+    assert len(asked) > 1
+    assert asked[-1] <= 50 < asked[-2]
+    assert shown[0].max_rows == asked[-1]
+    assert f"max_rows is lowered to {asked[-1]}" in caplog.text
+    monkeypatch.setattr(pipeline, "_FEWEST_ROWS", 60)
+    with pytest.raises(errors.ResourceError, match="Too much"):
+        pipeline.run(settings, out, command="test", overwrite=True)

@@ -26,6 +26,8 @@ from ot_merge_jax.types import Batch, Params
 
 #: Logits in memory at a time: those of a whole batch are gigabytes where vocabularies are large.
 LOGITS_AT_ONCE = 1 << 26
+#: Longest window: attention needs memory in proportion to its square.
+LONGEST_WINDOW = 2048
 
 
 class Scores(NamedTuple):
@@ -87,7 +89,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
     Args:
         documents: Texts and chats.
         tokenizer: Of the model.
-        max_positions: The model's context, in tokens.
+        max_positions: The model's context, in tokens; more than `LONGEST_WINDOW` is not used.
 
     Returns:
         Padded windows of few shapes.
@@ -98,6 +100,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
     """
     if max_positions < 2:
         raise InputError("The model's context is 1 token, so no text can be scored; check config.")
+    max_positions = min(max_positions, LONGEST_WINDOW)
     prefix = (
         tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     )
@@ -185,13 +188,15 @@ def _losses(
             split = sharding.split_batch(batch, mesh)
             yield document, _sequence_nll(params, split, scored, cfg=cfg)
         return
-    hidden = streamed.embedded(params, cut.batches, cfg=cfg)
-    for _ in streamed.through_layers(params, hidden, cut.batches, cfg=cfg, what=f"score {text}"):
-        pass  # `hidden` is what counts
     table = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
-    last = {key: dict(params[key]) for key in ("norm", table)}
-    for x, (batch, scored, document) in zip(hidden, parts, strict=True):
-        yield document, _head_nll(last, x, batch, scored, cfg=cfg)
+    for part in streamed.chunks(cut.batches, cfg=cfg):
+        batches = cut.batches[part]
+        hidden = streamed.embedded(params, batches, cfg=cfg)
+        for _ in streamed.through_layers(params, hidden, batches, cfg=cfg, what=f"score {text}"):
+            pass  # `hidden` is what counts
+        last = {key: dict(params[key]) for key in ("norm", table)}
+        for x, (batch, scored, document) in zip(hidden, parts[part], strict=True):
+            yield document, _head_nll(last, x, batch, scored, cfg=cfg)
 
 
 def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-out text") -> Scores:
@@ -215,6 +220,7 @@ def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-o
         np.add.at(nll, document, np.asarray(losses, np.float64))
     if not np.isfinite(nll).all():
         raise NonFiniteError(
-            f"The loss of document {int(np.argmin(np.isfinite(nll)))} is not finite."
+            f"The loss of document {int(np.argmin(np.isfinite(nll)))} of the {text} is not finite: "
+            "the model's weights overflow there; check the checkpoint."
         )
     return Scores(nll, cut.tokens, cut.bytes)

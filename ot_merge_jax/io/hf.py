@@ -111,6 +111,19 @@ def load_folder(
             f"{folder.where} holds NaN or infinite weights"
             f"{'' if dtype is None else f' in {np.dtype(dtype)}'}: {listed}; download it again."
         )
+    return folder.cfg, specs.unflatten(leaves)
+
+
+def open_files(folder: ModelFolder) -> dict[Path, safetensors.TensorFile]:
+    """All files of a model that hold tensors, those of its adapter too.
+
+    Raises:
+        InputError: if the head of a tied model is stored, and is not its embedding.
+    """
+    paths = {folder.path / shard for shard in folder.files.values()}
+    if folder.adapter is not None:
+        paths.add(folder.adapter.file)
+    opened = {path: safetensors.TensorFile(path) for path in paths}
     if folder.cfg.tie_word_embeddings and "lm_head.weight" in folder.files:
         table, head = (
             opened[folder.path / folder.files[name]].read(name)
@@ -121,15 +134,7 @@ def load_folder(
                 f"{folder.path} says tie_word_embeddings is true but holds another "
                 "lm_head.weight; mend one."
             )
-    return folder.cfg, specs.unflatten(leaves)
-
-
-def open_files(folder: ModelFolder) -> dict[Path, safetensors.TensorFile]:
-    """All files of a model that hold tensors, those of its adapter too."""
-    paths = {folder.path / shard for shard in folder.files.values()}
-    if folder.adapter is not None:
-        paths.add(folder.adapter.file)
-    return {path: safetensors.TensorFile(path) for path in paths}
+    return opened
 
 
 def read_leaf(

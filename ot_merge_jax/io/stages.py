@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 
-from ot_merge_jax.errors import ResourceError
+from ot_merge_jax.errors import ResourceError, is_out_of_memory
 from ot_merge_jax.io import provenance, publish
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ def run_folder(
         _commit_point("after publish")
     except BaseException as error:
         is_full = isinstance(error, OSError) and publish.is_full(error)
-        is_short = is_full or isinstance(error, MemoryError | ResourceError)
+        is_short = is_full or is_out_of_memory(error) or isinstance(error, ResourceError)
         is_kept = keep and (is_short or not isinstance(error, Exception))
         is_kept = is_kept and (folder / _MANIFEST).exists()  # at least one stage is finished
         if not is_kept:
@@ -198,9 +198,9 @@ def run_folder(
             raise ResourceError(
                 f"The disk is full at {out.parent} ({error.strerror}); {left}"
             ) from error
-        if isinstance(error, MemoryError):
+        if is_out_of_memory(error):
             raise ResourceError(
-                f"The memory is full; use smaller models or a larger machine; {left}"
+                f"The memory is full; use a lower --memory-limit or fewer --max-rows; {left}"
             ) from error
         if isinstance(error, ResourceError) and is_kept:
             raise ResourceError(f"{str(error).rstrip('.')}; {left}") from error

@@ -91,7 +91,7 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, St
         The configuration, and parameters that are read when asked for.
 
     Raises:
-        InputError: as `hf.load_hf` does; for weights that are not finite when they are read.
+        InputError: as `hf.load_hf` does; of weights that are not finite only when they are read.
 
     Example:
         >>> from ot_merge_jax import assets

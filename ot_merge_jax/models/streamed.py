@@ -17,6 +17,23 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import decoder, specs
 from ot_merge_jax.types import Batch, Params
 
+#: Bytes of hidden states that are kept at a time; the layers are read again for the next ones.
+HIDDEN_AT_ONCE = 1 << 30
+
+
+def chunks(batches: Sequence[Batch], *, cfg: ModelConfig) -> Iterator[slice]:
+    """Stretches of batches whose hidden states, float32, stay within `HIDDEN_AT_ONCE`."""
+    start = size = 0
+    for index, batch in enumerate(batches):
+        more = 4 * cfg.hidden_size * np.size(batch.tokens)
+        if index > start and size + more > HIDDEN_AT_ONCE:
+            yield slice(start, index)
+            start, size = index, 0
+        size += more
+    if start < len(batches):
+        yield slice(start, len(batches))
+
+
 _embed = jax.jit(decoder.embed, static_argnames="cfg")
 
 

@@ -20,6 +20,8 @@ from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec, Potent
 
 #: The paper's iteration limit for the layer problem (Transport and Merge, A.3).
 LAYER_ITERATIONS = 1000
+#: Entries of the source's rows that are on the device at a time (1 GiB).
+ROWS_AT_ONCE = 1 << 28
 
 
 def couple(
@@ -58,21 +60,27 @@ def couple(
             f"not {len(target.row_id)} and {len(source.row_id)}."
         )
     sites = sites_of(spec.weights)
-    total = sum(len(target.values[site]) for site in sites)
+    total = sum(
+        len(target.values[site]) * len(_blocks(source.values[site].shape)) for site in sites
+    )
+    for epsilon in (hparams.epsilon, hparams.layer_epsilon):
+        solve.check_epsilon(epsilon)
     steps = iter(progress.track(range(total), "neuron transport (layers x sites)"))
     feature, layer, std_target, std_source = {}, {}, {}, {}
     for site in sites:
-        ys = jax.device_put(source.values[site])
-        solved = []
-        for x in target.values[site]:
-            next(steps)
-            solved.append(
-                _one_layer(
-                    jax.device_put(x), ys, hparams.epsilon, hparams.threshold,
-                    max_iterations=spec.max_iterations, signed=spec.signed,
-                )
-            )  # fmt: skip
-        feature[site], std_target[site], std_source[site] = _stacked(solved)
+        blocks = []
+        for part in _blocks(source.values[site].shape):
+            ys, solved = jax.device_put(source.values[site][part]), []
+            for x in target.values[site]:
+                next(steps)
+                solved.append(
+                    _one_layer(
+                        jax.device_put(x), ys, hparams.epsilon, hparams.threshold,
+                        max_iterations=spec.max_iterations, signed=spec.signed,
+                    )
+                )  # fmt: skip
+            blocks.append(solved)
+        feature[site], std_target[site], std_source[site] = _stacked(blocks)
         layer[site] = layer_plan(
             feature[site].cost, epsilon=hparams.layer_epsilon, layer_cost=spec.layer_cost
         )
@@ -80,14 +88,25 @@ def couple(
     return Coupling(layer, feature, std_target, std_source)
 
 
+def _blocks(shape: tuple[int, ...]) -> list[slice]:
+    """Stretches of source layers ``[M, t, m]`` whose rows stay within `ROWS_AT_ONCE`."""
+    at_once = max(1, ROWS_AT_ONCE // (shape[1] * shape[2]))
+    return [slice(start, start + at_once) for start in range(0, shape[0], at_once)]
+
+
 @jax.jit
 def _stacked(
-    solved: list[tuple[Potentials, jax.Array, jax.Array]],
+    blocks: list[list[tuple[Potentials, jax.Array, jax.Array]]],
 ) -> tuple[Potentials, jax.Array, jax.Array]:
-    """The results of `_one_layer`, target layers leading; those of the source are all the same."""
-    potentials, std_target, std_source = zip(*solved, strict=True)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *potentials)
-    return stacked, jnp.stack(std_target), std_source[0]
+    """The results of `_one_layer`, target layers leading, blocks of source layers joined."""
+    parts = []
+    for solved in blocks:
+        potentials, std_target, std_source = zip(*solved, strict=True)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *potentials)
+        parts.append((stacked, std_target, std_source[0]))  # of the source they are all the same
+    potentials, std_target, std_source = zip(*parts, strict=True)
+    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *potentials)
+    return joined, jnp.stack(std_target[0]), jnp.concatenate(std_source)
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "signed"))
@@ -156,6 +175,7 @@ def layer_plan(
     """
     if layer_cost not in ("plain", "median"):
         raise ValueError(f"layer_cost is 'plain' or 'median', not {layer_cost!r}.")
+    solve.check_epsilon(epsilon)
     return _layer_plan(costs, epsilon, layer_cost=layer_cost)
 
 

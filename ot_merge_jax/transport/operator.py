@@ -203,6 +203,7 @@ def transported(
                 _pair(coupling, target, source, site, l, m) for site in (in_site, out_site)
             )
             moved[l] = _add_kernel(moved[l], share[l, m], kernel, into, out, spec=spec)
+            jax.block_until_ready(moved[l])  # or the rows of all pairs would wait in memory
     return jnp.stack(moved)
 
 

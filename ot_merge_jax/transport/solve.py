@@ -75,11 +75,16 @@ def solve(
         raise ValueError(f"A cost has axes [n, m] or [batch, n, m], not {cost.shape}.")
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, not {max_iterations}.")
+    check_epsilon(epsilon)
+    return _solve(cost, epsilon, threshold, max_iterations=max_iterations)
+
+
+def check_epsilon(epsilon: Any) -> None:
+    """ValueError unless every epsilon is positive and finite; a traced one cannot be checked."""
     if not isinstance(epsilon, core.Tracer):
         values = np.asarray(epsilon)
         if not (np.isfinite(values) & (values > 0)).all():
             raise ValueError(f"epsilon must be positive and finite, not {epsilon}.")
-    return _solve(cost, epsilon, threshold, max_iterations=max_iterations)
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations",))
