@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jaxtyping import Array, Float
 
 from ot_merge_jax import progress
@@ -141,7 +142,7 @@ def _add_bias(
 
 def _used(share: Float[Array, "L M"]) -> list[tuple[int, list[int]]]:
     """Which target layers each source layer enters; all of them where that is traced."""
-    if isinstance(share, jax.core.Tracer):
+    if isinstance(share, core.Tracer):
         return [(m, list(range(share.shape[0]))) for m in range(share.shape[1])]
     return [(m, np.flatnonzero(column).tolist()) for m, column in enumerate(np.asarray(share).T)]
 
