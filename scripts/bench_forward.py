@@ -53,7 +53,8 @@ def batches(vocabulary: int) -> list[Batch]:
     made = []
     for index in range(_BATCHES):
         tokens = rng.integers(1, vocabulary, (_SIZE, _LENGTH)).astype(np.int32)
-        positions = np.sort(rng.permuted(np.tile(np.arange(_LENGTH), (_SIZE, 1)), 1)[:, :_ROWS], 1)
+        shuffled = rng.permuted(np.tile(np.arange(_LENGTH), (_SIZE, 1)), axis=1)
+        positions = np.sort(shuffled[:, :_ROWS], 1)
         rows = np.arange(_SIZE * _ROWS).reshape(_SIZE, _ROWS) + index * _SIZE * _ROWS
         ones = np.ones_like(tokens, bool)
         made.append(Batch(tokens, ones, positions.astype(np.int32), rows.astype(np.int32)))  # pyright: ignore
@@ -145,6 +146,7 @@ def compile_seconds(depths: list[int], place: Path) -> dict[int, float]:
         random_checkpoint.write(folder, random_checkpoint.config(layers=layers, **_SHAPE), seed=0)
         cfg, params = hf.load_hf(folder, dtype=jnp.float32)
         batch = jax.tree.map(jnp.asarray, batches(cfg.vocab_size)[0])
+        jax.clear_caches()
         start = time.perf_counter()
         activations._step.lower(params, batch, cfg=cfg, sites=frozenset(SITES)).compile()
         found[layers] = time.perf_counter() - start
