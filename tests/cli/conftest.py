@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -212,3 +213,11 @@ def merged(tmp_path_factory, calls, place, models, text_files):
 def desk(tmp_path, models, text_files):
     """A private folder of good inputs that the test may break."""
     return Desk(tmp_path, models, text_files)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heeds_interrupts():
+    """A test run that was started in the background ignores SIGINT, and so would its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
