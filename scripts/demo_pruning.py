@@ -39,7 +39,7 @@ def prune(
         Parameters of ``small``.
     """
     rows = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    batch = Batch(tokens, np.ones(tokens.shape, bool), rows, rows)
+    batch = jax.tree.map(jnp.asarray, Batch(tokens, np.ones(tokens.shape, bool), rows, rows))
     sites = decoder.forward(
         params, batch, cfg=cfg, capture=frozenset({"mlp_in", "o_in", "down_in"})
     )[1]

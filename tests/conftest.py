@@ -50,6 +50,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# compiling is most of the time of tiny models; `.ci/run` also tests the models fully optimised
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: the workers share the cores
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a console reads it once
 
 import numpy as np
 import pytest

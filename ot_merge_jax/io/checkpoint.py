@@ -102,7 +102,7 @@ def load_coupling(folder: Path) -> Coupling:
 
     Example:
         >>> import tempfile
-        >>> layer = {"mlp_in": jnp.full((1, 2), 0.5)}
+        >>> layer = {"mlp_in": jax.numpy.full((1, 2), 0.5)}
         >>> folder = Path(tempfile.mkdtemp()) / "coupling"
         >>> save_coupling(folder, Coupling(layer, {}, layer, layer))
         >>> load_coupling(folder).layer["mlp_in"].tolist()

@@ -129,7 +129,7 @@ def open_files(folder: ModelFolder) -> dict[Path, safetensors.TensorFile]:
             opened[folder.path / folder.files[name]].read(name)
             for name in ("model.embed_tokens.weight", "lm_head.weight")
         )
-        if not np.array_equal(table, head):
+        if table.tobytes() != head.tobytes():  # NaN is reported as such when it is read
             raise InputError(
                 f"{folder.path} says tie_word_embeddings is true but holds another "
                 "lm_head.weight; mend one."

@@ -281,7 +281,7 @@ def test_attention(pair, padding, strict):
             lambda: layers.Attention(pair.cfg), layer_params(pair.params, index)["self_attn"]
         )
         with strict():
-            got, _ = ours(jnp.asarray(run.inputs[f"{name}.q_proj"]), tables, visible)
+            got, *_ = ours(jnp.asarray(run.inputs[f"{name}.q_proj"]), tables, visible)
         assert_close(got, run.outputs[name], run.batch, MODULE)
 
 
@@ -304,7 +304,7 @@ def test_hidden_state_of_every_layer(pair, padding, strict):
     for index in LAYERS:
         block = bind(lambda: decoder.Block(pair.cfg), layer_params(pair.params, index))
         with strict():
-            x, _ = block(x, tables, visible)
+            x, *_ = block(x, tables, visible)
         assert_close(x, run.outputs[f"model.layers.{index}"], run.batch, MODULE)
 
 
