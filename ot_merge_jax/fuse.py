@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float, Int
 
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.models import specs
@@ -20,28 +20,40 @@ from ot_merge_jax.types import Activations, MergeSpec, Params
 Leaves = Mapping[str, jax.Array]
 
 
-@functools.partial(jax.jit, static_argnames="k")
-def top_k(values: Float[Array, "layers t d"], k: int | None) -> Float[Array, "layers d"]:
-    """1 at the ``k`` neurons of each layer with the largest mean absolute activation, else 0.
+def largest(values: Float[Any, "layers t d"], k: int) -> Int[np.ndarray, "layers k"]:
+    """The ``k`` neurons of each layer with the largest mean absolute activation, in order of index.
 
     Args:
-        values: Target activations of one site.
-        k: How many neurons are kept; None, or more than there are: all.
+        values: Target activations of one site, on the host; read one layer at a time.
+        k: How many neurons are kept; of equal ones those that come first.
 
     Returns:
-        ``[layers, d]`` float32 of zeros and ones.
+        ``[layers, k]``; all of them if ``k`` is more than there are.
 
     Example:
-        >>> top_k(jnp.array([[[1.0, -3.0, 2.0]]]), 2).tolist()
-        [[0.0, 1.0, 1.0]]
+        >>> largest(np.array([[[1.0, -3.0, 2.0]]]), 2).tolist()
+        [[1, 2]]
 
     Source: Transport and Merge, A.5. Differs: nothing.
     """
-    strength = jnp.abs(jnp.asarray(values, jnp.float32)).mean(1)
-    if k is None or k >= strength.shape[1]:
-        return jnp.ones_like(strength)
-    kept = jax.lax.top_k(strength, k)[1]
-    return jax.nn.one_hot(kept, strength.shape[1]).sum(1)
+    strength = (np.abs(np.asarray(one)).mean(0, dtype=np.float64) for one in values)
+    return np.stack([np.sort(np.argsort(-one, kind="stable")[:k]) for one in strength])
+
+
+def selected(target: Activations, *, spec: MergeSpec) -> dict[str, Int[np.ndarray, "L k"]]:
+    """Site -> neurons that the top-k mask of some weight keeps there; empty without a mask.
+
+    Args:
+        target: Target activations.
+        spec: ``weights`` and ``k`` are used.
+
+    Returns:
+        For each masked site ``[L, k]``.
+    """
+    if spec.k is None:
+        return {}
+    sites = {PROJECTIONS[name].masked_site for name in spec.weights if name in PROJECTIONS}
+    return {site: largest(target.values[site], spec.k) for site in sorted(sites)}
 
 
 def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array]:
@@ -60,6 +72,7 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
         Path -> ``[L, 1, d]`` or ``[L, d, 1]`` for kernels, ``[L, d]`` for biases.
     """
     found = {}
+    kept = {} if target is None else selected(target, spec=spec)
     for name in spec.weights:
         if name not in PROJECTIONS or target is None:
             continue
@@ -67,7 +80,10 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
         varies = [
             cost.has_signal(target.values[site]) for site in (wiring.in_site, wiring.out_site)
         ]
-        chosen = np.array(top_k(jax.device_put(target.values[wiring.masked_site]), spec.k))
+        layers, _, width = target.values[wiring.masked_site].shape
+        chosen = np.full((layers, width), float(spec.k is None), np.float32)
+        if spec.k is not None:
+            np.put_along_axis(chosen, kept[wiring.masked_site], 1.0, axis=1)
         chosen[~(varies[0] & varies[1])] = 0
         is_row_mask = wiring.masked == "out"
         found[f"{wiring.path}/kernel"] = chosen[:, None, :] if is_row_mask else chosen[:, :, None]

@@ -21,8 +21,9 @@ from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE, LONGEST_WINDOW
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.streamed import HIDDEN_AT_ONCE
-from ot_merge_jax.spaces import site_width, sites_of, weight_of
-from ot_merge_jax.transport.coupling import ROWS_AT_ONCE
+from ot_merge_jax.spaces import PROJECTIONS, site_width, sites_of, weight_of
+from ot_merge_jax.transport.coupling import PLAN_AT_ONCE, ROWS_AT_ONCE
+from ot_merge_jax.transport.diagnostics import SAMPLE
 from ot_merge_jax.transport.solve import pairs_at_once
 from ot_merge_jax.types import Batch, MergeSpec
 
@@ -176,17 +177,17 @@ def needed(
     rows = [data.rows * site_width(site, cfg) for site in sites for cfg in (target, source)]
     pairs = [(site_width(site, target), site_width(site, source)) for site in sites]
     if sites:
-        # cost, kernel and two temporaries of the pairs solved, beside the rows of a block of layers
-        solving = max(4 * n * m * pairs_at_once(n, m) for n, m in pairs)
+        # cost, reduced cost and kernel of the pairs solved, beside the rows of a block of layers
+        solving = max(3 * n * m * pairs_at_once(n, m) for n, m in pairs)
         blocks = max(
             min(source.num_layers * data.rows * m, max(ROWS_AT_ONCE, data.rows * m)) + data.rows * n
             for n, m in pairs
         )
         stages["couple"] = models + _FLOAT * (blocks + 3 * max(rows) + solving)
-        stacks = max(data.rows * (target.num_layers * n + source.num_layers * m) for n, m in pairs)
-        stages["describe the plans"] = models + moved + _FLOAT * stacks
-    # two plans and their products, the rows they are rebuilt from, a source kernel and its base
-    carrying = _FLOAT * (max((3 * n * m for n, m in pairs), default=0) + 2 * max(rows, default=0))
+        # two plans and a sorted copy, of a sample of the target's neurons
+        looked_at = max(4 * min(n, SAMPLE) * m for n, m in pairs)
+        stages["describe the plans"] = models + moved + _FLOAT * (looked_at + 3 * max(rows))
+    carrying = _FLOAT * (_maps(target, source, spec) + 3 * max(rows, default=0))
     stages["transport"] = models + moved + 3 * largest + carrying
     stages["choose the strength"] = models + 2 * moved + _scoring(target, scored)
     for role, cfg in {"target": target, "source": source}.items():
@@ -197,6 +198,21 @@ def needed(
         stages[f"score the {role}"] = models + held_too + _scoring(cfg, scored)
     stages["check what was written"] = models + moved + 3 * held["target"]
     return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
+
+
+def _maps(target: ModelConfig, source: ModelConfig, spec: MergeSpec) -> int:
+    """Entries of the two maps of a pair, of a block of a plan, and of what is between the maps."""
+    most = block = 0
+    for name in set(spec.weights) & set(PROJECTIONS):
+        wiring = PROJECTIONS[name]
+        (n_in, m_in), (n_out, m_out) = (
+            (site_width(site, target), site_width(site, source))
+            for site in (wiring.in_site, wiring.out_site)
+        )
+        between = max(n_in * m_out, n_out * m_in)
+        most = max(most, n_in * m_in + n_out * m_out + between)
+        block = max(block, min(PLAN_AT_ONCE, max(n_in * m_in, n_out * m_out)))
+    return most + 3 * block
 
 
 def _weights(cfg: ModelConfig) -> int:

@@ -7,13 +7,14 @@ be swept without doing it again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from ot_merge_jax import fuse
 from ot_merge_jax.activations import gather
@@ -204,7 +205,8 @@ def move(
     moved: dict[str, jax.Array] = {}
     masks: dict[str, jax.Array] = {}
     if coupling is not None and rows is not None:
-        moved = _projections(target[1], source[1], carried, coupling, *rows, spec=spec)
+        selected = fuse.selected(rows[0], spec=spec)
+        moved = _projections(target[1], source[1], carried, coupling, *rows, selected, spec=spec)
         masks = fuse.masks(rows[0], spec=spec)
     if vocabulary is not None and set(spec.weights) & set(VOCABULARY):
         tables, kept = _tables(target, source[0], carried, reference, vocabulary, spec=spec)
@@ -253,23 +255,33 @@ def _projections(
     found: Coupling,
     rows_target: Activations,
     rows_source: Activations,
+    selected: Mapping[str, np.ndarray],
     *,
     spec: MergeSpec,
 ) -> dict[str, jax.Array]:
     """Transported kernels and, where both models have them, biases."""
     moved = {}
-    for name, wiring in PROJECTIONS.items():
-        if name not in spec.weights:
-            continue
-        sites = {"in_site": wiring.in_site, "out_site": wiring.out_site}
-        kernel, bias = f"{wiring.path}/kernel", f"{wiring.path}/bias"
-        moved[kernel] = operator.transported(
-            carried(kernel), found, rows_target, rows_source, **sites, spec=spec
-        )
-        if specs.has(source, bias) and specs.has(target, bias):
-            moved[bias] = operator.transported_bias(
-                carried(bias), found, rows_target, rows_source, **sites, spec=spec
+    chosen = [wiring for name, wiring in PROJECTIONS.items() if name in spec.weights]
+    for in_site in dict.fromkeys(wiring.in_site for wiring in chosen):
+        wirings = [wiring for wiring in chosen if wiring.in_site == in_site]
+        kinds = []
+        for wiring in wirings:
+            bias = f"{wiring.path}/bias"
+            has_bias = specs.has(source, bias) and specs.has(target, bias)
+            kinds.append(
+                operator.Kind(
+                    wiring.out_site,
+                    kernels=carried(f"{wiring.path}/kernel"),
+                    biases=carried(bias) if has_bias else None,
+                )
             )
+        found_here = operator.carry(
+            kinds, found, rows_target, rows_source, in_site=in_site, spec=spec, selected=selected
+        )
+        for wiring, (kernel, bias) in zip(wirings, found_here, strict=True):
+            moved[f"{wiring.path}/kernel"] = kernel
+            if bias is not None:
+                moved[f"{wiring.path}/bias"] = bias
     return moved
 
 
@@ -376,38 +388,47 @@ def _plan_facts(name: str, prepared: Prepared, spec: MergeSpec) -> tuple[jax.Arr
     """Source layer, sharpness and convergence of the plans of one projection, for each layer."""
     found, wiring = prepared.coupling, PROJECTIONS[name]
     assert found is not None
-    assert prepared.target is not None
-    assert prepared.source is not None
     share = operator.layer_weights(
         found, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
     )
+    best = share.argmax(1)
     into, out = (
-        _describe_plans(
-            share,
-            found.feature[site],
-            jax.device_put(prepared.target.values[site]),
-            jax.device_put(prepared.source.values[site]),
-            signed=spec.signed,
-        )
+        (_neighbours(prepared, site, best, spec), *_worst(share, found.feature[site]))
         for site in (wiring.in_site, wiring.out_site)
     )
     return _joined(share, into, out)
 
 
+def _neighbours(prepared: Prepared, site: str, best: jax.Array, spec: MergeSpec) -> jax.Array:
+    """Effective neighbours at a site, of each target layer's plan with its best source layer."""
+    assert prepared.coupling is not None
+    assert prepared.target is not None
+    assert prepared.source is not None
+    xs, ys = prepared.target.values[site], prepared.source.values[site]
+    if isinstance(best, core.Tracer):
+        ys = jnp.asarray(ys)  # of concrete ones only the layers that are used leave the host
+    else:
+        best = np.asarray(best)  # pyright: ignore[reportAssignmentType]
+    rows, found = diagnostics.sample(xs.shape[-1]), []
+    for l, x in enumerate(xs):
+        pair = jax.tree.map(lambda leaf: leaf[l, best[l]], prepared.coupling.feature[site])  # noqa: B023
+        found.append(_neighbours_of(x, ys[best[l]], pair, rows, signed=spec.signed))
+    return jnp.stack(found)
+
+
 @functools.partial(jax.jit, static_argnames="signed")
-def _describe_plans(
-    share: jax.Array, potentials: Potentials, xs: jax.Array, ys: jax.Array, *, signed: bool
-) -> tuple[jax.Array, ...]:
-    """Sharpness, error, iterations and convergence at one site, for each target layer."""
-    best, is_used = share.argmax(1), share > 0
-    pairs = jax.tree.map(lambda leaf: leaf[jnp.arange(len(share)), best], potentials)
+def _neighbours_of(
+    x: jax.Array, y: jax.Array, pair: Potentials, rows: jax.Array, *, signed: bool
+) -> jax.Array:
+    """Effective neighbours of one pair, over a sample of target neurons."""
+    return diagnostics.effective_neighbours(couplings.rebuild(x, y, pair, rows, signed=signed))
 
-    def neighbours(args: tuple[jax.Array, jax.Array, Potentials]) -> jax.Array:
-        x, m, pair = args
-        return diagnostics.effective_neighbours(couplings.rebuild(x, ys[m], pair, signed=signed))
 
+@jax.jit
+def _worst(share: jax.Array, potentials: Potentials) -> tuple[jax.Array, ...]:
+    """Largest error, most iterations and convergence at one site, over the pairs that are used."""
+    is_used = share > 0
     return (
-        jax.lax.map(neighbours, (xs, best, pairs)),
         jnp.where(is_used, potentials.error, 0).max(1),
         jnp.where(is_used, potentials.iterations, 0).max(1),
         (potentials.converged | ~is_used).all(1),

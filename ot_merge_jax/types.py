@@ -73,6 +73,7 @@ class Potentials(NamedTuple):
         error: L1 error of the marginals of the plan, the larger of the two sides.
         iterations: Sinkhorn iterations spent.
         converged: Whether the solver's error reached the threshold. Callers must look at it.
+        is_log: Whether it was solved in log form, because epsilon is very small for the cost.
     """
 
     f: Float[jax.Array, "... n"]
@@ -82,6 +83,7 @@ class Potentials(NamedTuple):
     error: Float[jax.Array, "..."]
     iterations: Int[jax.Array, "..."]
     converged: Bool[jax.Array, "..."]
+    is_log: Bool[jax.Array, "..."]
 
 
 class Coupling(NamedTuple):

@@ -57,7 +57,9 @@ def sites(
     Returns:
         For each site: ``layer_cost`` and ``layer_plan`` ``[L, M]``; for the most coupled source
         layer of each target layer ``mass_curve``, ``r2`` and ``r2_permuted``; a sorted picture of
-        the first of those plans; totals of iterations, error, convergence.
+        of the first of those plans; totals of iterations, error, convergence, and how many were
+        solved in log form. Of a wide site a sample of target neurons stands for all
+        (`diagnostics.sample`).
     """
     found, x, y = prepared.coupling, prepared.target, prepared.source
     if found is None or x is None or y is None:
@@ -66,7 +68,8 @@ def sites(
     for site, layer in found.layer.items():
         potentials = found.feature[site]
         n, m = potentials.f.shape[-1], potentials.g.shape[-1]
-        ks = tuple(max(1, round(share * n * m)) for share in _CURVE_SHARES)
+        seen = diagnostics.sample(n)
+        ks = tuple(max(1, round(share * len(seen) * m)) for share in _CURVE_SHARES)
         order = np.random.default_rng(seed).permutation(m)
         pairs = []
         for l, best in enumerate(np.asarray(layer).argmax(1)):
@@ -75,7 +78,7 @@ def sites(
             new = None
             if held_out is not None:
                 new = held_out[0].values[site][l], held_out[1].values[site][best]
-            pairs.append(_pair_facts(pair, rows, new, order, ks=ks, signed=spec.signed))
+            pairs.append(_pair_facts(pair, rows, new, order, seen, ks=ks, signed=spec.signed))
         curves, r2, permuted, heats = zip(*pairs, strict=True)
         result[site] = plain(
             {
@@ -88,6 +91,7 @@ def sites(
                 "largest_error": np.max(potentials.error),
                 "most_iterations": np.max(potentials.iterations),
                 "converged": np.mean(potentials.converged),
+                "in_log_form": np.mean(potentials.is_log),
             }
         )
     return result
@@ -99,14 +103,21 @@ def _pair_facts(
     rows: tuple[jax.Array, jax.Array],
     new: tuple[jax.Array, jax.Array] | None,
     order: jax.Array,
+    seen: jax.Array,
     *,
     ks: tuple[int, ...],
     signed: bool,
 ) -> tuple[jax.Array | None, ...]:
-    """Mass curve, held-out R^2, the same of the permuted plan, and the picture of one plan."""
-    plan = couplings.rebuild(*rows, pair, signed=signed)
+    """Mass curve, held-out R^2, the same of the permuted plan, and the picture of one plan.
+
+    Of the target's neurons that are ``seen``; their rows of the plan are a plan of their own.
+    """
+    share = pair.f.shape[0] / seen.shape[0]
+    plan = share * couplings.rebuild(*rows, pair, seen, signed=signed)
+    rows = rows[0][:, seen], rows[1]
     r2 = permuted = None
     if new is not None:
+        new = new[0][:, seen], new[1]
         r2, permuted = jax.lax.map(  # not written twice: it would be compiled twice
             lambda one: diagnostics.held_out_r2(one, rows, new), jnp.stack([plan, plan[:, order]])
         )

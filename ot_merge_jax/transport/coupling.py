@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ot_merge_jax import progress
 from ot_merge_jax.spaces import sites_of
@@ -20,8 +20,10 @@ from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec, Potent
 
 #: The paper's iteration limit for the layer problem (Transport and Merge, A.3).
 LAYER_ITERATIONS = 1000
-#: Entries of the source's rows that are on the device at a time (1 GiB).
-ROWS_AT_ONCE = 1 << 28
+#: Entries of a plan that are rebuilt at a time (64 MiB).
+PLAN_AT_ONCE = 1 << 24
+#: Entries of the source's rows that are on the device at a time (256 MiB).
+ROWS_AT_ONCE = 1 << 26
 
 
 def couple(
@@ -126,16 +128,19 @@ def _one_layer(
     """
     units, std = cost.standardise(x)
 
-    def pair(y: jax.Array) -> tuple[Potentials, jax.Array]:
-        other, std = cost.standardise(y)
-        costs = cost.of_units(units, other, signed=signed)
-        found = solve.solve(
-            costs, epsilon=epsilon, threshold=threshold, max_iterations=max_iterations
+    def pairs(chosen: jax.Array) -> tuple[Potentials, jax.Array]:
+        others, stds = jax.vmap(cost.standardise)(chosen)
+        costs = jax.vmap(lambda other: cost.of_units(units, other, signed=signed))(others)
+        found = solve.solve_batch(
+            costs,
+            jnp.full(len(costs), epsilon, jnp.float32),
+            threshold,
+            max_iterations=max_iterations,
         )
-        return found, std
+        return found, stds
 
     at_once = solve.pairs_at_once(x.shape[1], ys.shape[2])
-    found, std_source = jax.lax.map(pair, ys, batch_size=at_once)
+    found, std_source = solve.in_batches(pairs, ys, at_once)
     return found, std, std_source
 
 
@@ -223,9 +228,40 @@ def plan(
 
 @functools.partial(jax.jit, static_argnames=("signed",))
 def rebuild(
-    x: Float[Array, "t n"], y: Float[Array, "t m"], potentials: Potentials, *, signed: bool = False
-) -> Float[Array, "n m"]:
-    """The plan of one layer pair from its activations and potentials."""
-    rho = cost.correlation(x, y)
-    found = solve.plan(1.0 - (jnp.abs(rho) if signed else rho), potentials)
-    return found * jnp.sign(rho) if signed else found
+    x: Float[Array, "t n"],
+    y: Float[Array, "t m"],
+    potentials: Potentials,
+    rows: Int[Array, " k"] | None = None,
+    *,
+    signed: bool = False,
+) -> Float[Array, "k m"]:
+    """The plan of one layer pair from its activations and potentials, in blocks of rows.
+
+    Args:
+        x: Target activations.
+        y: Source activations.
+        potentials: Those of the pair.
+        rows: Target neurons whose rows are wanted; None: all.
+        signed: Whether the coupling was made with ``signed``.
+
+    Returns:
+        Rows of the plan; those of all neurons sum to 1.
+    """
+    f = potentials.f
+    if rows is not None:
+        x, f = x[:, rows], f[rows]
+    units, others = cost.standardise(x)[0], cost.standardise(y)[0]
+    at_once = min(len(f), max(1, PLAN_AT_ONCE // y.shape[1]))
+
+    def block(chosen: jax.Array) -> jax.Array:
+        rho = cost.correlation_of_units(units[:, chosen], others)
+        found = solve.plan(
+            1.0 - (jnp.abs(rho) if signed else rho), potentials._replace(f=f[chosen])
+        )
+        return found * jnp.sign(rho) if signed else found
+
+    if at_once == len(f):
+        return block(jnp.arange(len(f)))
+    count = -(-len(f) // at_once)
+    places = jnp.minimum(jnp.arange(count * at_once), len(f) - 1).reshape(count, at_once)
+    return jax.lax.map(block, places).reshape(-1, y.shape[1])[: len(f)]

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+#: Target neurons, at most, that diagnostics of a plan look at.
+SAMPLE = 1024
+
+
+def sample(n: int) -> Int[np.ndarray, " k"]:
+    """At most `SAMPLE` of ``n`` target neurons, evenly spaced.
+
+    Example:
+        >>> sample(3).tolist(), len(sample(5000))
+        ([0, 1, 2], 1024)
+    """
+    return np.arange(min(n, SAMPLE)) * n // min(n, SAMPLE)
 
 
 def effective_neighbours(plan: Float[Array, "n m"]) -> Float[Array, ""]:

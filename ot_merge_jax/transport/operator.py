@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ot_merge_jax import progress
 from ot_merge_jax.transport import coupling as couplings
@@ -84,67 +85,176 @@ def _layer_weights(
     return effective / effective.sum(1, keepdims=True) if spec.form == "barycentric" else effective
 
 
-def _plan(pair: Pair, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
-    """The (signed) plan of a pair."""
-    return couplings.rebuild(pair.x, pair.y, pair.potentials, signed=spec.signed)
+@functools.partial(jax.jit, static_argnames=("side", "spec"))
+def _map(
+    pair: Pair, rows: Int[Array, " k"] | None, *, side: Literal["in", "out"], spec: MergeSpec
+) -> Float[Array, "k n_s"]:
+    """``Phi_out``, or ``Phi_in`` transposed, for the target neurons ``rows`` (None: all).
 
-
-def _map_out(pair: Pair, spec: MergeSpec) -> Float[Array, "n_t n_s"]:
-    """``Phi_out``: the barycentric out-map uses the TARGET marginal and restores the units."""
-    plan = _plan(pair, spec)
+    The barycentric out-map uses the TARGET marginal, the in-map the SOURCE marginal; both restore
+    the units.
+    """
+    plan = couplings.rebuild(pair.x, pair.y, pair.potentials, rows, signed=spec.signed)
     if spec.form == "joint":
         return plan
-    return pair.std_target[:, None] * (plan.shape[0] * plan) / pair.std_source[None, :]
+    std_target = pair.std_target if rows is None else pair.std_target[rows]
+    if side == "out":
+        return std_target[:, None] * (pair.x.shape[1] * plan) / pair.std_source[None, :]
+    return pair.std_source[None, :] * (pair.y.shape[1] * plan) / std_target[:, None]
 
 
-def _map_in(pair: Pair, spec: MergeSpec) -> Float[Array, "n_s n_t"]:
-    """``Phi_in``: the barycentric in-map uses the SOURCE marginal and restores the units."""
-    plan = _plan(pair, spec).T
-    if spec.form == "joint":
-        return plan
-    return pair.std_source[:, None] * (plan.shape[0] * plan) / pair.std_target[None, :]
+def triple(
+    kernel: Float[Array, "d_in d_out"],
+    into: Float[Array, "k_in d_in"],
+    out: Float[Array, "k_out d_out"],
+) -> Float[Array, "k_in k_out"]:
+    """``Phi_in^T K Phi_out^T``, of the two orders the one with fewer FLOPs."""
+    return jnp.linalg.multi_dot(
+        [into, kernel.astype(jnp.float32), out.T], precision=jax.lax.Precision.HIGHEST
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
 def _add_kernel(
-    total: Float[Array, "d_in_t d_out_t"],
+    total: Float[Array, "L d_in_t d_out_t"],
+    l: Any,
     share: Float[Array, ""],
     kernel: Float[Array, "d_in d_out"],
-    into: Pair,
-    out: Pair,
-    *,
-    spec: MergeSpec,
-) -> Float[Array, "d_in_t d_out_t"]:
-    """``total + share Phi_in^T K Phi_out^T``."""
-    # the cheaper order of the two products is chosen by their FLOPs
-    carried = jnp.linalg.multi_dot(
-        [_map_in(into, spec).T, kernel.astype(jnp.float32), _map_out(out, spec).T],
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return total + share * carried
+    into: Float[Array, "k_in d_in"],
+    out: Float[Array, "k_out d_out"],
+    rows: tuple[jax.Array | None, jax.Array | None],
+) -> Float[Array, "L d_in_t d_out_t"]:
+    """``total[l] + share Phi_in^T K Phi_out^T`` at the selected neurons of both sides."""
+    carried = triple(kernel, into, out)
+    into_rows, out_rows = rows
+    if into_rows is not None and out_rows is not None:
+        into_rows = into_rows[:, None]
+    places = tuple(slice(None) if one is None else one for one in (into_rows, out_rows))
+    return total.at[l].set(total[l].at[places].add(share * carried))
 
 
-@functools.partial(jax.jit, static_argnames=("spec",))
 def _add_bias(
-    total: Float[Array, " d_out_t"],
+    total: Float[Array, "L d_out_t"],
+    l: Any,
     share: Float[Array, ""],
     bias: Float[Array, " d_out"],
-    out: Pair,
+    out: Float[Array, "k_out d_out"],
+    rows: jax.Array | None,
+) -> Float[Array, "L d_out_t"]:
+    """``total[l] + share Phi_out b`` at the selected neurons."""
+    carried = jnp.matmul(out, bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return total.at[l].set(total[l].at[slice(None) if rows is None else rows].add(share * carried))
+
+
+#: In the total's own memory; a tracer has none to give.
+_add_kernel_in_place, _add_bias_in_place = (
+    jax.jit(function, donate_argnums=0) for function in (_add_kernel, _add_bias)
+)
+
+
+class Kind(NamedTuple):
+    """One kind of weight to carry; either part may be missing.
+
+    Attributes:
+        out_site: Space it writes.
+        kernels: Source kernels ``[d_in, d_out]``: an array, or anything that gives layer ``m`` as
+            ``kernels[m]``. One is asked for at a time, and only where a target layer uses it.
+        biases: Source biases ``[d_out]``, likewise.
+    """
+
+    out_site: str
+    kernels: Any = None
+    biases: Any = None
+
+
+def _uses(share: Float[Array, "L M"]) -> np.ndarray:
+    """Whether a source layer enters a target layer ``[L, M]``; all do where that is traced."""
+    return np.ones(share.shape, bool) if isinstance(share, core.Tracer) else np.asarray(share) > 0
+
+
+def carry(
+    kinds: Sequence[Kind],
+    coupling: Coupling,
+    target: Activations,
+    source: Activations,
     *,
+    in_site: str,
     spec: MergeSpec,
-) -> Float[Array, " d_out_t"]:
-    """``total + share Phi_out b``."""
-    carried = jnp.matmul(
-        _map_out(out, spec), bias.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-    return total + share * carried
+    selected: Mapping[str, Int[np.ndarray, "L k"]] | None = None,
+) -> list[tuple[jax.Array | None, jax.Array | None]]:
+    """Carries all kinds of weights that read one site; of a pair its in-map is made once.
 
+    Only pairs with a layer weight, and only selected neurons, are computed. The maps of one pair
+    are alive at a time, and the kernels of one source layer.
 
-def _used(share: Float[Array, "L M"]) -> list[tuple[int, list[int]]]:
-    """Which target layers each source layer enters; all of them where that is traced."""
-    if isinstance(share, core.Tracer):
-        return [(m, list(range(share.shape[0]))) for m in range(share.shape[1])]
-    return [(m, np.flatnonzero(column).tolist()) for m, column in enumerate(np.asarray(share).T)]
+    Args:
+        kinds: What to carry.
+        coupling: From `couple`.
+        target: The target activations it was made from.
+        source: The source activations it was made from.
+        in_site: Space that all of them read.
+        spec: ``form``, ``layers`` and ``signed`` are used.
+        selected: Site -> target neurons to compute in each layer, each once; other entries of the
+            result are 0. A site that is missing is computed whole.
+
+    Returns:
+        For each kind its kernels ``[L, d_in, d_out]`` and biases ``[L, d_out]`` in the target's
+        widths, float32; None for a part that is missing.
+
+    Source: Transport and Merge, eq. 14; see `transported`.
+    """
+    selected = selected or {}
+    shares = [
+        layer_weights(coupling, in_site=in_site, out_site=kind.out_site, spec=spec)
+        for kind in kinds
+    ]
+    uses = [_uses(share) for share in shares]
+    is_traced = isinstance(shares[0], core.Tracer)
+    add_kernel = _add_kernel if is_traced else _add_kernel_in_place
+    add_bias = _add_bias if is_traced else _add_bias_in_place
+    count, width = target.values[in_site].shape[0], target.values[in_site].shape[-1]
+    widths = [target.values[kind.out_site].shape[-1] for kind in kinds]
+    kernels: list[Any] = [
+        None if kind.kernels is None else jnp.zeros((count, width, out))
+        for kind, out in zip(kinds, widths, strict=True)
+    ]
+    biases: list[Any] = [
+        None if kind.biases is None else jnp.zeros((count, out))
+        for kind, out in zip(kinds, widths, strict=True)
+    ]
+
+    def rows_of(site: str, l: int) -> jax.Array | None:
+        return jax.device_put(selected[site][l]) if site in selected else None
+
+    def read(kind: Kind, m: int) -> tuple[jax.Array | None, jax.Array | None]:
+        return tuple(None if x is None else jnp.asarray(x[m]) for x in (kind.kernels, kind.biases))  # pyright: ignore[reportReturnType]
+
+    sites = ", ".join(kind.out_site for kind in kinds)
+    entering = [m for m in range(uses[0].shape[1]) if any(used[:, m].any() for used in uses)]
+    for m in progress.track(entering, f"transport {in_site} -> {sites} (source layers)"):
+        held = [
+            read(kind, m) if used[:, m].any() else (None, None)
+            for kind, used in zip(kinds, uses, strict=True)
+        ]
+        for l in np.flatnonzero(np.any([used[:, m] for used in uses], 0)).tolist():
+            into, into_rows = None, rows_of(in_site, l)
+            for index, kind in enumerate(kinds):
+                if not uses[index][l, m]:
+                    continue
+                (kernel, bias), share = held[index], shares[index][l, m]
+                out_rows = rows_of(kind.out_site, l)
+                pair = _pair(coupling, target, source, kind.out_site, l, m)
+                out = _map(pair, out_rows, side="out", spec=spec)
+                if kernel is not None:
+                    if into is None:
+                        pair = _pair(coupling, target, source, in_site, l, m)
+                        into = _map(pair, into_rows, side="in", spec=spec)
+                    chosen = (into_rows, out_rows)
+                    kernels[index] = add_kernel(kernels[index], l, share, kernel, into, out, chosen)
+                if bias is not None:
+                    biases[index] = add_bias(biases[index], l, share, bias, out, out_rows)
+                # or the maps of all pairs would wait in memory
+                jax.block_until_ready((kernels[index], biases[index]))
+    return list(zip(kernels, biases, strict=True))
 
 
 def transported(
@@ -166,9 +276,7 @@ def transported(
     the units (standard deviations) of each space are restored.
 
     Args:
-        weights: Source kernels, ``[d_in, d_out]`` each, for rule ``delta`` the source minus its
-            base; an array, or anything else that gives layer ``m`` as ``weights[m]``. One is asked
-            for at a time, and only those that some target layer uses.
+        weights: Source kernels, for rule ``delta`` the source minus its base; as those of `Kind`.
         coupling: From `couple`.
         target: The target activations it was made from.
         source: The source activations it was made from.
@@ -194,18 +302,8 @@ def transported(
 
     Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (SPEC section 5).
     """
-    share = layer_weights(coupling, in_site=in_site, out_site=out_site, spec=spec)
-    shape = tuple(target.values[site].shape[-1] for site in (in_site, out_site))
-    moved = [jnp.zeros(shape)] * share.shape[0]
-    for m, layers in progress.track(_used(share), f"transport {in_site} -> {out_site} (layers)"):
-        kernel = jnp.asarray(weights[m]) if layers else None
-        for l in layers:
-            into, out = (
-                _pair(coupling, target, source, site, l, m) for site in (in_site, out_site)
-            )
-            moved[l] = _add_kernel(moved[l], share[l, m], kernel, into, out, spec=spec)
-            jax.block_until_ready(moved[l])  # or the rows of all pairs would wait in memory
-    return jnp.stack(moved)
+    kinds = [Kind(out_site, kernels=weights)]
+    return carry(kinds, coupling, target, source, in_site=in_site, spec=spec)[0][0]  # pyright: ignore[reportReturnType]
 
 
 def transported_bias(
@@ -232,11 +330,5 @@ def transported_bias(
     Returns:
         ``[L, d_out]`` float32 in the target's widths.
     """
-    share = layer_weights(coupling, in_site=in_site, out_site=out_site, spec=spec)
-    moved = [jnp.zeros(target.values[out_site].shape[-1])] * share.shape[0]
-    for m, layers in _used(share):
-        bias = jnp.asarray(biases[m]) if layers else None
-        for l in layers:
-            out = _pair(coupling, target, source, out_site, l, m)
-            moved[l] = _add_bias(moved[l], share[l, m], bias, out, spec=spec)
-    return jnp.stack(moved)
+    kinds = [Kind(out_site, biases=biases)]
+    return carry(kinds, coupling, target, source, in_site=in_site, spec=spec)[0][1]  # pyright: ignore[reportReturnType]

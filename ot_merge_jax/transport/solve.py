@@ -1,14 +1,15 @@
-"""Entropic optimal transport with uniform marginals, by ott-jax: cost -> `Potentials`.
+"""Entropic optimal transport with uniform marginals: cost -> `Potentials`.
 
-Potentials are kept, plans are rebuilt: ``plan(cost, potentials)``. The log form of Sinkhorn is
-used throughout: it is safe at every epsilon and, in ott-jax 0.6 on CPU, 3 to 6 times faster per
-iteration than the kernel form (measured at 320 x 512 and 1024 x 2048).
+Potentials are kept, plans are rebuilt: ``plan(cost, potentials)``. Problems are solved in kernel
+form by `transport.scaling`; where the cost spans more than `WIDEST` epsilons they are solved in log
+form by ott-jax. Which one it was is recorded in the potentials.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,21 +21,56 @@ from ott.geometry import geometry
 from ott.problems.linear import linear_problem
 from ott.solvers.linear import sinkhorn
 
+from ot_merge_jax.transport import scaling
 from ot_merge_jax.types import Potentials
 
-#: Entries of the cost matrices that are solved side by side; more lanes wait for the slowest.
-_ENTRIES_AT_ONCE = 2**18
+#: Epsilons that a cost may span in kernel form. Beyond, the scalings leave float32 within a few
+#: iterations, and building the kernel again each time costs what the log form does.
+WIDEST = 1000.0
+#: Entries of the cost matrices that are solved side by side on CPU, where the cache is the limit,
+#: and on devices with memory of their own (1 GiB).
+_ENTRIES_ON_CPU, _ENTRIES = 1 << 18, 1 << 28
 _CHECK_EVERY = 10
 
 
 def pairs_at_once(n: int, m: int) -> int:
-    """How many ``[n, m]`` problems to solve side by side.
+    """How many ``[n, m]`` problems to solve side by side on the default device.
 
     Example:
-        >>> pairs_at_once(128, 192), pairs_at_once(2048, 4096)
-        (10, 1)
+        >>> pairs_at_once(128, 192) >= pairs_at_once(2048, 4096) >= 1
+        True
     """
-    return max(1, min(64, _ENTRIES_AT_ONCE // (n * m)))
+    entries = _ENTRIES_ON_CPU if jax.default_backend() == "cpu" else _ENTRIES
+    return max(1, min(64, entries // (n * m)))
+
+
+def in_batches(solve_batch: Callable[[Any], Any], problems: Any, size: int) -> Any:
+    """Maps over the leading axis of a pytree, ``size`` entries at a time, as one program.
+
+    The last batch is filled up with the last problem, so that all have one shape.
+
+    Args:
+        solve_batch: From leaves ``[size, ...]`` to leaves ``[size, ...]``.
+        problems: Leaves ``[count, ...]``.
+        size: Entries at a time.
+
+    Returns:
+        Leaves ``[count, ...]``.
+
+    Example:
+        >>> in_batches(lambda x: 2 * x, jnp.arange(5), 2).tolist()
+        [0, 2, 4, 6, 8]
+    """
+    count = len(jax.tree.leaves(problems)[0])
+    size = min(size, count)
+    batches = math.ceil(count / size)
+    if batches == 1:
+        return solve_batch(problems)
+    places = jnp.minimum(jnp.arange(batches * size), count - 1).reshape(batches, size)
+    found = jax.lax.map(
+        lambda chosen: solve_batch(jax.tree.map(lambda leaf: leaf[chosen], problems)), places
+    )
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], found)
 
 
 def solve(
@@ -68,7 +104,7 @@ def solve(
         >>> bool(potentials.converged), plan(cost, potentials).round(3).tolist()
         (True, [[0.5, 0.0], [0.0, 0.5]])
 
-    Source: Transport and Merge, eq. 8; ott-jax `Sinkhorn`. Differs: the tolerance is the L1
+    Source: Transport and Merge, eq. 8; see `scaling.solve`. Differs: the tolerance is the L1
     marginal error, not the change of a scaling vector.
     """
     if cost.ndim not in (2, 3):
@@ -90,26 +126,70 @@ def check_epsilon(epsilon: Any) -> None:
 @functools.partial(jax.jit, static_argnames=("max_iterations",))
 def _solve(cost: jax.Array, epsilon: Any, threshold: Any, *, max_iterations: int) -> Potentials:
     """`solve` without checks, one compilation for each shape."""
-    epsilon = jnp.asarray(epsilon, jnp.float32)
-    if cost.ndim == 2:
-        return _solve_one(cost, epsilon, threshold, max_iterations)
-    epsilon = jnp.broadcast_to(epsilon, cost.shape[:1])
-    return jax.lax.map(
-        lambda one: _solve_one(one[0], one[1], threshold, max_iterations),
-        (cost, epsilon),
-        batch_size=pairs_at_once(*cost.shape[1:]),
+    costs = cost[None] if cost.ndim == 2 else cost
+    found = in_batches(
+        lambda one: solve_batch(one[0], one[1], threshold, max_iterations=max_iterations),
+        (costs, jnp.broadcast_to(jnp.asarray(epsilon, jnp.float32), costs.shape[:1])),
+        pairs_at_once(*costs.shape[1:]),
+    )
+    return jax.tree.map(lambda leaf: leaf[0], found) if cost.ndim == 2 else found
+
+
+def solve_batch(
+    cost: Float[Array, "b n m"],
+    epsilon: Float[Array, " b"],
+    threshold: Any,
+    *,
+    max_iterations: int,
+) -> Potentials:
+    """`solve` of problems that are all held at once, each in the form that suits it.
+
+    Args:
+        cost: Target by source.
+        epsilon: One for each problem.
+        threshold: L1 marginal error at which to stop.
+        max_iterations: At most.
+
+    Returns:
+        Potentials, the batch axis leading.
+    """
+    cost = cost.astype(jnp.float32)
+    is_log = cost.max((1, 2)) - cost.min((1, 2)) > WIDEST * epsilon
+    # a problem for the log form counts as solved here
+    found = scaling.solve(
+        cost, epsilon, jnp.where(is_log, jnp.inf, threshold), max_iterations=max_iterations
+    )
+    solved = Potentials(
+        f=found.f,
+        g=found.g,
+        epsilon=epsilon,
+        cost=found.cost,
+        error=found.error,
+        iterations=found.iterations,
+        converged=found.reached & jnp.isfinite(found.error) & jnp.isfinite(found.cost),
+        is_log=is_log,
     )
 
+    def in_log_form() -> Potentials:
+        return jax.lax.map(
+            lambda one: jax.lax.cond(
+                one[2].is_log,
+                lambda: _log_form(one[0], one[1], threshold, max_iterations),
+                lambda: one[2],
+            ),
+            (cost, epsilon, solved),
+        )
 
-def _solve_one(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: int) -> Potentials:
-    """One problem, in float32 at the highest matmul precision.
+    return jax.lax.cond(is_log.any(), in_log_form, lambda: solved)
+
+
+def _log_form(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: int) -> Potentials:
+    """One problem by ott-jax.
 
     Row and column minima are taken out before the solve and put back into the potentials after: the
     potentials of what remains are a few epsilon, not a few cost units, and their rounding no longer
-    keeps the marginal error above 1e-6 (at epsilon 0.02: 20 to 50 iterations instead of 2000
-    without convergence).
+    keeps the marginal error above 1e-6.
     """
-    cost = cost.astype(jnp.float32)
     row = cost.min(1)
     column = (cost - row[:, None]).min(0)
     reduced = cost - row[:, None] - column
@@ -137,6 +217,7 @@ def _solve_one(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: in
         error=error,
         iterations=jnp.asarray(output.n_iters, jnp.int32),
         converged=jnp.asarray(output.converged) & jnp.isfinite(error) & jnp.isfinite(total),
+        is_log=jnp.ones((), bool),
     )
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ot_merge_jax.transport import cost, operator, solve
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator
 from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec
 
 ENDS = {"in_site": "mlp_in", "out_site": "up_out"}
@@ -355,8 +355,8 @@ def test_wrong_units_do_not_pass(copied, mutate):
 
 
 def test_transposed_plans_do_not_pass(copied, monkeypatch):
-    right = operator._plan
-    monkeypatch.setattr(operator, "_plan", lambda *args: right(*args).T)
+    right = couplings.rebuild
+    monkeypatch.setattr(couplings, "rebuild", lambda *args, **how: right(*args, **how).T)
     fresh = {"max_iterations": 1999}  # a static argument: the mutant is traced, and stays its own
     assert error_of(copied, carried(copied, 0.01, **fresh)) > 0.3
 
@@ -366,6 +366,90 @@ def test_swapped_models_do_not_pass(copied):
     ffn, x, target, source, kernels = copied
     swapped = (ffn, x, source, target, kernels)
     assert error_of(copied, carried(swapped, 0.01)) > 0.3
+
+
+# ------------------------------------------------------------------------ only what is needed
+
+
+@pytest.mark.parametrize("site", ["mlp_in", "up_out"])
+def test_selected_neurons_are_those_of_the_whole(coupled, site):
+    target, source, coupling, _, kernels, biases = coupled
+    whole = (
+        transported(coupled, "barycentric", "soft"),
+        transported_bias(coupled, "barycentric", "soft"),
+    )
+    width = target.values[site].shape[-1]
+    chosen = np.stack([np.arange(l % 2, width, 2)[: width // 2] for l in range(len(whole[0]))])
+    kinds = [operator.Kind(ENDS["out_site"], kernels=kernels, biases=biases)]
+    kernel, bias = operator.carry(
+        kinds, coupling, target, source, in_site=ENDS["in_site"],
+        spec=spec_of(layers="soft"), selected={site: chosen},
+    )[0]  # fmt: skip
+    mask = np.zeros((len(chosen), width))
+    np.put_along_axis(mask, chosen, 1, axis=1)
+    axis_mask = mask[:, :, None] if site == ENDS["in_site"] else mask[:, None, :]
+    close(kernel, axis_mask * whole[0])
+    close(bias, whole[1] * (mask if site == ENDS["out_site"] else 1))
+
+
+def test_kinds_that_read_one_site_are_carried_as_each_alone(coupled):
+    target, source, coupling, _, kernels, biases = coupled
+    kinds = [
+        operator.Kind(ENDS["out_site"], kernels=kernels),
+        operator.Kind(ENDS["out_site"], kernels=-2 * kernels, biases=biases),
+    ]
+    first, second = operator.carry(
+        kinds, coupling, target, source, in_site=ENDS["in_site"], spec=spec_of(layers="soft")
+    )
+    close(first[0], transported(coupled, "barycentric", "soft"))
+    close(second[0], -2 * np.asarray(first[0]))
+    close(second[1], transported_bias(coupled, "barycentric", "soft"))
+    assert first[1] is None
+
+
+def test_only_pairs_with_a_weight_are_read_and_rebuilt(coupled, monkeypatch):
+    target, source, coupling, _, kernels, _ = coupled
+    spec = spec_of(layers="top1")
+    share = np.asarray(operator.layer_weights(coupling, **ENDS, spec=spec))
+    read, mapped = [], []
+
+    class Counted:
+        def __getitem__(self, m):
+            read.append(m)
+            return kernels[m]
+
+    right = operator._map
+    monkeypatch.setattr(
+        operator, "_map", lambda *args, **how: mapped.append(how["side"]) or right(*args, **how)
+    )
+    operator.transported(Counted(), coupling, target, source, **ENDS, spec=spec)
+    assert read == np.flatnonzero(share.any(0)).tolist()
+    assert sorted(mapped) == sorted(["in", "out"] * np.count_nonzero(share))
+
+
+def test_a_plan_in_blocks_is_the_plan(coupled, monkeypatch):
+    target, source, coupling, *_ = coupled
+    where = {"site": ENDS["out_site"], "l": 0, "m": 1}
+    expected = couplings.plan(coupling, target, source, **where)
+    x, y = (np.asarray(one.values[where["site"]][i]) for one, i in ((target, 0), (source, 1)))
+    solved = jax.tree.map(lambda leaf: leaf[0, 1], coupling.feature[where["site"]])
+    for rows in (1, 3, 1000):
+        monkeypatch.setattr(couplings, "PLAN_AT_ONCE", rows * y.shape[1])
+        jax.clear_caches()
+        close(couplings.rebuild(x, y, solved), expected)
+    few = np.array([2, 0])
+    close(couplings.rebuild(x, y, solved, few), np.asarray(expected)[few])
+
+
+def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
+    target, source, coupling, *_ = coupled
+    for site in coupling.feature:
+        x, y = target.values[site][1], source.values[site][0]
+        costs = cost.correlation_cost(jnp.asarray(x), jnp.asarray(y))
+        solved = solve.plan(costs, solve.solve(costs, epsilon=coupling.feature[site].epsilon[1, 0],
+                                               max_iterations=5000))  # fmt: skip
+        rebuilt = couplings.plan(coupling, target, source, site=site, l=1, m=0)
+        np.testing.assert_allclose(rebuilt, solved, rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------ transformations

@@ -203,7 +203,7 @@ def test_a_broken_problem_does_not_spoil_its_batch(rng):
     np.testing.assert_allclose(found.f[2], run(costs[2]).f, atol=1e-5)
 
 
-@pytest.mark.parametrize("max_iterations", [1, 7, 15])
+@pytest.mark.parametrize("max_iterations", [1, 3, 7])
 def test_too_few_iterations_do_not_converge(rng, max_iterations):
     cost = draw(rng, 3, 5)
     found = run(cost, epsilon=0.01, max_iterations=max_iterations)

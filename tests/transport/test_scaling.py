@@ -1,0 +1,200 @@
+"""The kernel form: the log form's solution, whatever the blocks, the batch or the epsilon."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ot as pot
+import pytest
+
+from ot_merge_jax.transport import scaling, solve
+
+N, M = 33, 21
+THRESHOLD = 1e-6
+EXACT = 1e-6  # in units of the cost
+
+
+def costs_of(rng, batch, n=N, m=M):
+    """Correlation costs of activations with a planted match: slow at a small epsilon."""
+    shared = rng.normal(size=(batch, 60, 8))
+    x = shared @ rng.normal(size=(batch, 8, n)) + 0.3 * rng.normal(size=(batch, 60, n))
+    y = shared @ rng.normal(size=(batch, 8, m)) + 0.3 * rng.normal(size=(batch, 60, m))
+    units = [one - one.mean(1, keepdims=True) for one in (x, y)]
+    x, y = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in units)
+    return jnp.asarray(1 - np.einsum("btn,btm->bnm", x, y), jnp.float32)
+
+
+def run(costs, epsilon, **kw):
+    epsilons = jnp.broadcast_to(jnp.asarray(epsilon, jnp.float32), costs.shape[:1])
+    kw = {"threshold": THRESHOLD, "max_iterations": 2000} | kw
+    threshold = kw.pop("threshold")
+    return jax.tree.map(np.asarray, scaling.solve(costs, epsilons, threshold, **kw))
+
+
+def plans(costs, found, epsilon):
+    f, g = found.f.astype(np.float64), found.g.astype(np.float64)
+    return np.exp((f[:, :, None] + g[:, None, :] - np.asarray(costs)) / epsilon)
+
+
+def close(ours, theirs, tolerance=2e-5):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 0.1, 0.02, 0.005])
+def test_plans_are_those_of_pot(rng, epsilon):
+    costs = costs_of(rng, 3)
+    found = run(costs, epsilon)
+    assert found.reached.all()
+    for cost, ours in zip(costs, plans(costs, found, epsilon), strict=True):
+        theirs = pot.sinkhorn(
+            np.full(N, 1 / N), np.full(M, 1 / M), np.asarray(cost, np.float64), epsilon,
+            method="sinkhorn_log", numItermax=100_000, stopThr=1e-11,
+        )  # fmt: skip
+        close(ours, theirs, 2e-4 if epsilon < 0.01 else 2e-5)
+
+
+def test_relaxation_saves_most_iterations(rng, monkeypatch):
+    costs = costs_of(rng, 4)
+    relaxed = run(costs, 0.01)
+    monkeypatch.setattr(scaling, "_MOST_RELAXED", 1.0)
+    plain = run(costs, 0.01, max_iterations=20_000)
+    assert relaxed.reached.all()
+    assert plain.reached.all()
+    assert (2 * relaxed.iterations < plain.iterations).all()
+    close(plans(costs, relaxed, 0.01), plans(costs, plain, 0.01), 1e-3)
+
+
+def test_a_step_without_relaxation_is_the_textbook_one(rng, monkeypatch):
+    """Three updates, in float64: of the rows, then of the columns."""
+    monkeypatch.setattr(scaling, "_MOST_RELAXED", 1.0)
+    costs = costs_of(rng, 1)
+    found = run(costs, 0.1, max_iterations=3, threshold=0.0)
+    cost = np.asarray(costs[0], np.float64)
+    row = cost.min(1)
+    column = (cost - row[:, None]).min(0)
+    kernel, v = np.exp(-(cost - row[:, None] - column) / 0.1), np.ones(M)
+    for _ in range(3):
+        u = 1 / N / (kernel @ v)
+        v = 1 / M / (kernel.T @ u)
+    close(found.f[0], row + 0.1 * np.log(u), 1e-5)
+    close(found.g[0], column + 0.1 * np.log(v), 1e-5)
+    assert found.iterations.tolist() == [3]
+    assert not found.reached.any()
+
+
+@pytest.mark.parametrize("epsilon", [0.003, 0.001])
+def test_scalings_out_of_range_are_absorbed(rng, monkeypatch, epsilon):
+    """Potentials of hundreds of epsilons: a kernel that is never rebuilt would overflow."""
+    cost = costs_of(rng, 1).at[0, :5].add(0.4 * jnp.arange(5)[:, None] * jnp.arange(M) / M)
+    found = run(cost, epsilon, threshold=1e-4)
+    assert np.isfinite(found.f).all()
+    assert found.error[0] < 1e-3
+    builds = []
+    build = scaling._kernel
+    monkeypatch.setattr(scaling, "_kernel", lambda *args: builds.append(1) or build(*args))
+    with jax.disable_jit():
+        run(cost, epsilon, threshold=1e-4, max_iterations=40)
+    assert len(builds) > 1
+
+
+@pytest.mark.parametrize("entries", [1, 4 * M, 10 * M, 1 << 16])
+def test_blocks_do_not_matter(rng, monkeypatch, entries):
+    """One row at a time, blocks that do not divide the rows, all rows at once."""
+    costs = costs_of(rng, 2)
+    expected = run(costs, 0.05)
+    monkeypatch.setattr(scaling, "BLOCK", 2 * entries)
+    found = run(costs, 0.05)
+    assert np.abs(found.iterations - expected.iterations).max() <= 1  # sums in another order
+    np.testing.assert_allclose(found.f, expected.f, atol=EXACT)
+    np.testing.assert_allclose(found.g, expected.g, atol=EXACT)
+
+
+def test_a_problem_does_not_depend_on_its_batch(rng):
+    costs = jnp.concatenate([costs_of(rng, 2), jnp.ones((1, N, M)), costs_of(rng, 2) * 3])
+    together = run(costs, 0.02)
+    for index in range(len(costs)):
+        alone = run(costs[index : index + 1], 0.02)
+        assert abs(alone.iterations[0] - together.iterations[index]) <= 1
+        np.testing.assert_allclose(alone.f[0], together.f[index], atol=EXACT)
+        np.testing.assert_allclose(alone.g[0], together.g[index], atol=EXACT)
+
+
+def test_each_stops_when_it_has_converged(rng):
+    easy, hard = jnp.ones((1, N, M)), costs_of(rng, 1)
+    found = run(jnp.concatenate([easy, hard]), 0.02)
+    assert found.iterations[0] <= 2
+    assert found.iterations[1] > 10
+
+
+def test_nan_ends_at_once_and_alone(rng):
+    costs = costs_of(rng, 2).at[0, 1, 2].set(jnp.nan)
+    found = run(costs, 0.05)
+    assert found.reached.tolist() == [False, True]
+    assert found.iterations[0] <= 2
+
+
+# ------------------------------------------------------------------------ which form
+
+
+def test_the_form_follows_the_epsilons_a_cost_spans(rng):
+    costs = costs_of(rng, 1)[0]
+    span = float(costs.max() - costs.min())
+    for share, is_log in ((0.9, False), (1.1, True)):
+        found = solve.solve(costs, epsilon=span / solve.WIDEST / share, max_iterations=20)
+        assert bool(found.is_log) is is_log
+
+
+def test_both_forms_agree(rng, monkeypatch):
+    costs = costs_of(rng, 2)
+    kernel = solve.solve(costs, epsilon=0.05)
+    monkeypatch.setattr(solve, "WIDEST", 0.0)
+    log = solve.solve(costs, epsilon=0.05, max_iterations=1999)  # a program of its own
+    assert log.is_log.all()
+    assert log.converged.all()
+    assert not kernel.is_log.any()
+    for index in range(2):
+        ours, theirs = (
+            solve.plan(costs[index], jax.tree.map(lambda leaf: leaf[index], found))  # noqa: B023
+            for found in (kernel, log)
+        )
+        close(ours, theirs)
+
+
+def test_a_batch_may_hold_both_forms(rng):
+    costs = costs_of(rng, 2)
+    found = solve.solve(costs, epsilon=jnp.array([0.05, 0.0005]), max_iterations=50)
+    assert found.is_log.tolist() == [False, True]
+    alone = solve.solve(costs[0], epsilon=0.05, max_iterations=50)
+    np.testing.assert_allclose(found.f[0], alone.f, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e8])
+def test_scale_does_not_matter(rng, scale):
+    """Cost and epsilon times the same number: the same plan."""
+    costs = costs_of(rng, 1)
+    plain, scaled = run(costs, 0.05), run(costs * scale, 0.05 * scale)
+    assert scaled.iterations.tolist() == plain.iterations.tolist()
+    close(plans(costs * scale, scaled, 0.05 * scale), plans(costs, plain, 0.05))
+
+
+# ------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (5, 4), (9, 4)])
+def test_batches_are_filled_up_and_cut(count, size):
+    shapes = []
+
+    def double(x):
+        shapes.append(x.shape)
+        return 2 * x
+
+    found = solve.in_batches(double, jnp.arange(3.0 * count).reshape(count, 3), size)
+    np.testing.assert_array_equal(found, 2 * np.arange(3.0 * count).reshape(count, 3))
+    assert set(shapes) == {(min(size, count), 3)}
+
+
+def test_one_program_for_any_last_batch(rng, caplog):
+    costs = costs_of(rng, 7, 4, 6)
+    with jax.log_compiles():
+        jax.block_until_ready(solve.solve(costs, epsilon=0.3, max_iterations=77))
+    compiled = [one for one in caplog.messages if one.startswith("Finished XLA compilation")]
+    assert sum("_solve" in one for one in compiled) == 1, compiled
