@@ -1,25 +1,31 @@
 """What the stages of a run leave on disk: arrays, activations, couplings, JSON values.
 
 All of it is the same bytes whenever the values are, so that a resumed run publishes what an
-uninterrupted one does. (Orbax names its chunks at random and stores the time.)
+uninterrupted one does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 
 from ot_merge_jax.io import safetensors
 from ot_merge_jax.types import Activations, Coupling, Potentials
 
 _ARRAYS = "arrays.safetensors"
 _ROW_ID = "row_id"
+#: Files of Orbax that hold nothing but the time; it restores without them.
+_WITH_TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
@@ -86,19 +92,32 @@ def load_activations(folder: Path) -> Activations:
 
 
 def save_coupling(folder: Path, coupling: Coupling) -> None:
-    """Writes a coupling: potentials, layer plans, standard deviations."""
-    named = {
-        f"{part}/{site}": one
-        for part in ("layer", "std_target", "std_source")
-        for site, one in getattr(coupling, part).items()
-    }
-    for site, potentials in coupling.feature.items():
-        named |= {f"feature/{site}/{key}": one for key, one in potentials._asdict().items()}
-    save_arrays(folder, named)
+    """Writes a coupling (potentials, layer plans, standard deviations) with Orbax.
+
+    Args:
+        folder: Replaced if it exists.
+        coupling: Of arrays on any mesh.
+    """
+    for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left)  # of a run that was killed while it wrote
+    tree = coupling._asdict()
+    tree["feature"] = {site: one._asdict() for site, one in coupling.feature.items()}
+    tree = jax.tree.map(np.asarray, {part: sites for part, sites in tree.items() if sites})
+    with _quiet(), orbax.Checkpointer(_one_file_per_array()) as writer:
+        writer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree), force=True)
+    for file in _WITH_TIMES:
+        (folder / file).unlink(missing_ok=True)
 
 
-def load_coupling(folder: Path) -> Coupling:
-    """Reads what `save_coupling` wrote.
+def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Coupling:
+    """Reads what `save_coupling` wrote, whatever the mesh it was written from.
+
+    Args:
+        folder: Of the coupling.
+        mesh: Where the arrays go, whole on each device; None: the default device.
+
+    Returns:
+        The coupling.
 
     Example:
         >>> import tempfile
@@ -108,15 +127,29 @@ def load_coupling(folder: Path) -> Coupling:
         >>> load_coupling(folder).layer["mlp_in"].tolist()
         [[0.5, 0.5]]
     """
-    parts: dict[str, dict[str, Any]] = {part: {} for part in Coupling._fields}
-    for name, one in load_arrays(folder).items():
-        part, site, *field = name.split("/")
-        if field:
-            parts[part].setdefault(site, {})[field[0]] = jax.device_put(one)
-        else:
-            parts[part][site] = jax.device_put(one)
+    place = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with _quiet(), orbax.Checkpointer(_one_file_per_array()) as reader:
+        found = jax.device_put(reader.restore(folder.absolute()), place)
+    parts = {part: found.get(part, {}) for part in Coupling._fields}
     parts["feature"] = {site: Potentials(**one) for site, one in parts["feature"].items()}
     return Coupling(**parts)
+
+
+def _one_file_per_array() -> orbax.PyTreeCheckpointHandler:
+    """Orbax without OCDBT, which names its chunks at random."""
+    return orbax.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps from the user what Orbax says of every save: it finds no OCDBT, as it was told."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def save_json(path: Path, value: Any) -> None:
