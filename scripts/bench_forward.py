@@ -10,10 +10,7 @@ for each depth. Memory: a process of its own for each mode, by the largest resid
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import benchmarking
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,18 +160,12 @@ def peak_of(mode: str, folder: Path) -> None:
     found = activations.gather(params, parts, cfg=cfg, sites=("mlp_in", "down_out"))
     json.dump(
         {
-            "peak_bytes": _peak_bytes(),
+            "peak_bytes": benchmarking.peak_bytes(),
             "seconds": time.perf_counter() - start,
             "sum": float(sum(np.abs(one).sum() for one in found.values.values())),
         },
         sys.stdout,
     )
-
-
-def _peak_bytes() -> int:
-    """Largest resident set of this process alone; what ``getrusage`` says includes its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(one.split()[1]) * 1024 for one in lines if one.startswith("VmHWM"))
 
 
 def memory(place: Path) -> dict[str, Any]:
@@ -190,17 +182,6 @@ def memory(place: Path) -> dict[str, Any]:
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    named = ("jax", "flax", "torch", "transformers", "numpy")
-    return {
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in named},
-    }
-
-
 def main() -> None:
     """Runs all three and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -215,14 +196,12 @@ def main() -> None:
         folder = place / "speed"
         random_checkpoint.write(folder, random_checkpoint.config(layers=8, **_SHAPE), seed=0)
         found = {
-            "machine": machine(),
+            "machine": benchmarking.machine("flax", "torch", "transformers"),
             "speed": speed(folder),
             "compile_seconds_by_layers": compile_seconds([2, 8, 32], place),
             "memory": memory(place),
         }
-    said.out.parent.mkdir(parents=True, exist_ok=True)
-    said.out.write_text(json.dumps(found, indent=1) + "\n")
-    sys.stdout.write(said.out.read_text())
+    benchmarking.keep(said.out, found)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ with ``--memory-limit``, and compares the largest resident set with what the run
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import resource
 import subprocess
@@ -18,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import benchmarking
 import random_checkpoint
 
 from ot_merge_jax import assets
@@ -72,9 +72,7 @@ def main() -> None:
         "peak_gib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
         "seconds": seconds,
     }
-    said.out.parent.mkdir(parents=True, exist_ok=True)
-    said.out.write_text(json.dumps(found, indent=1) + "\n")
-    sys.stdout.write(said.out.read_text())
+    benchmarking.keep(said.out, found)
 
 
 if __name__ == "__main__":
