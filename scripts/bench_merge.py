@@ -109,11 +109,20 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
         "extrapolated": {
             "couple_seconds": coupled * every,
             "fuse_seconds": fused * again,
-            "coupling_bytes": size * every,
+            "coupling_bytes": _coupling_bytes(target, source, sites),
         },
         "iterations": np.asarray(first.iterations).tolist(),
         "peak_gib": benchmarking.peak_bytes() / 2**30,
     }
+
+
+def _coupling_bytes(target: ModelConfig, source: ModelConfig, sites: tuple[str, ...]) -> int:
+    """Bytes of the potentials of all pairs and the standard deviations, without compression."""
+    pairs, total = target.num_layers * source.num_layers, 0
+    for site in sites:
+        n, m = site_width(site, target), site_width(site, source)
+        total += pairs * (n + m) + target.num_layers * n + source.num_layers * m
+    return 4 * total
 
 
 class _Random:
