@@ -251,7 +251,7 @@ def rebuild(
     if rows is not None:
         x, f = x[:, rows], f[rows]
     units, others = cost.standardise(x)[0], cost.standardise(y)[0]
-    at_once = min(len(f), max(1, PLAN_AT_ONCE // y.shape[1]))
+    at_once = max(1, PLAN_AT_ONCE // y.shape[1])
 
     def block(chosen: jax.Array) -> jax.Array:
         rho = cost.correlation_of_units(units[:, chosen], others)
@@ -260,8 +260,4 @@ def rebuild(
         )
         return found * jnp.sign(rho) if signed else found
 
-    if at_once == len(f):
-        return block(jnp.arange(len(f)))
-    count = -(-len(f) // at_once)
-    places = jnp.minimum(jnp.arange(count * at_once), len(f) - 1).reshape(count, at_once)
-    return jax.lax.map(block, places).reshape(-1, y.shape[1])[: len(f)]
+    return solve.in_batches(block, jnp.arange(len(f)), at_once)

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
+
+from ot_merge_jax.types import Potentials
 
 #: Entries of a block of rows on CPU (4 MiB, which the last cache holds); other devices take all
 #: rows at once, because a loop over blocks would leave them idle.
@@ -33,27 +35,6 @@ _MOST_RELAXED = 1.97
 _NEAR = 0.3
 #: A relaxed error that falls more slowly than this per iteration starts again without relaxation.
 _STALLED = 0.99
-
-
-class Scaled(NamedTuple):
-    """Solutions of a batch of problems.
-
-    Attributes:
-        f: Target potential ``[b, n]``, in units of the cost.
-        g: Source potential ``[b, m]``.
-        cost: ``<C, Q>`` ``[b]``.
-        error: L1 marginal error ``[b]``, the larger of the two sides, before the potentials of the
-            reduced cost are rounded to those of the cost.
-        iterations: ``[b]``.
-        reached: Whether the threshold was reached ``[b]``.
-    """
-
-    f: Float[Array, "b n"]
-    g: Float[Array, "b m"]
-    cost: Float[Array, " b"]
-    error: Float[Array, " b"]
-    iterations: Int[Array, " b"]
-    reached: Bool[Array, " b"]
 
 
 class _State(NamedTuple):
@@ -84,7 +65,7 @@ def solve(
     threshold: Any,
     *,
     max_iterations: int,
-) -> Scaled:
+) -> Potentials:
     r"""Solves a batch of problems with uniform marginals; each stops when it has converged.
 
     With :math:`K_{ij} = e^{(f_i + g_j - C_{ij}) / \epsilon}` an iteration is
@@ -99,7 +80,9 @@ def solve(
         max_iterations: At most.
 
     Returns:
-        Solutions; a problem whose cost is not finite does not converge.
+        Potentials, the batch axis leading; a problem whose cost is not finite does not converge.
+        The error is taken before the potentials of the reduced cost are rounded to those of the
+        cost.
 
     Example:
         >>> cost = jnp.array([[[0.0, 1.0], [1.0, 0.0]]])
@@ -117,7 +100,7 @@ def solve(
     row = cost.min(2)
     column = (cost - row[:, :, None]).min(1)
     blocks = _blocks(cost)
-    reduced = _Reduced(blocks, _of_rows(row, blocks, 0.0), column, epsilon)
+    reduced = _Reduced(blocks, _of_rows(row, blocks), column, epsilon)
     zero, far = jnp.zeros((b,), jnp.int32), jnp.full((b,), jnp.inf)
     start = _State(
         jnp.ones((b, n)), jnp.ones((b, m)), jnp.ones((b,)), far, far, zero, jnp.zeros((), jnp.int32)
@@ -145,7 +128,16 @@ def solve(
     )
     rows, columns, total = _measure(reduced, f, g)
     error = jnp.maximum(jnp.abs(rows - 1 / n).sum(1), jnp.abs(columns - 1 / m).sum(1))
-    return Scaled(f + row, g + column, total, error, state.iterations, state.error <= threshold)
+    return Potentials(
+        f=f + row,
+        g=g + column,
+        epsilon=epsilon,
+        cost=total,
+        error=error,
+        iterations=state.iterations,
+        converged=(state.error <= threshold) & jnp.isfinite(error) & jnp.isfinite(total),
+        is_log=jnp.zeros((b,), bool),
+    )
 
 
 class _Reduced(NamedTuple):
@@ -175,10 +167,10 @@ def _blocks(cost: jax.Array) -> jax.Array:
     return jnp.moveaxis(cost.reshape(b, count, rows, m), 1, 0)
 
 
-def _of_rows(vector: jax.Array, blocks: jax.Array, fill: float) -> jax.Array:
+def _of_rows(vector: jax.Array, blocks: jax.Array) -> jax.Array:
     """A vector of rows ``[b, n]`` cut like the blocks: ``[blocks, b, rows]``."""
     count, b, rows, _ = blocks.shape
-    vector = jnp.pad(vector, ((0, 0), (0, count * rows - vector.shape[1])), constant_values=fill)
+    vector = jnp.pad(vector, ((0, 0), (0, count * rows - vector.shape[1])))
     return jnp.moveaxis(vector.reshape(b, count, rows), 1, 0)
 
 
@@ -204,7 +196,7 @@ def _kernel(reduced: _Reduced, f: jax.Array, g: jax.Array) -> jax.Array:
     """The kernel around some potentials, in blocks."""
     return jax.lax.map(
         lambda one: _plan(one[0], one[1], one[2], g, reduced),
-        (reduced.blocks, reduced.row, _of_rows(f, reduced.blocks, 0.0)),
+        (reduced.blocks, reduced.row, _of_rows(f, reduced.blocks)),
     )
 
 
@@ -230,7 +222,7 @@ def _iterate(kernel: jax.Array, state: _State, is_active: jax.Array, threshold: 
         return columns + jnp.einsum("brm,br->bm", part, u), (u, row)
 
     columns, (u, rows) = jax.lax.scan(
-        block, jnp.zeros_like(state.v), (kernel, _of_rows(state.u, kernel, 0.0))
+        block, jnp.zeros_like(state.v), (kernel, _of_rows(state.u, kernel))
     )
     u, rows = _joined(u, n), _joined(rows, n)
     columns = state.v * columns
@@ -286,6 +278,6 @@ def _measure(
         return (columns + plan.sum(1), total + paid), plan.sum(2)
 
     zero = jnp.zeros_like(g), jnp.zeros_like(reduced.epsilon)
-    parts = reduced.blocks, reduced.row, _of_rows(f, reduced.blocks, 0.0)
+    parts = reduced.blocks, reduced.row, _of_rows(f, reduced.blocks)
     (columns, total), rows = jax.lax.scan(block, zero, parts)
     return _joined(rows, f.shape[1]), columns, total

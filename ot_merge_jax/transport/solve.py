@@ -156,19 +156,10 @@ def solve_batch(
     cost = cost.astype(jnp.float32)
     is_log = cost.max((1, 2)) - cost.min((1, 2)) > WIDEST * epsilon
     # a problem for the log form counts as solved here
-    found = scaling.solve(
+    in_kernel_form = scaling.solve(
         cost, epsilon, jnp.where(is_log, jnp.inf, threshold), max_iterations=max_iterations
     )
-    solved = Potentials(
-        f=found.f,
-        g=found.g,
-        epsilon=epsilon,
-        cost=found.cost,
-        error=found.error,
-        iterations=found.iterations,
-        converged=found.reached & jnp.isfinite(found.error) & jnp.isfinite(found.cost),
-        is_log=is_log,
-    )
+    solved = in_kernel_form._replace(is_log=is_log)
 
     def in_log_form() -> Potentials:
         return jax.lax.map(

@@ -43,7 +43,7 @@ def close(ours, theirs, tolerance=2e-5):
 def test_plans_are_those_of_pot(rng, epsilon):
     costs = costs_of(rng, 3)
     found = run(costs, epsilon)
-    assert found.reached.all()
+    assert found.converged.all()
     for cost, ours in zip(costs, plans(costs, found, epsilon), strict=True):
         theirs = pot.sinkhorn(
             np.full(N, 1 / N), np.full(M, 1 / M), np.asarray(cost, np.float64), epsilon,
@@ -57,8 +57,8 @@ def test_relaxation_saves_most_iterations(rng, monkeypatch):
     relaxed = run(costs, 0.01)
     monkeypatch.setattr(scaling, "_MOST_RELAXED", 1.0)
     plain = run(costs, 0.01, max_iterations=20_000)
-    assert relaxed.reached.all()
-    assert plain.reached.all()
+    assert relaxed.converged.all()
+    assert plain.converged.all()
     assert (2 * relaxed.iterations < plain.iterations).all()
     close(plans(costs, relaxed, 0.01), plans(costs, plain, 0.01), 1e-3)
 
@@ -78,7 +78,7 @@ def test_a_step_without_relaxation_is_the_textbook_one(rng, monkeypatch):
     close(found.f[0], row + 0.1 * np.log(u), 1e-5)
     close(found.g[0], column + 0.1 * np.log(v), 1e-5)
     assert found.iterations.tolist() == [3]
-    assert not found.reached.any()
+    assert not found.converged.any()
 
 
 @pytest.mark.parametrize("epsilon", [0.003, 0.001])
@@ -128,7 +128,7 @@ def test_each_stops_when_it_has_converged(rng):
 def test_nan_ends_at_once_and_alone(rng):
     costs = costs_of(rng, 2).at[0, 1, 2].set(jnp.nan)
     found = run(costs, 0.05)
-    assert found.reached.tolist() == [False, True]
+    assert found.converged.tolist() == [False, True]
     assert found.iterations[0] <= 2
 
 
