@@ -1,0 +1,51 @@
+"""`ot-merge demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ot_merge_jax.console import (
+    OUT,
+    Json,
+    Offline,
+    Overwrite,
+    Quiet,
+    Seed,
+    Verbose,
+    guarded,
+    print_json,
+    say,
+    session,
+)
+
+
+@guarded
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("ot-merge-demo"),
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    offline: Offline = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the small models that ship with the package, into a sibling and a stranger."""
+    from ot_merge_jax import demo as demos
+
+    started = time.monotonic()
+    with session(verbose=verbose, quiet=quiet):
+        results = demos.run(out, seed=seed, overwrite=overwrite, offline=offline)
+    if as_json:
+        print_json({name: result.report for name, result in results.items()})
+        return
+    OUT.print(demos.table(results))
+    for name, result in results.items():
+        for sentence in result.warnings:
+            say(f"{name}: warning: {sentence}", OUT)
+        say(f"{name}: {result.report['verdict']}", OUT)
+    say(f"written: {', '.join(str(one.out) for one in results.values())} "
+         f"({time.monotonic() - started:.0f} s)", OUT)  # fmt: skip
