@@ -39,13 +39,14 @@ def arms(kinds: Sequence[str]) -> list[str]:
     return [name for name in (*BROKEN, "unigram") if name.split(" ")[0] in kinds]
 
 
-def why_not(name: str, *, spec: MergeSpec, source_layers: int) -> str | None:
+def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = True) -> str | None:
     """Why a control does not apply to a merge; None if it does.
 
     Args:
         name: One of `BROKEN`, or ``unigram``.
         spec: What the merge moves and how.
         source_layers: Of the source.
+        has_dev: Whether there is a dev split.
 
     Example:
         >>> why_not("shrink", spec=MergeSpec(rule="delta"), source_layers=4)
@@ -57,6 +58,8 @@ def why_not(name: str, *, spec: MergeSpec, source_layers: int) -> str | None:
         return "no weight moves by a layer coupling"
     if name == "wrong-layer" and source_layers == 1:
         return "the source has one layer"
+    if name == "unigram" and not has_dev:
+        return "there is no dev split to choose its share on"
     return None
 
 
@@ -131,8 +134,8 @@ class _Permuted:
 def permuted(coupling: Coupling, source: Activations, *, seed: int) -> tuple[Coupling, Activations]:
     """Plans whose columns are permuted, one permutation of the source's neurons for each site.
 
-    The plan of a pair is rebuilt from potentials and rows, so both are permuted; the units (standard
-    deviations) are not.
+    The plan of a pair is rebuilt from potentials and rows, so both are permuted; the units
+    (standard deviations) are not.
 
     Args:
         coupling: From `ot_merge_jax.transport.coupling.couple`.
@@ -163,7 +166,7 @@ def permuted_tokens(matched: VocabularyMatch, *, seed: int) -> VocabularyMatch:
 
 
 def wrong_layers(coupling: Coupling, *, seed: int) -> Coupling:
-    """A coupling whose source layers are shuffled, the same way at every site; none keeps its place.
+    """A coupling whose source layers are shuffled, alike at every site; none keeps its place.
 
     Neurons still correspond as the transport of the layers that are now paired says.
 

@@ -195,7 +195,7 @@ def needed(
     carrying = _FLOAT * (_maps(target, source, spec) + 3 * max(rows, default=0))
     stages["transport"] = models + moved + 3 * largest + carrying
     if controls:
-        # what is broken is aligned and carried like the merge, beside the merge; a random source too
+        # what is broken is aligned and carried like the merge, beside it; so is a random source
         reference = "source base" if "source base" in held else "source"
         beside = 2 * moved + held["target"] + ("wrong-source" in controls) * held[reference]
         stages["run the controls"] = max(stages.values()) + beside

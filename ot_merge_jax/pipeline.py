@@ -18,8 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import calibration, controls, fuse, memory, merge, preflight, staged, texts
-from ot_merge_jax import trials
+from ot_merge_jax import (
+    calibration,
+    fuse,
+    memory,
+    merge,
+    preflight,
+    staged,
+    texts,
+    trials,
+)
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import ResourceError, StrictError
@@ -28,7 +36,7 @@ from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, record
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.preflight import Inputs
-from ot_merge_jax.recipe import CONTROLS, Recipe, Text
+from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.report import arms, facts
 from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.spaces import sites_of
@@ -160,9 +168,9 @@ def _merge(
         spec=spec, has_base=has_base, seed=recipe.seed,
     )  # fmt: skip
     points: list[sweeps.Point] = []
-    dev = trials.target_windows(inputs, inputs.dev)
-    if recipe.strength == "auto":
-        points, hparams = staged.strength(state, models, prepared, lambda: dev, hparams, spec=spec)
+    dev = trials.dev_windows(inputs)
+    if recipe.strength == "auto" and dev is not None:
+        points, hparams = staged.strength(state, models, prepared, dev, hparams, spec=spec)
     model = stages.stage(
         state,
         "model",
@@ -176,23 +184,19 @@ def _merge(
     silent = _silent(prepared, spec)
     warnings = [*silent, *unconverged, *sweeps.at_the_edge(points, hparams)]
     scores, evaluation = _evaluate(state, inputs, models, model, known)
-    against, compared, shown = None, {}, {"controls": {}}
+    measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {"controls": {}}
     if inputs.held_out is not None:
-        held_out = trials.target_windows(inputs, inputs.held_out)
         setting = trials.Setting(
-            state, models, inputs, prepared, recipe.hparams(), spec, dev, held_out, scores["target"]
-        )
+            state, models, inputs, prepared, recipe.hparams(), spec, dev,
+            trials.target_windows(inputs, inputs.held_out), scores["target"],
+        )  # fmt: skip
         merged = trials.Arm(hparams.strength, points, scores["merge"])
-        found = trials.every(setting, merged)
-        against, compared = arms.compared(found, scores["target"], seed=recipe.seed)
-        shown = arms.facts(found, scores["target"], against, compared, setting)
-        for name in ("source", "target"):
-            shown["controls"] = {name: evaluation[name], **shown["controls"]}
-    missing = [name for name in CONTROLS if name not in recipe.controls]
+        measured, against, shown = arms.outcome(trials.every(setting, merged), setting)
+        models_alone = {name: evaluation[name] for name in ("target", "source")}
+        shown["controls"] = models_alone | shown["controls"]
     verdict = verdicts.of_merge(
-        verdicts.judge(against, compared, missing=missing),
-        report, hparams, spec, against, is_auto=recipe.strength == "auto",
-    )  # fmt: skip
+        measured, report, hparams, spec, against, is_auto=recipe.strength == "auto"
+    )
     if strict and (unconverged or verdict.outcome == "worse"):
         raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
     found = facts.plain(

@@ -162,7 +162,7 @@ def strength(
     run: stages.Run,
     models: Models,
     prepared: merge.Prepared,
-    dev: Callable[[], nll.Windows],
+    dev: nll.Windows,
     hparams: HParams,
     *,
     spec: MergeSpec,
@@ -170,7 +170,7 @@ def strength(
     """`sweeps.sweep`: every strength tried on the dev split, and the best."""
 
     def make(folder: Any) -> None:
-        points = sweeps.sweep(models("target"), prepared, dev(), hparams, spec=spec).points
+        points = sweeps.sweep(models("target"), prepared, dev, hparams, spec=spec).points
         checkpoint.save_json(folder / "points.json", facts.plain(points))
 
     points = stages.stage(

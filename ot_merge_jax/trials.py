@@ -1,7 +1,8 @@
 """One calibration seed of a run: the merge and its controls, treated alike, scored on one text.
 
 Every arm gets the same strengths to try, the same dev split to choose on and the same rounding to
-the dtypes of the file (SPEC section 10). No maths: `controls` breaks, `sweep` chooses, `nll` scores.
+the dtypes of the file (SPEC section 10). No maths: `controls` breaks, `sweep` chooses, `nll`
+scores.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import controls, fuse, merge, preflight, staged
@@ -22,7 +22,6 @@ from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.models import specs
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.report import facts
-from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.texts import Document
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import HParams, MergeSpec, Params
@@ -81,7 +80,7 @@ class Setting(NamedTuple):
         prepared: The merge up to its strength.
         hparams: As the recipe says; the strength counts only if it is not chosen.
         spec: What moves and how.
-        dev: The dev split, for the target.
+        dev: The dev split, for the target; None if there is none, and nothing to choose on it.
         held_out: The held-out text, for the target.
         target: The target's scores on the held-out text.
     """
@@ -92,7 +91,7 @@ class Setting(NamedTuple):
     prepared: merge.Prepared
     hparams: HParams
     spec: MergeSpec
-    dev: nll.Windows
+    dev: nll.Windows | None
     held_out: nll.Windows
     target: nll.Scores
 
@@ -109,11 +108,11 @@ def trial(setting: Setting, names: Sequence[str], *, merged: Arm | None = None) 
         All arms; those that do not apply are missing.
     """
     s, seed = setting, setting.inputs.recipe.seed
-    source_layers = s.inputs.folders["source"].cfg.num_layers
+    names = [name for name in names if why_not(s, name) is None]
     kept = s.prepared.moved, s.prepared.masks
     arms = {"merge": merged or _arm(s, "merge", lambda: kept)}
     for name in names:
-        if name == "unigram" or controls.why_not(name, spec=s.spec, source_layers=source_layers):
+        if name == "unigram":
             continue
         _LOG.info("control %s (seed %d)", name, seed)
         arms[name] = _arm(s, name, lambda name=name: _broken(s, name))
@@ -127,6 +126,16 @@ def trial(setting: Setting, names: Sequence[str], *, merged: Arm | None = None) 
         plain = {"target": s.target, "merge": arms["merge"].scores}
         biased = {name: _biased(s, name, params[name], plain[name]) for name in params}
     return Trial(seed, arms, biased)
+
+
+def why_not(setting: Setting, name: str) -> str | None:
+    """Why a control does not apply to a run; None if it does."""
+    return controls.why_not(
+        name,
+        spec=setting.spec,
+        source_layers=setting.inputs.folders["source"].cfg.num_layers,
+        has_dev=setting.dev is not None,
+    )
 
 
 def every(setting: Setting, merged: Arm) -> list[Trial]:
@@ -148,9 +157,7 @@ def every(setting: Setting, merged: Arm) -> list[Trial]:
             spec=setting.spec, has_base="source base" in inputs.folders,
             vocabulary=inputs.vocabulary,
         )  # fmt: skip
-        again = setting._replace(
-            run=run, inputs=inputs, prepared=prepared, dev=target_windows(inputs, inputs.dev)
-        )
+        again = setting._replace(run=run, inputs=inputs, prepared=prepared, dev=dev_windows(inputs))
         found.append(trial(again, names))
     return found
 
@@ -161,6 +168,11 @@ def target_windows(inputs: Inputs, documents: Sequence[Document]) -> nll.Windows
     return nll.windows(documents, inputs.tokenizers["target"], max_positions=longest)
 
 
+def dev_windows(inputs: Inputs) -> nll.Windows | None:
+    """The dev split, ready to be scored by the target; None if there is none."""
+    return target_windows(inputs, inputs.dev) if inputs.dev else None
+
+
 def _arm(s: Setting, name: str, make: Callable[[], Moved]) -> Arm:
     """Chooses the strength of what ``make`` returns, and scores it."""
 
@@ -168,6 +180,7 @@ def _arm(s: Setting, name: str, make: Callable[[], Moved]) -> Arm:
         moved = make()
         points, hparams = [], s.hparams
         if s.inputs.recipe.strength == "auto":
+            assert s.dev is not None
             prepared = s.prepared._replace(moved=moved[0], masks=moved[1])
             points, hparams = sweeps.sweep(
                 s.models("target"), prepared, s.dev, s.hparams, spec=s.spec
@@ -269,6 +282,7 @@ def _biased(s: Setting, name: str, params: Callable[[], Params], plain: nll.Scor
     def compute(folder: Any) -> None:
         cfg, model = s.models("target")[0], params()
         train = target_windows(s.inputs, s.inputs.texts)
+        assert s.dev is not None
         found = unigram.fitted(model, train, s.dev, cfg=cfg)
         scores = plain
         if found.gamma:

@@ -49,8 +49,8 @@ def fit(params: Params, cut: nll.Windows, *, cfg: ModelConfig) -> Float[Array, "
         cfg: The model.
 
     Returns:
-        ``[v]`` to add to the logits. Iterated as ``b += log f - log mean p`` from 0, where ``f`` are
-        the counts plus one half, until nothing changes by more than 1e-3 nats or 1000 times.
+        ``[v]`` to add to the logits. Iterated as ``b += log f - log mean p`` from 0, where ``f``
+        are the counts plus one half, until nothing changes by 1e-3 nats, at most 1000 times.
 
     Source: SPEC section 10; as iterative proportional fitting it is Deming and Stephan 1940.
     """

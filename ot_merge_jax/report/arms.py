@@ -8,8 +8,9 @@ from typing import Any
 from ot_merge_jax import controls
 from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
 from ot_merge_jax.evaluate.nll import Scores
-from ot_merge_jax.report.verdict import Compared
-from ot_merge_jax.trials import Setting, Trial, every_seed, pooled
+from ot_merge_jax.recipe import CONTROLS
+from ot_merge_jax.report.verdict import Compared, Verdict, judge
+from ot_merge_jax.trials import Setting, Trial, every_seed, pooled, why_not
 
 _METRIC = {"metric": "nll_per_token"}  # all of them have the target's tokenizer
 
@@ -28,12 +29,19 @@ def against(pairs: Sequence[tuple[Scores, Scores]], *, seed: int) -> Compared:
     return Compared(paired_bootstrap(first, second, seed=seed), seeds)
 
 
-def compared(
-    trials: Sequence[Trial], target: Scores, *, seed: int
-) -> tuple[Compared, dict[str, Compared]]:
-    """The merge against the target, and against every control that ran."""
-    merge = against([(one.arms["merge"].scores, target) for one in trials], seed=seed)
-    return merge, {name: against(pairs, seed=seed) for name, pairs in every_seed(trials).items()}
+def outcome(trials: Sequence[Trial], setting: Setting) -> tuple[Verdict, Compared, dict[str, Any]]:
+    """The verdict of several calibration seeds, merge minus target, and `facts`.
+
+    Args:
+        trials: Of every calibration seed.
+        setting: Of the first.
+    """
+    recipe, target = setting.inputs.recipe, setting.target
+    merge = against([(one.arms["merge"].scores, target) for one in trials], seed=recipe.seed)
+    found = {name: against(pairs, seed=recipe.seed) for name, pairs in every_seed(trials).items()}
+    missing = [name for name in CONTROLS if name not in recipe.controls]
+    measured = judge(merge, found, missing=missing)
+    return measured, merge, facts(trials, target, merge, found, setting)
 
 
 def facts(
@@ -49,7 +57,7 @@ def facts(
         trials: Of every calibration seed.
         target: The target's scores on the held-out text.
         merge: Merge minus target.
-        found: Merge minus every control, from `compared`.
+        found: Merge minus every control.
         setting: Of the first trial.
 
     Returns:
@@ -59,13 +67,11 @@ def facts(
         same of each); of ``unigram`` instead ``gamma`` and ``beyond``: merge and target with a bias
         each.
     """
-    recipe, inputs = setting.inputs.recipe, setting.inputs
+    recipe = setting.inputs.recipe
     every = every_seed(trials)
     controlled: dict[str, Any] = {}
     for name in controls.arms(recipe.controls):
-        layers = inputs.folders["source"].cfg.num_layers
-        why = controls.why_not(name, spec=setting.spec, source_layers=layers)
-        if why is not None:
+        if (why := why_not(setting, name)) is not None:
             controlled[name] = {"not_applicable": why}
             continue
         alone = [control for _, control in every[name]]
