@@ -261,7 +261,11 @@ def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
     """What the run will hold."""
     cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
     documents = [*inputs.dev, *(inputs.held_out or [])]
-    scored = [len(str(one)) for one in documents]  # a token is hardly ever less than a character
+    both = [inputs.tokenizers[role] for role in ("target", "source")]
+    scored = [
+        max(len(calibration.tokenize(one, document)["input_ids"]) for one in both)
+        for document in documents
+    ]
     recipe = inputs.recipe
     return memory.choose(
         cfgs, inputs.data, spec=recipe.spec(), scored=scored, limit=limit,

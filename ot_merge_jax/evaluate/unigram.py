@@ -88,7 +88,7 @@ def _fit(
     likely = jnp.exp(jnp.maximum(logits - logits.max(1, keepdims=True), _LEAST))
     wanted = jnp.log((counts + 0.5) / (counts + 0.5).sum())
 
-    def step(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def step(carry: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         bias, _, done = carry
         odds = jnp.exp(bias)
         share = odds * ((1 / (likely @ odds)) @ likely) / len(x)

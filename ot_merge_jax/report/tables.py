@@ -71,22 +71,24 @@ def controls_table(report: Mapping[str, Any]) -> Table:
     title = f"Controls ({seeds} calibration seed{'s' * (seeds > 1)})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("control")
-    for name in ("nats/token", "minus target", "merge minus control", "95 % interval"):
-        table.add_column(name, justify="right")
+    for name in ("nats/token", "minus target", "merge minus control, 95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, one in report["controls"].items():
         if name in ("target", "source"):
             continue  # they stand among the models
         if "not_applicable" in one:
-            table.add_row(name, "", "", "", f"not applicable: {one['not_applicable']}")
+            table.add_row(name, "", "", "not applicable")
             continue
         change = one.get("merge_minus_control") or one["beyond"]
         table.add_row(
-            name if name != "unigram" else "unigram (a bias each)",
+            name if name != "unigram" else "unigram (*)",
             f"{one['nll_per_token']:.4f}",
             f"{one['against_target']['difference']:+.4f}",
-            f"{change['difference']:+.4f}",
-            f"\\[{change['low']:+.4f}, {change['high']:+.4f}]",
+            f"{change['difference']:+.4f} \\[{change['low']:+.4f}, {change['high']:+.4f}]",
         )
+    if "unigram" in report["controls"]:
+        table.caption = "(*) compared with a bias per token fitted to each of the two"
+        table.caption_justify = "left"
     return table
 
 
