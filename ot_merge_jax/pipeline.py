@@ -197,7 +197,7 @@ def _merge(
     verdict = verdicts.of_merge(
         measured, report, hparams, spec, against, is_auto=recipe.strength == "auto"
     )
-    if strict and (unconverged or verdict.outcome == "worse"):
+    if strict and (unconverged or (against and against.pooled.low > 0)):
         raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
     found = facts.plain(
         {

@@ -1,9 +1,11 @@
 """The rule of SPEC section 10, case by case."""
 
+import numpy as np
 import pytest
 
 from ot_merge_jax.evaluate.compare import Difference
-from ot_merge_jax.report.verdict import Compared, judge
+from ot_merge_jax.report.verdict import Compared, judge, of_merge
+from ot_merge_jax.types import HParams, MergeReport, MergeSpec, WeightReport
 
 LESS, MORE, UNCLEAR = (
     Difference(-0.2, -0.3, -0.1),
@@ -48,3 +50,74 @@ def test_every_seed_must_agree_in_sign():
 
 def test_nothing_was_evaluated():
     assert judge(None, {}, missing=[]).outcome == "not evaluated"
+
+
+# ---- the verdict of a merge ----
+
+BETTER, WORSE, SAME = (
+    Difference(-0.1, -0.2, -0.05),
+    Difference(0.1, 0.05, 0.2),
+    Difference(-0.01, -0.1, 0.08),
+)
+
+UNCHANGED = "strength 0: the output is the target, unchanged"
+NOTHING = "nothing of the source was transferred"
+
+
+def say(*, ratio=0.1, strength=0.5, is_auto=False, rule="delta", form="barycentric", change=SAME):
+    """The verdict on a merge whose one weight has ``|W~| / |W| = ratio``."""
+    one = np.ones(2, np.float32)
+    weights = {"up": WeightReport(ratio * one, one, *[one] * 4, one, one > 0)}
+    spec = MergeSpec(weights=("up",), rule=rule, form=form)
+    report = MergeReport(weights, None, 2)
+    against = change and compared(change)
+    measured = judge(against, {}, missing=["noise"])
+    return of_merge(measured, report, HParams(strength), spec, against, is_auto=is_auto).sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"strength": 0.0}, UNCHANGED),
+        ({"strength": 0.0, "is_auto": True}, "strength 0 was best on the dev split: the output is"),
+        ({"strength": {"projections": 0.0, "vocabulary": 0.0}}, UNCHANGED),
+        ({"strength": 0.0, "ratio": 0.0}, UNCHANGED),
+        ({"ratio": 1e-5, "form": "joint"}, f"{NOTHING}: the joint form vanishes; barycentric, and"),
+        ({"ratio": 1e-5, "form": "joint", "rule": "interpolate"}, f"{NOTHING}: the joint form"),
+        ({"ratio": 0.0}, f"{NOTHING}: source and source base may be the same"),
+        (
+            {"ratio": 0.0, "rule": "residual"},
+            f"{NOTHING}: the source's weights may be next to zero",
+        ),
+        ({"strength": 1e-5}, f"{NOTHING}: the strength is next to zero; raise it"),
+        (
+            {"strength": 1e-5, "change": WORSE},
+            f"{NOTHING}: the strength is next to zero; raise it; "
+            "the held-out change is +0.1000 nats",
+        ),
+        ({"change": None}, "merged; not evaluated"),
+        ({"change": WORSE}, "worse than the target on held-out text: +0.1000 nats"),
+        ({"change": BETTER}, "better than the target on held-out text: -0.1000 nats"),
+        ({"change": SAME}, "no measurable difference from the target on held-out text: -0.0100"),
+        ({"strength": {"projections": 0.2, "vocabulary": 0.0}, "change": BETTER}, "better than"),
+    ],
+)
+def test_verdict_says_what_was_shown(changes, start):
+    sentence = say(**changes)
+    assert sentence.startswith(start)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("change", [BETTER, WORSE, SAME])
+def test_verdict_names_the_interval(change):
+    assert f"95 % interval [{change.low:+.4f}, {change.high:+.4f}]" in say(change=change)
+
+
+def test_better_admits_that_no_controls_were_run():
+    assert "no controls were run" in say(change=BETTER)
+
+
+@pytest.mark.parametrize("edge", [Difference(-0.1, -0.2, 0.0), Difference(0.1, 0.0, 0.2)])
+def test_interval_that_touches_zero_is_no_difference(edge):
+    assert say(change=edge).startswith("no measurable difference")
