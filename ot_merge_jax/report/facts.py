@@ -78,7 +78,10 @@ def sites(
             new = None
             if held_out is not None:
                 new = held_out[0].values[site][l], held_out[1].values[site][best]
-            pairs.append(_pair_facts(pair, rows, new, order, seen, ks=ks, signed=spec.signed))
+            plan, *known = _pair_facts(pair, rows, new, order, seen, signed=spec.signed)
+            plan = np.asarray(plan)
+            heat = None if pairs else diagnostics.sorted_heat(plan)
+            pairs.append((diagnostics.mass_curve(plan, ks), *known, heat))
         curves, r2, permuted, heats = zip(*pairs, strict=True)
         result[site] = plain(
             {
@@ -97,7 +100,7 @@ def sites(
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("ks", "signed"))
+@functools.partial(jax.jit, static_argnames="signed")
 def _pair_facts(
     pair: Potentials,
     rows: tuple[jax.Array, jax.Array],
@@ -105,10 +108,9 @@ def _pair_facts(
     order: jax.Array,
     seen: jax.Array,
     *,
-    ks: tuple[int, ...],
     signed: bool,
 ) -> tuple[jax.Array | None, ...]:
-    """Mass curve, held-out R^2, the same of the permuted plan, and the picture of one plan.
+    """The plan, its held-out R^2, and that of the permuted plan.
 
     Of the target's neurons that are ``seen``; their rows of the plan are a plan of their own.
     """
@@ -121,7 +123,7 @@ def _pair_facts(
         r2, permuted = jax.lax.map(  # not written twice: it would be compiled twice
             lambda one: diagnostics.held_out_r2(one, rows, new), jnp.stack([plan, plan[:, order]])
         )
-    return diagnostics.mass_curve(plan, ks), r2, permuted, diagnostics.sorted_heat(plan)
+    return plan, r2, permuted
 
 
 def compared(

@@ -75,12 +75,16 @@ def couple(
             ys, solved = jax.device_put(source.values[site][part]), []
             for x in target.values[site]:
                 next(steps)
-                solved.append(
-                    _one_layer(
-                        jax.device_put(x), ys, hparams.epsilon, hparams.threshold,
-                        max_iterations=spec.max_iterations, signed=spec.signed,
-                    )
+                one_layer = functools.partial(
+                    _one_layer, jax.device_put(x), ys, hparams.epsilon, hparams.threshold,
+                    max_iterations=spec.max_iterations, signed=spec.signed,
                 )  # fmt: skip
+                solved.append(
+                    solve.in_both_forms(
+                        lambda may_be_log, run=one_layer: run(may_be_log=may_be_log),
+                        lambda found: found[0].is_log,
+                    )
+                )
             blocks.append(solved)
         feature[site], std_target[site], std_source[site] = _stacked(blocks)
         layer[site] = layer_plan(
@@ -111,7 +115,7 @@ def _stacked(
     return joined, jnp.stack(std_target[0]), jnp.concatenate(std_source)
 
 
-@functools.partial(jax.jit, static_argnames=("max_iterations", "signed"))
+@functools.partial(jax.jit, static_argnames=("max_iterations", "signed", "may_be_log"))
 def _one_layer(
     x: Float[Array, "t n"],
     ys: Float[Array, "M t m"],
@@ -120,6 +124,7 @@ def _one_layer(
     *,
     max_iterations: int,
     signed: bool,
+    may_be_log: bool,
 ) -> tuple[Potentials, Float[Array, " n"], Float[Array, "M m"]]:
     """One target layer against all source layers, a few pairs at a time.
 
@@ -136,6 +141,7 @@ def _one_layer(
             jnp.full(len(costs), epsilon, jnp.float32),
             threshold,
             max_iterations=max_iterations,
+            may_be_log=may_be_log,
         )
         return found, stds
 
@@ -181,19 +187,22 @@ def layer_plan(
     if layer_cost not in ("plain", "median"):
         raise ValueError(f"layer_cost is 'plain' or 'median', not {layer_cost!r}.")
     solve.check_epsilon(epsilon)
-    return _layer_plan(costs, epsilon, layer_cost=layer_cost)
+    costs, epsilon = _scaled(costs, epsilon, layer_cost=layer_cost)
+    found = solve.solve(costs, epsilon=epsilon, max_iterations=LAYER_ITERATIONS, threshold=1e-6)
+    return _plan(costs, found)
+
+
+_plan = jax.jit(solve.plan)
 
 
 @functools.partial(jax.jit, static_argnames=("layer_cost",))
-def _layer_plan(costs: jax.Array, epsilon: Any, *, layer_cost: str) -> jax.Array:
-    """`layer_plan` as one program."""
+def _scaled(costs: jax.Array, epsilon: Any, *, layer_cost: str) -> tuple[jax.Array, jax.Array]:
+    """Layer costs and their epsilon in the units that `layer_plan` names."""
     if layer_cost == "median":
         shifted = costs - costs.min()
         middle = jnp.median(shifted)
         costs = shifted / jnp.where(middle > 0, middle, 1.0)
-    epsilon = jnp.asarray(epsilon) * jnp.maximum(1.0, costs.max() / 1000)
-    found = solve.solve(costs, epsilon=epsilon, max_iterations=LAYER_ITERATIONS, threshold=1e-6)
-    return solve.plan(costs, found)
+    return costs, jnp.asarray(epsilon) * jnp.maximum(1.0, costs.max() / 1000)
 
 
 def plan(

@@ -35,20 +35,28 @@ def effective_neighbours(plan: Float[Array, "n m"]) -> Float[Array, ""]:
     return jnp.exp(entropy).mean()
 
 
-def mass_curve(plan: Float[Array, "n m"], ks: tuple[int, ...]) -> Float[Array, " ks"]:
+def mass_curve(plan: Float[np.ndarray, "n m"], ks: tuple[int, ...]) -> Float[np.ndarray, " ks"]:
     """Share of the plan's mass in its ``k`` largest entries, for each ``k``.
 
+    On the host, like `sorted_heat`: numpy selects in less time than XLA compiles a sort.
+
     Example:
-        >>> mass_curve(jnp.array([[0.5, 0.25], [0.25, 0.0]]), (1, 2, 9)).tolist()
+        >>> mass_curve(np.array([[0.5, 0.25], [0.25, 0.0]]), (1, 2, 9)).tolist()
         [0.5, 0.75, 1.0]
 
     Source: Transport and Merge, Fig. 3.
     """
-    ordered = jnp.cumsum(jnp.sort(jnp.abs(plan).ravel())[::-1])
-    return jnp.stack([ordered[min(k, len(ordered)) - 1] for k in ks]) / ordered[-1]
+    entries = np.abs(plan).ravel()
+    starts = [max(0, len(entries) - k) for k in ks]
+    parts = np.partition(entries, [start for start in starts if start])
+    return np.array([parts[start:].sum(dtype=np.float64) for start in starts]) / entries.sum(
+        dtype=np.float64
+    )
 
 
-def sorted_heat(plan: Float[Array, "n m"], *, bins: int = 48) -> Float[Array, "rows columns"]:
+def sorted_heat(
+    plan: Float[np.ndarray, "n m"], *, bins: int = 48
+) -> Float[np.ndarray, "rows columns"]:
     """A small picture of a plan: source neurons ordered by where their mass goes, summed in bins.
 
     Args:
@@ -59,16 +67,18 @@ def sorted_heat(plan: Float[Array, "n m"], *, bins: int = 48) -> Float[Array, "r
         At most ``[bins, bins]``, summing to the plan's mass; a sharp plan shows a diagonal.
 
     Example:
-        >>> sorted_heat(jnp.array([[0.0, 0.5], [0.5, 0.0]])).tolist()
+        >>> sorted_heat(np.array([[0.0, 0.5], [0.5, 0.0]])).tolist()
         [[0.5, 0.0], [0.0, 0.5]]
     """
-    plan = jnp.abs(plan)
+    plan = np.abs(plan)
     n, m = plan.shape
-    centre = jnp.arange(n) @ plan / jnp.maximum(plan.sum(0), jnp.finfo(jnp.float32).tiny)
-    plan = plan[:, jnp.argsort(centre)]
-    rows, columns = jnp.arange(n) * min(bins, n) // n, jnp.arange(m) * min(bins, m) // m
-    picture = jax.ops.segment_sum(plan, rows, min(bins, n))
-    return jax.ops.segment_sum(picture.T, columns, min(bins, m)).T
+    centre = np.arange(n) @ plan / np.maximum(plan.sum(0), np.finfo(np.float32).tiny)
+    plan = plan[:, np.argsort(centre, kind="stable")]
+    for axis, size in enumerate((n, m)):
+        count = min(bins, size)
+        # the first place of each of `count` bins of nearly equal size
+        plan = np.add.reduceat(plan, -(-np.arange(count) * size // count), axis)
+    return plan
 
 
 def held_out_r2(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from ott.solvers.linear import sinkhorn
 from ot_merge_jax.transport import scaling
 from ot_merge_jax.types import Potentials
 
+T = TypeVar("T")
 #: Epsilons that a cost may span in kernel form. Beyond, the scalings leave float32 within a few
 #: iterations, and building the kernel again each time costs what the log form does.
 WIDEST = 1000.0
@@ -114,7 +115,29 @@ def solve(
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, not {max_iterations}.")
     check_epsilon(epsilon)
-    return _solve(cost, epsilon, threshold, max_iterations=max_iterations)
+    return in_both_forms(
+        lambda may_be_log: _solve(
+            cost, epsilon, threshold, max_iterations=max_iterations, may_be_log=may_be_log
+        ),
+        lambda found: found.is_log,
+    )
+
+
+def in_both_forms(attempt: Callable[[bool], T], flags: Callable[[T], jax.Array]) -> T:
+    """Solves in kernel form, and again with both forms if some problem needs the log form.
+
+    The log form is seldom needed and takes as long to compile as everything else, so it is compiled
+    when it is. Under a trace nothing is known yet, and both are.
+
+    Args:
+        attempt: Solves problems; its argument is `solve_batch`'s ``may_be_log``.
+        flags: Where ``is_log`` is in what it returns.
+    """
+    found = attempt(False)
+    is_log = flags(found)
+    if isinstance(is_log, core.Tracer) or np.asarray(is_log).any():
+        return attempt(True)
+    return found
 
 
 def check_epsilon(epsilon: Any) -> None:
@@ -125,12 +148,16 @@ def check_epsilon(epsilon: Any) -> None:
             raise ValueError(f"epsilon must be positive and finite, not {epsilon}.")
 
 
-@functools.partial(jax.jit, static_argnames=("max_iterations",))
-def _solve(cost: jax.Array, epsilon: Any, threshold: Any, *, max_iterations: int) -> Potentials:
+@functools.partial(jax.jit, static_argnames=("max_iterations", "may_be_log"))
+def _solve(
+    cost: jax.Array, epsilon: Any, threshold: Any, *, max_iterations: int, may_be_log: bool
+) -> Potentials:
     """`solve` without checks, one compilation for each shape."""
     costs = cost[None] if cost.ndim == 2 else cost
     found = in_batches(
-        lambda one: solve_batch(one[0], one[1], threshold, max_iterations=max_iterations),
+        lambda one: solve_batch(
+            *one, threshold, max_iterations=max_iterations, may_be_log=may_be_log
+        ),
         (costs, jnp.broadcast_to(jnp.asarray(epsilon, jnp.float32), costs.shape[:1])),
         pairs_at_once(*costs.shape[1:]),
     )
@@ -143,6 +170,7 @@ def solve_batch(
     threshold: Any,
     *,
     max_iterations: int,
+    may_be_log: bool = True,
 ) -> Potentials:
     """`solve` of problems that are all held at once, each in the form that suits it.
 
@@ -151,6 +179,8 @@ def solve_batch(
         epsilon: One for each problem.
         threshold: L1 marginal error at which to stop.
         max_iterations: At most.
+        may_be_log: Whether the log form is part of the program. If not, a problem that needs it
+            comes back flagged and not solved.
 
     Returns:
         Potentials, the batch axis leading.
@@ -162,6 +192,8 @@ def solve_batch(
         cost, epsilon, jnp.where(is_log, jnp.inf, threshold), max_iterations=max_iterations
     )
     solved = in_kernel_form._replace(is_log=is_log)
+    if not may_be_log:
+        return solved
 
     def in_log_form() -> Potentials:
         return jax.lax.map(
