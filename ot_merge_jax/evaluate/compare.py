@@ -265,28 +265,39 @@ def name_pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(itertools.combinations(names, 2))
 
 
-def outcomes(a: np.ndarray, b: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
-    """Two models on the same questions or documents, each with a score of its own, as JSON values.
+def outcomes(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], *, seed: int = 0
+) -> dict[str, Any]:
+    """Two models on the same questions or documents, as JSON values.
 
     Args:
-        a: Score of the first model on each, e.g. whether it is right.
-        b: Score of the second.
+        a: What each adds to the score of the first model, e.g. whether it is right, and what it
+            counts for, e.g. 1; ``[documents]`` each.
+        b: The same of the second.
         seed: Of the bootstrap.
 
     Returns:
-        ``{difference, low, high, p}``, mean of ``a`` minus mean of ``b``. Where all scores are 0 or
-        1, ``p`` is McNemar's and ``{only_a, only_b}`` its counts; else it is the bootstrap's.
+        ``{difference, low, high, p}``, the ratio of ``a`` minus that of ``b``. Where each is right
+        or wrong and counts for 1, ``p`` is McNemar's and ``{only_a, only_b}`` its counts; else it
+        is the bootstrap's.
+
+    Raises:
+        ValueError: if the documents differ.
 
     Example:
-        >>> found = outcomes(np.array([1.0, 1.0, 0.0]), np.array([0.0, 1.0, 0.0]))
+        >>> each = np.ones(3)
+        >>> found = outcomes((np.array([1, 1, 0]), each), (np.array([0, 1, 0]), each))
         >>> found["only_a"], found["only_b"], found["p"]
         (1, 0, 1.0)
     """
-    change, each = np.subtract(a, b, dtype=float), np.ones(len(a))
-    found = Difference(*map(float, interval(change, each, seed=seed)))._asdict()
-    if np.isin([a, b], (0, 1)).all():
-        return found | mcnemar(a, b)._asdict()
-    return found | {"p": p_value(change, each, seed=seed)}
+    (sums_a, sizes), (sums_b, sizes_b) = a, b
+    if not np.array_equal(sizes, sizes_b):
+        raise ValueError("Models can only be compared on the same documents.")
+    change = np.subtract(sums_a, sums_b, dtype=float)
+    found = Difference(*map(float, interval(change, sizes, seed=seed)))._asdict()
+    if (sizes == 1).all() and np.isin([sums_a, sums_b], (0, 1)).all():
+        return found | mcnemar(sums_a, sums_b)._asdict()
+    return found | {"p": p_value(change, sizes, seed=seed)}
 
 
 def adjusted(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

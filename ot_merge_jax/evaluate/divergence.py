@@ -26,8 +26,8 @@ def divergence(
 
     .. math:: D = \sum_t \sum_v p(v \mid x_{<t}) \, \log \frac{p(v \mid x_{<t})}{q(v \mid x_{<t})}
 
-    with ``p`` of the base and ``q`` of the model. It is 0 for the base itself, and counts every change
-    of what a model would say, where the loss counts only the change at the token that came.
+    with ``p`` of the base and ``q`` of the model. It is 0 for the base itself, and counts every
+    change of what a model would say, where the loss counts only the change at the token that came.
 
     Args:
         base: The model the other one was made from; its parameters are in memory.
@@ -43,7 +43,7 @@ def divergence(
     Raises:
         NonFiniteError: if a divergence is not finite.
 
-    Source: SPEC section 10 asks for it beside the loss; Kullback and Leibler 1951. Differs: nothing.
+    Source: Kullback and Leibler 1951. Differs: nothing.
     """
     (base_cfg, base_params), (cfg, params) = base, model
     mesh = sharding.mesh_of(base_params)

@@ -263,7 +263,7 @@ def test_other_questions_raise():
 
 def test_outcomes_of_right_and_wrong_are_tested_by_mcnemar():
     a, b = (np.array(one, float) for one in answers(10, 9, 1, 10))
-    found = compare.outcomes(a, b)
+    found = compare.outcomes((a, np.ones(30)), (b, np.ones(30)))
     assert found["difference"] == pytest.approx(8 / 30)
     assert found["low"] < found["difference"] < found["high"]
     assert (found["only_a"], found["only_b"]) == (9, 1)
@@ -272,10 +272,15 @@ def test_outcomes_of_right_and_wrong_are_tested_by_mcnemar():
 
 def test_outcomes_of_scores_are_tested_by_the_bootstrap(rng):
     a = rng.random(30)
-    found = compare.outcomes(a + 0.01, a)
+    found = compare.outcomes((a + 0.01, np.ones(30)), (a, np.ones(30)))
     assert set(found) == {"difference", "low", "high", "p"}
     assert found["difference"] == pytest.approx(0.01)
     assert found["p"] < 0.001
+
+
+def test_outcomes_of_other_documents_raise():
+    with pytest.raises(ValueError, match="same documents"):
+        compare.outcomes((np.ones(2), np.ones(2)), (np.ones(2), np.array([1.0, 2.0])))
 
 
 # ---- Holm ----
