@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import progress, texts
+from ot_merge_jax import calibration, progress, texts
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import continuations, nll
@@ -27,8 +27,6 @@ from ot_merge_jax.types import Params
 NAME = "ot-merge-jax"
 #: New tokens where a task does not say how many, as in lm-eval's class for torch.
 MAX_NEW_TOKENS = 256
-_PROMPTS_AT_ONCE = 16
-_NARROWEST = 32  # prompts are padded to powers of two from here on
 #: Settings of generation that do not matter to a greedy one.
 _OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
@@ -87,7 +85,9 @@ def model_class() -> type:
     from lm_eval.api.model import TemplateLM  # noqa: PLC0415
     from lm_eval.api.registry import register_model  # noqa: PLC0415
 
-    return register_model(NAME)(types.new_class("OtMergeLM", (Answering, TemplateLM)))
+    made = types.new_class("OtMergeLM", (Answering, TemplateLM))
+    made.__module__ = __name__
+    return register_model(NAME)(made)
 
 
 class Answering:
@@ -214,46 +214,43 @@ class Answering:
         """Continuations of prompts, those of like length together."""
         from lm_eval.models import utils  # noqa: PLC0415
 
-        params, cfg, tokenizer, stop = self.model
+        params, cfg, tokenizer, _ = self.model
         longest = self.max_length - count
         encoded = [self.tok_encode(one)[-longest:] for one in prompts]
         if empty := [one for one, ids in zip(prompts, encoded, strict=True) if not ids]:
             raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; mend it.")
-        ends = sorted({*stop, *self._ending(until)})
-        by_width: dict[int, list[int]] = defaultdict(list)
-        for index, ids in enumerate(encoded):
-            width = max(_NARROWEST, 1 << (len(ids) - 1).bit_length())
-            by_width[min(width, longest)].append(index)
-        batches = [
-            (width, members[start : start + _PROMPTS_AT_ONCE])
-            for width, members in sorted(by_width.items())
-            for start in range(0, len(members), _PROMPTS_AT_ONCE)
-        ]
+        ends = self._ending(until)
+        groups = calibration.grouped(
+            {index: len(ids) for index, ids in enumerate(encoded)}, longest=longest
+        )
         found = [""] * len(prompts)
-        for width, members in progress.track(batches, "answer (batches)"):
-            shape = (_PROMPTS_AT_ONCE if len(prompts) > _PROMPTS_AT_ONCE else len(prompts), width)
+        for group in progress.track(groups, "answer (batches)"):
+            shape = (group.size, group.length)
             tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-            for row in range(shape[0]):
-                # a batch is filled with its last prompt
-                ids = encoded[members[min(row, len(members) - 1)]]
-                tokens[row, width - len(ids) :], mask[row, width - len(ids) :] = ids, True
+            for row in range(group.size):  # the last batch is filled with its last prompt
+                ids = encoded[group.members[min(row, len(group.members) - 1)]]
+                tokens[row, -len(ids) :], mask[row, -len(ids) :] = ids, True
             new = generate(
                 params, jnp.asarray(tokens), jnp.asarray(mask),
                 cfg=cfg, max_new_tokens=count, stop=ends,
             )  # fmt: skip
-            for index, row in zip(members, np.asarray(new).tolist(), strict=False):
+            for index, row in zip(group.members, np.asarray(new).tolist(), strict=False):
                 last = next((place for place, token in enumerate(row) if token in ends), count)
                 text = tokenizer.decode(row[: last + 1], skip_special_tokens=True)
                 found[index] = utils.postprocess_generated_text(text, list(until), None)
         return found
 
     def _ending(self, until: Sequence[str]) -> list[int]:
-        """Tokens that hold a stop string: whatever follows them is cut off."""
-        return [
+        """Tokens behind which a text is cut off: its ends, and those that hold a stop string."""
+        found = set(self.model.stop)
+        found |= {
             token
             for token, piece in enumerate(self._pieces)
             if any(one and one in piece for one in until)
-        ]
+        }
+        # few lengths, since each compiles anew
+        room = 1 << max(3, len(found) - 1).bit_length()
+        return (sorted(found) + [max(found)] * room)[:room] if found else []
 
     @functools.cached_property
     def _pieces(self) -> list[str]:
