@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import choices, continuations
 from ot_merge_jax.evaluate.choices import Question
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.types import Batch
 
 QUESTIONS = [
     Question("the small river", ("old songs", "market", "1984"), 1),
@@ -36,13 +39,21 @@ def write(tmp_path, *lines, name="q.jsonl"):
 # ---- scoring ----
 
 
+_run = jax.jit(forward, static_argnames=("cfg",))
+
+
 def likelihood(model, prompt, end):
-    """Log-probability of an answer behind a prompt, alone and uncut."""
+    """Log-probability of an answer behind a prompt, by a softmax over one padded sequence."""
     params, cfg, tokenizer = model
     ids = tokenizer(prompt + end, add_special_tokens=False)["input_ids"]
     count = len(ids) - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    request = continuations.Request([tokenizer.bos_token_id, *ids], count)
-    return float(continuations.score(params, [request], cfg=cfg).log[0])
+    ids = [tokenizer.bos_token_id, *ids]
+    padded, no_rows = np.zeros((1, 128), np.int32), np.zeros((1, 1), np.int32)
+    padded[0, : len(ids)] = ids
+    batch = Batch(padded, np.arange(128)[None] < len(ids), no_rows, no_rows - 1)
+    logits = np.asarray(_run(params, batch, cfg=cfg)[0], np.float64)[0, : len(ids) - 1]
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return log[range(len(ids) - 1), ids[1:]][-count:].sum()
 
 
 def test_plain_is_the_likeliest_text(model):
