@@ -95,7 +95,8 @@ def p_value(sums: np.ndarray, sizes: np.ndarray, *, draws: int = _DRAWS, seed: i
     """Two-sided bootstrap p-value of "the ratio is 0", of the same draws as `interval`.
 
     Twice the share of draws on the other side of 0, the data themselves counted as one draw, so
-    that it is never 0.
+    that it is never 0; and not less than ``n`` documents can show, which is the probability
+    ``2^(1-n)`` that all of them happen to agree.
 
     Args:
         sums: What each document adds, ``[documents]``, e.g. the difference of two models in nats.
@@ -107,8 +108,8 @@ def p_value(sums: np.ndarray, sizes: np.ndarray, *, draws: int = _DRAWS, seed: i
         A value in (0, 1].
 
     Example:
-        >>> p_value(np.ones(8), np.ones(8), draws=999)
-        0.002
+        >>> p_value(np.ones(16), np.ones(16), draws=999), p_value(np.ones(1), np.ones(1))
+        (0.002, 1.0)
 
     Source: Davison and Hinkley 1997, section 4.2 (the +1). Differs: the interval is inverted, not a
     null distribution drawn.
@@ -116,7 +117,8 @@ def p_value(sums: np.ndarray, sizes: np.ndarray, *, draws: int = _DRAWS, seed: i
     below = above = 0
     for ratios in _draws(sums, sizes, draws=draws, seed=seed):
         below, above = below + int((ratios <= 0).sum()), above + int((ratios >= 0).sum())
-    return min(1.0, 2 * (1 + min(below, above)) / (1 + draws))
+    found = 2 * (1 + min(below, above)) / (1 + draws)
+    return min(1.0, max(found, 0.5 ** (len(sums) - 1)))
 
 
 def _draws(sums: np.ndarray, sizes: np.ndarray, *, draws: int, seed: int) -> Iterator[np.ndarray]:

@@ -191,7 +191,7 @@ class Answering:
         """Stop strings and the number of new tokens of a request."""
         from lm_eval.models import utils  # noqa: PLC0415
 
-        settings = dict(utils.normalize_gen_kwargs(said, self.max_gen_toks))
+        settings: dict[str, Any] = {**utils.normalize_gen_kwargs(said, self.max_gen_toks)}
         count, until = settings.pop("max_gen_toks"), settings.pop("until")
         if settings.get("do_sample"):
             raise InputError("A task asks for sampled text, and generation here is greedy; set "

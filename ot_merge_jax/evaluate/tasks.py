@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,13 +65,11 @@ def load(
     folder = None if include_path is None else Path(include_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise InputError(f"There is no folder {folder}; give --include-path a folder of tasks.")
-    if offline:  # read when datasets is imported
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
     lm_eval = harness.imported()
     import datasets  # noqa: PLC0415, lm-eval brings it
+    from datasets import config as settings  # noqa: PLC0415
 
-    if offline:
-        datasets.config.HF_HUB_OFFLINE = True
+    settings.HF_HUB_OFFLINE = settings.HF_HUB_OFFLINE or offline
     datasets.disable_progress_bars()
     manager = lm_eval.tasks.TaskManager(
         include_path=None if folder is None else str(folder), include_defaults=folder is None

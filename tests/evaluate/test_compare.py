@@ -221,6 +221,12 @@ def test_bootstrap_p_is_never_0_and_at_most_1():
     assert compare.p_value(np.zeros(9), np.ones(9), draws=99) == 1
 
 
+@pytest.mark.parametrize(("documents", "least"), [(1, 1), (2, 0.5), (5, 0.0625)])
+def test_few_documents_cannot_show_much(documents, least):
+    """However clear each of them is."""
+    assert compare.p_value(np.ones(documents), np.ones(documents)) == least
+
+
 def test_no_document_raises():
     with pytest.raises(ValueError, match="no document"):
         compare.interval(np.ones(0), np.ones(0))
