@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +31,13 @@ from ot_merge_jax import (
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import ResourceError, StrictError
-from ot_merge_jax.evaluate import compare, nll, samples
-from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, records, stages, stored
-from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
+from ot_merge_jax.evaluate import nll, samples
+from ot_merge_jax.evaluate.divergence import divergence
+from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, stages, stored
+from ot_merge_jax.io.folder import ModelFolder, stop_ids
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.preflight import Inputs
-from ot_merge_jax.recipe import Recipe, Text
+from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.report import arms, facts
 from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.spaces import sites_of
@@ -373,7 +374,27 @@ def _evaluate(
     read = staged.scores(state, lambda: {role: one(role) for role in roles})
     scores = {role: read[role] for role in roles}
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
-    return scores, facts.compared(scores, has_one_tokenizer=same, seed=seed)
+    found = facts.compared(scores, has_one_tokenizer=same, seed=seed)
+    if inputs.recipe.controls:  # two passes more, spared like the controls
+        found["merge"]["kl_to_base"] = _divergence(state, inputs, models, merged)
+    return scores, found
+
+
+def _divergence(state: stages.Run, inputs: Inputs, models: staged.Models, merged: Path) -> float:
+    """KL(target || merge) on the held-out text, nats per token."""
+
+    def make(place: Path) -> None:
+        cut = trials.target_windows(inputs, inputs.held_out or [])
+        sums = divergence(models("target"), _scored_model("merge", models, merged), cut)
+        checkpoint.save_json(place / "kl.json", float(sums.sum() / cut.tokens.sum()))
+
+    return stages.stage(
+        state,
+        "divergence",
+        make,
+        lambda place: checkpoint.load_json(place / "kl.json"),
+        needs=["model"],
+    )
 
 
 def _samples(
@@ -405,48 +426,3 @@ def _samples(
 def _scored_model(role: str, models: staged.Models, merged: Path) -> merge.Model:
     """A model by its role; the merge as it was written."""
     return hf.load_hf(merged, dtype=jnp.float32) if role == "merge" else models(role)
-
-
-def evaluate(
-    paths: Sequence[str],
-    text: Text,
-    *,
-    seed: int = 0,
-    offline: bool = False,
-    count: int = 0,
-    new_tokens: int = 32,
-) -> dict[str, Any]:
-    """Scores models on a text and compares every pair.
-
-    Args:
-        paths: Model folders or hub ids, as typed; they are the keys of the result.
-        text: The held-out text.
-        seed: Of the bootstrap.
-        offline: Whether the network is forbidden; the hub's local cache is used all the same.
-        count: How many documents every model continues, the first ones of the text.
-        new_tokens: By how many tokens at most.
-
-    Returns:
-        ``{"models": {path: {documents, tokens, nll_per_token, bits_per_byte}}, "pairs": [{a, b,
-        metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
-        or in bits per byte where the tokenizers differ. ``samples`` (`samples.facts`) if asked for.
-    """
-    documents = preflight.documents_of(text, records.locate(text.path, offline=offline))
-    scores, tokenizers, continued, prompts = {}, {}, {}, []
-    for path in dict.fromkeys(paths):
-        folder = open_folder(path, offline=offline)
-        tokenizers[path] = preflight.tokenizer_of(folder)
-        cfg, params = _load(folder, None)
-        cut = nll.windows(documents, tokenizers[path], max_positions=cfg.max_positions)
-        prompts = prompts or samples.prompts(documents[:count], tokenizers[path])
-        continued[path] = samples.sample(
-            params, cfg, tokenizers[path], prompts, stop=stop_ids(folder), max_new_tokens=new_tokens
-        )
-        scores[path] = nll.score(params, cut, cfg=cfg)
-        del params  # or two models would be held while the next one is read
-    is_one = calibration.is_same_tokenizer
-    pairs = compare.every_pair(
-        scores, lambda a, b: is_one(tokenizers[a], tokenizers[b], documents), seed=seed
-    )
-    found = {"models": {name: one.totals for name, one in scores.items()}, "pairs": pairs}
-    return found | ({"samples": samples.facts(prompts, continued)} if count else {})

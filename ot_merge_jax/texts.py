@@ -171,7 +171,27 @@ def render(document: Document, tokenizer: Any) -> Rendered:
     return Rendered(text, _contents(text, document.turns, tokenizer), True)
 
 
-def _apply(turns: Sequence[Turn], tokenizer: Any) -> str:
+def before_answer(turns: Sequence[Turn], tokenizer: Any, *, is_begun: bool = False) -> str:
+    """A chat as a model reads it before it answers, by its own template.
+
+    Args:
+        turns: The messages so far.
+        tokenizer: Of the model.
+        is_begun: Whether the last message is the beginning of the answer, and not what the answer
+            follows.
+
+    Returns:
+        The text, special tokens written out. What is said of templates at `render` holds here.
+
+    Raises:
+        InputError: as `render` does.
+    """
+    return _apply(
+        turns, tokenizer, add_generation_prompt=not is_begun, continue_final_message=is_begun
+    )
+
+
+def _apply(turns: Sequence[Turn], tokenizer: Any, **options: bool) -> str:
     """A chat by the template of a tokenizer."""
     where = f"The chat template of {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
@@ -184,7 +204,7 @@ def _apply(turns: Sequence[Turn], tokenizer: Any) -> str:
         _check_template(tokenizer.get_chat_template())
         with _time_limit(RENDER_SECONDS):
             text = tokenizer.apply_chat_template(
-                [turn._asdict() for turn in turns], tokenize=False, date_string=_DATE
+                [turn._asdict() for turn in turns], tokenize=False, date_string=_DATE, **options
             )
     except TimeoutError as error:
         raise InputError(

@@ -32,7 +32,7 @@ STOREYS = (
     ("merge",),
     ("sweep", "evaluate", "controls"),
     ("staged", "preflight"),
-    ("pipeline",),
+    ("pipeline", "evaluation"),
     ("cli", "demo"),
 )
 
@@ -198,6 +198,7 @@ def test_import_has_no_side_effect():
         "assert 'torch' not in sys.modules, 'torch'\n"
         "assert 'transformers' not in sys.modules, 'transformers'\n"
         "assert 'pyarrow' not in sys.modules, 'pyarrow'\n"
+        "assert 'lm_eval' not in sys.modules, 'lm_eval'\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge._backends, 'a device was started'\n"
     )

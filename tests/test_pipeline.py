@@ -380,15 +380,6 @@ def test_self_check_accepts_what_was_written(resolved, out):
 # ---- the API itself ----
 
 
-def test_evaluate_is_what_the_command_prints(folders, text_file):
-    text = recipe.Text(path=str(text_file))
-    found = pipeline.evaluate([str(folders["target"]), str(folders["source"])], text)
-    [pair] = found["pairs"]
-    assert pair["metric"] == "nll_per_token"
-    a, b = (found["models"][pair[key]]["nll_per_token"] for key in "ab")
-    assert pair["difference"] == pytest.approx(a - b)
-
-
 def test_output_parent_that_does_not_exist_is_made(resolved, out):
     deep = out / "deeper" / "out"
     pipeline.run(resolved(), deep, command="test")

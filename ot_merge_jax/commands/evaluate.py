@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Column, Table
-from rich.text import Text as Words
 
 from ot_merge_jax.console import (
     OUT,
@@ -30,7 +27,29 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Model folders, or hub ids as OWNER/NAME@REVISION.")
     ],
-    text: Annotated[str, typer.Option(help="Held-out text: .txt, .jsonl, .parquet, or hub:...")],
+    text: Annotated[
+        str | None, typer.Option(help="Held-out text: .txt, .jsonl, .parquet, or hub:...")
+    ] = None,
+    choices: Annotated[
+        list[str] | None,
+        typer.Option(help="Multiple-choice questions: .jsonl of {question, choices, answer}."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness, e.g. arc_easy,piqa.")
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="Folder of task files, used instead of lm-eval's own.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Model that the others' KL divergence is taken from [the first]."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Documents or questions read of each.", min=1)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put questions and tasks as chats.")
+    ] = False,
     generate: Annotated[
         int, typer.Option(help="Documents whose beginning every model continues.", min=0)
     ] = 0,
@@ -43,34 +62,29 @@ def evaluate(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Loss and bits per byte of models on a text, with intervals for their differences."""
-    from ot_merge_jax import pipeline
+    """Score models on texts, questions and tasks, with intervals for their differences."""
+    from ot_merge_jax import evaluation
     from ot_merge_jax import recipe as recipes
-    from ot_merge_jax.report import tables
+    from ot_merge_jax.report import comparisons
 
     with session(verbose=verbose, quiet=quiet):
-        source = recipes.text(text, field=field, encoding=encoding)
-        found = pipeline.evaluate(
-            models, source, seed=seed, offline=offline, count=generate, new_tokens=new_tokens
+        ask = evaluation.Ask(
+            text=None if text is None else recipes.text(text, field=field, encoding=encoding),
+            questions=choices or (),
+            tasks=[one.strip() for one in (tasks or "").split(",") if one.strip()],
+            include_path=include_path,
+            limit=limit,
+            is_chat=apply_chat_template,
+            continued=generate,
+            new_tokens=new_tokens,
+            encoding=encoding or "utf-8",
         )
+        found = evaluation.evaluate(models, ask, base=base, seed=seed, offline=offline)
     if as_json:
         print_json(found)
         return
-    table = Table(Column("model", overflow="fold"), box=SIMPLE_HEAD)
-    for name in ("documents", "tokens", "nats/token", "bits/byte"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, one in found["models"].items():
-        numbers = (str(one["documents"]), str(one["tokens"]))
-        table.add_row(
-            Words(name), *numbers, f"{one['nll_per_token']:.4f}", f"{one['bits_per_byte']:.4f}"
-        )
-    OUT.print(table)
-    for pair in found["pairs"]:
-        unit = "nats per token" if pair["metric"] == "nll_per_token" else "bits per byte"
-        say(
-            f"{pair['a']} minus {pair['b']}: {pair['difference']:+.4f} {unit}, "
-            f"95 % interval [{pair['low']:+.4f}, {pair['high']:+.4f}]",
-            OUT,
-        )
-    if "samples" in found:
-        OUT.print(tables.samples(found["samples"]))
+    for part in comparisons.parts(found):
+        if isinstance(part, str):
+            say(part, OUT)
+        else:
+            OUT.print(part)

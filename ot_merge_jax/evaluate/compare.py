@@ -1,14 +1,20 @@
-"""How sure a difference between two models is: paired bootstrap over documents. Imports nll."""
+"""How sure a difference is: bootstrap over documents, McNemar, Holm. Imports nll.
+
+Everything here is paired: models are compared on the same documents or questions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy import special
 
 from ot_merge_jax.evaluate.nll import Scores
 
+_DRAWS = 10_000
 _DRAWS_AT_ONCE = 500
 Metric = Literal["nll_per_token", "bits_per_byte"]
 
@@ -27,8 +33,126 @@ class Difference(NamedTuple):
     high: float
 
 
+class Interval(NamedTuple):
+    """A ratio of sums with its 95 % interval.
+
+    Attributes:
+        value: The ratio, ``[...]``.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+class McNemar(NamedTuple):
+    """Two models on the same questions.
+
+    Attributes:
+        only_a: Questions that only the first answers rightly.
+        only_b: Questions that only the second does.
+        p: Two-sided p-value of "both are right equally often".
+    """
+
+    only_a: int
+    only_b: int
+    p: float
+
+
+def interval(
+    sums: np.ndarray, sizes: np.ndarray, *, draws: int = _DRAWS, seed: int = 0
+) -> Interval:
+    """Bootstrap interval of ``sum(sums) / sum(sizes)`` over documents drawn with replacement.
+
+    Args:
+        sums: What each document adds, ``[..., documents]``, e.g. nats; leading axes are studies of
+            their own, which share the draws.
+        sizes: What it counts for, of the same shape, e.g. tokens.
+        draws: Bootstrap samples.
+        seed: Of the draws.
+
+    Returns:
+        The ratio and the 2.5 % and 97.5 % quantiles of the draws, ``[...]`` each.
+
+    Raises:
+        ValueError: if there is no document.
+
+    Example:
+        >>> found = interval(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 4.0]))
+        >>> [float(one) for one in found]
+        [1.0, 1.0, 1.0]
+
+    Source: Efron and Tibshirani 1993. Differs: a ratio of sums, so long documents count for more.
+    """
+    ratios = np.concatenate(list(_draws(sums, sizes, draws=draws, seed=seed)))
+    low, high = np.quantile(ratios, [0.025, 0.975], axis=0)
+    return Interval(sums.sum(-1) / sizes.sum(-1), low, high)
+
+
+def p_value(sums: np.ndarray, sizes: np.ndarray, *, draws: int = _DRAWS, seed: int = 0) -> float:
+    """Two-sided bootstrap p-value of "the ratio is 0", of the same draws as `interval`.
+
+    Twice the share of draws on the other side of 0, the data themselves counted as one draw, so
+    that it is never 0; and not less than ``n`` documents can show, which is the probability
+    ``2^(1-n)`` that all of them happen to agree.
+
+    Args:
+        sums: What each document adds, ``[documents]``, e.g. the difference of two models in nats.
+        sizes: What it counts for.
+        draws: Bootstrap samples.
+        seed: Of the draws.
+
+    Returns:
+        A value in (0, 1].
+
+    Example:
+        >>> p_value(np.ones(16), np.ones(16), draws=999), p_value(np.ones(1), np.ones(1))
+        (0.002, 1.0)
+
+    Source: Davison and Hinkley 1997, section 4.2 (the +1). Differs: the interval is inverted, not a
+    null distribution drawn.
+    """
+    below = above = 0
+    for ratios in _draws(sums, sizes, draws=draws, seed=seed):
+        below, above = below + int((ratios <= 0).sum()), above + int((ratios >= 0).sum())
+    found = 2 * (1 + min(below, above)) / (1 + draws)
+    return min(1.0, max(found, 0.5 ** (len(sums) - 1)))
+
+
+def _draws(sums: np.ndarray, sizes: np.ndarray, *, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Ratios of drawn documents, ``[some draws, ...]``."""
+    count = sums.shape[-1]
+    if not count:
+        raise ValueError("There is no document to draw.")
+    rng = np.random.default_rng(seed)
+    for start in range(0, draws, _DRAWS_AT_ONCE):
+        drawn = rng.integers(0, count, (min(_DRAWS_AT_ONCE, draws - start), count))
+        # how often each document is drawn: a product with many studies instead of a gather of each
+        first = count * np.arange(len(drawn))[:, None]
+        times = np.bincount((first + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape)
+        times = times.astype(np.float64)
+        yield np.tensordot(times, sums, (1, -1)) / np.tensordot(times, sizes, (1, -1))
+
+
+def paired(a: Scores, b: Scores, *, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
+    """What each document adds to ``a - b`` and what it counts for, as `interval` takes them.
+
+    Raises:
+        ValueError: if the documents, or for ``nll_per_token`` their token counts, differ.
+    """
+    is_loss = metric == "nll_per_token"
+    size_a, size_b = (one.tokens if is_loss else one.bytes * np.log(2) for one in (a, b))
+    if len(size_a) != len(size_b) or not np.allclose(size_a, size_b):
+        raise ValueError(
+            "Models can only be compared on the same documents, cut into equal tokens."
+        )
+    return a.nll - b.nll, size_a
+
+
 def paired_bootstrap(
-    a: Scores, b: Scores, *, metric: Metric = "nll_per_token", draws: int = 10_000, seed: int = 0
+    a: Scores, b: Scores, *, metric: Metric = "nll_per_token", draws: int = _DRAWS, seed: int = 0
 ) -> Difference:
     """Bootstrap interval of ``a - b`` over documents that both models scored.
 
@@ -54,23 +178,62 @@ def paired_bootstrap(
         >>> paired_bootstrap(better, worse)
         Difference(difference=-1.0, low=-1.0, high=-1.0)
 
-    Source: Efron and Tibshirani 1993. Differs: a ratio of sums, so long documents count for more.
+    Source: see `interval`.
     """
-    is_loss = metric == "nll_per_token"
-    size_a, size_b = (one.tokens if is_loss else one.bytes * np.log(2) for one in (a, b))
-    if len(size_a) != len(size_b) or not np.allclose(size_a, size_b):
-        raise ValueError(
-            "Models can only be compared on the same documents, cut into equal tokens."
-        )
-    change = a.nll - b.nll
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, draws, _DRAWS_AT_ONCE):
-        count = min(_DRAWS_AT_ONCE, draws - start)
-        drawn = rng.integers(0, len(change), (count, len(change)))
-        means.append(change[drawn].sum(1) / size_a[drawn].sum(1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Difference(float(change.sum() / size_a.sum()), float(low), float(high))
+    found = interval(*paired(a, b, metric=metric), draws=draws, seed=seed)
+    return Difference(*map(float, found))
+
+
+def mcnemar(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> McNemar:
+    """McNemar's exact test of two models on the same questions.
+
+    Only questions count that one of them answers rightly and the other wrongly; if both are equally
+    good, each is the better one with probability one half.
+
+    Args:
+        a: Whether the first model answers each question rightly.
+        b: Whether the second does.
+
+    Returns:
+        The counts and the two-sided p-value, which is 1 if they never disagree.
+
+    Raises:
+        ValueError: if the numbers of questions differ.
+
+    Example:
+        >>> mcnemar([True] * 5 + [False], [False] * 6)
+        McNemar(only_a=5, only_b=0, p=0.0625)
+
+    Source: McNemar 1947. Differs: the exact binomial at every count, not the chi-square.
+    """
+    first, second = np.asarray(a, bool), np.asarray(b, bool)
+    if first.shape != second.shape:
+        raise ValueError("Models can only be compared on the same questions.")
+    only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
+    tail = special.bdtr(min(only_a, only_b), only_a + only_b, 0.5)
+    return McNemar(only_a, only_b, min(1.0, 2 * float(tail)))
+
+
+def holm(p_values: Sequence[float] | np.ndarray) -> list[float]:
+    """Adjusts p-values of several tests, so that one of them below 0.05 is still a rare accident.
+
+    Args:
+        p_values: One for each task.
+
+    Returns:
+        The adjusted p-values, in the same order.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+
+    Source: Holm 1979. Differs: nothing.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * float(p_values[index])))
+        adjusted[index] = largest
+    return adjusted
 
 
 def every_pair(
@@ -86,10 +249,78 @@ def every_pair(
     Returns:
         ``{a, b, metric, difference, low, high}``, ``a`` minus ``b``.
     """
-    pairs, names = [], list(scores)
-    for index, a in enumerate(names):
-        for b in names[index + 1 :]:
-            metric: Metric = "nll_per_token" if has_one_tokenizer(a, b) else "bits_per_byte"
-            change = paired_bootstrap(scores[a], scores[b], metric=metric, seed=seed)
-            pairs.append({"a": a, "b": b, "metric": metric, **change._asdict()})
+    pairs = []
+    for a, b in name_pairs(scores):
+        metric: Metric = "nll_per_token" if has_one_tokenizer(a, b) else "bits_per_byte"
+        change = paired_bootstrap(scores[a], scores[b], metric=metric, seed=seed)
+        pairs.append({"a": a, "b": b, "metric": metric, **change._asdict()})
     return pairs
+
+
+def name_pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each name with each that comes after it.
+
+    Example:
+        >>> name_pairs({"x": 0, "y": 0, "z": 0})
+        [('x', 'y'), ('x', 'z'), ('y', 'z')]
+    """
+    return list(itertools.combinations(names, 2))
+
+
+def outcomes(
+    a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], *, seed: int = 0
+) -> dict[str, Any]:
+    """Two models on the same questions or documents, as JSON values.
+
+    Args:
+        a: What each adds to the score of the first model, e.g. whether it is right, and what it
+            counts for, e.g. 1; ``[documents]`` each.
+        b: The same of the second.
+        seed: Of the bootstrap.
+
+    Returns:
+        ``{difference, low, high, p}``, the ratio of ``a`` minus that of ``b``. Where each is right
+        or wrong and counts for 1, ``p`` is McNemar's and ``{only_a, only_b}`` its counts; else it
+        is the bootstrap's.
+
+    Raises:
+        ValueError: if the documents differ.
+
+    Example:
+        >>> each = np.ones(3)
+        >>> found = outcomes((np.array([1, 1, 0]), each), (np.array([0, 1, 0]), each))
+        >>> found["only_a"], found["only_b"], found["p"]
+        (1, 0, 1.0)
+    """
+    (sums_a, sizes), (sums_b, sizes_b) = a, b
+    if not np.array_equal(sizes, sizes_b):
+        raise ValueError("Models can only be compared on the same documents.")
+    change = np.subtract(sums_a, sums_b, dtype=float)
+    found = Difference(*map(float, interval(change, sizes, seed=seed)))._asdict()
+    if (sizes == 1).all() and np.isin([sums_a, sums_b], (0, 1)).all():
+        return found | mcnemar(sums_a, sums_b)._asdict()
+    return found | {"p": p_value(change, sizes, seed=seed)}
+
+
+def adjusted(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Pairs with ``p_holm``, their ``p`` adjusted over the tasks.
+
+    Args:
+        tasks: Task -> its pairs, from `outcomes`. Pairs whose texts are equal (two models, a
+            metric) are one comparison on several tasks.
+
+    Returns:
+        The same pairs with one more key.
+    """
+
+    def names(pair: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(value for value in pair.values() if isinstance(value, str))
+
+    together: dict[tuple[str, ...], list[float]] = {}
+    for pair in itertools.chain(*tasks.values()):
+        together.setdefault(names(pair), []).append(pair["p"])
+    ready = {key: iter(holm(values)) for key, values in together.items()}
+    return {
+        task: [{**pair, "p_holm": next(ready[names(pair)])} for pair in pairs]
+        for task, pairs in tasks.items()
+    }

@@ -101,13 +101,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
     if max_positions < 2:
         raise InputError("The model's context is 1 token, so no text can be scored; check config.")
     max_positions = min(max_positions, LONGEST_WINDOW)
-    prefix = (
-        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    )
-    if prefix is None:
-        raise InputError(
-            "The tokenizer has neither a BOS nor an EOS token, so no text can be scored."
-        )
+    prefix = prefix_token(tokenizer)
     pieces: list[tuple[int, list[int], int]] = []  # document, tokens, how many of them count
     counts, sizes = [], []
     for index, document in enumerate(documents):
@@ -138,6 +132,20 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
         made.scored.append(counted[:, 1:])
         made.document.append(owner)
     return made
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """The token before every text that is scored: BOS, else EOS.
+
+    Raises:
+        InputError: if the tokenizer has neither.
+    """
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if first is None and last is None:
+        raise InputError(
+            "The tokenizer has neither a BOS nor an EOS token, so no text can be scored."
+        )
+    return last if first is None else first
 
 
 def _spans(length: int, max_positions: int) -> list[tuple[int, int, int]]:

@@ -60,10 +60,14 @@ def torch_losses(folder, documents):
 
 
 def test_json_has_the_documented_keys(scored, typed):
-    assert set(scored) == {"models", "pairs"}
+    """The first model is the base of those that share its tokenizer."""
+    assert set(scored) == {"models", "pairs", "base"}
+    assert scored["base"] == typed[0]
     assert list(scored["models"]) == typed  # as typed, in order
-    for one in scored["models"].values():
-        assert set(one) == {"documents", "tokens", "nll_per_token", "bits_per_byte"}
+    for name, one in scored["models"].items():
+        keys = {"documents", "tokens", "nll_per_token", "bits_per_byte"}
+        near = name in ("./llama-target", "llama-source")
+        assert set(one) == keys | ({"kl_to_base", "kl_to_base_interval"} if near else set())
     for one in scored["pairs"]:
         assert set(one) == {"a", "b", "metric", "difference", "low", "high"}
 
@@ -84,6 +88,77 @@ def test_losses_are_those_of_torch(name, scored, place, text_files):
     assert one["nll_per_token"] == pytest.approx(nats.sum() / tokens.sum(), abs=1e-4)
     size = sum(len(text.encode()) for text in documents)
     assert one["bits_per_byte"] == pytest.approx(nats.sum() / size / math.log(2), abs=1e-4)
+
+
+@pytest.mark.torch
+def test_kl_is_that_of_torch(scored, place, text_files):
+    """Nats per token over all tokens of all documents, after one prefix token."""
+    torch = pytest.importorskip("torch")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place / "llama-target")
+    models = [
+        transformers.AutoModelForCausalLM.from_pretrained(
+            place / name, dtype=torch.float32, attn_implementation="eager"
+        )
+        for name in ("llama-target", "llama-source")
+    ]
+    total = tokens = 0
+    for text in text_files[1].read_text(encoding="utf-8").splitlines():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        sequence = torch.tensor([[tokenizer.bos_token_id, *ids]])
+        with torch.no_grad():
+            p, q = (torch.log_softmax(one(sequence).logits[0, :-1].double(), -1) for one in models)
+        total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + len(ids)
+    one = scored["models"]["llama-source"]
+    assert one["kl_to_base"] == pytest.approx(total / tokens, abs=1e-4)
+    low, high = one["kl_to_base_interval"]
+    assert 0 < low < one["kl_to_base"] < high
+    assert scored["models"]["./llama-target"]["kl_to_base"] == 0
+
+
+def test_base_by_name(scored, place, text_files, cli, monkeypatch):
+    """It is scored too, and models with other tokens have no divergence from it."""
+    monkeypatch.chdir(place)
+    words = ("eval", "llama-target", "qwen2-target", "--text", "heldout.txt", "--base")
+    called = cli(*words, "llama-source", "--json")
+    assert called.code == 0
+    assert called.json["base"] == "llama-source"
+    assert list(called.json["models"]) == ["llama-target", "qwen2-target", "llama-source"]
+    has = [name for name, one in called.json["models"].items() if "kl_to_base" in one]
+    assert has == ["llama-target"]
+    back = called.json["models"]["llama-target"]["kl_to_base"]
+    assert abs(back - scored["models"]["llama-source"]["kl_to_base"]) > 1e-3  # not symmetric
+    assert "qwen2-target has other tokens than the base" in called.err
+    shown = cli(*words, "llama-source", columns=100).out
+    assert (
+        f"KL of llama-target from llama-source: {back:.4f} nats per token, 95 % interval" in shown
+    )
+
+
+def test_limit_reads_the_first_documents(place, text_files, tmp_path, cli):
+    lines = text_files[1].read_text(encoding="utf-8").splitlines()
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(lines[:3]) + "\n", encoding="utf-8")
+    words = ("eval", place / "llama-target", "--json", "--text")
+    assert cli(*words, text_files[1], "--limit", 3).json == cli(*words, few).json
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        ((), 2, "--text, --choices or --tasks"),
+        (("--choices", "q.jsonl", "--base", "x"), 2, "--base needs documents; give --text"),
+        (("--choices", "q.jsonl", "--generate", "2"), 2, "--generate needs documents"),
+        (("--choices", "nowhere.jsonl"), 3, "nowhere.jsonl does not exist"),
+        (("--text", "heldout.txt", "--limit", "0"), 2, "--limit"),
+        (("--text", "heldout.txt", "--base", "nobody"), 3, "nobody"),
+    ],
+)
+def test_refused(words, code, message, place, text_files, cli, monkeypatch):
+    monkeypatch.chdir(place)
+    called = cli("eval", "llama-target", *words)
+    assert called.code == code
+    assert message in called.err
+    assert called.out == ""
 
 
 def test_difference_is_a_minus_b(scored):

@@ -1,0 +1,91 @@
+"""How far a model has moved from its base: the KL divergence on documents. Imports models, nll."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import progress, sharding
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import NonFiniteError
+from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE, Windows
+from ot_merge_jax.models import decoder
+from ot_merge_jax.types import Batch, Params
+
+Model = tuple[ModelConfig, Params]
+
+
+def divergence(
+    base: Model, model: Model, cut: Windows, *, text: str = "held-out text"
+) -> np.ndarray:
+    r"""KL divergence of the next-token distributions, summed over the tokens of each document.
+
+    .. math:: D = \sum_t \sum_v p(v \mid x_{<t}) \, \log \frac{p(v \mid x_{<t})}{q(v \mid x_{<t})}
+
+    with ``p`` of the base and ``q`` of the model. It is 0 for the base itself, and counts every
+    change of what a model would say, where the loss counts only the change at the token that came.
+
+    Args:
+        base: The model the other one was made from; its parameters are in memory.
+        model: The other model, of the same tokenizer; likewise. It may have another architecture,
+            and more or fewer padding rows in its vocabulary: the rows both have are compared, and
+            each distribution is normalised over them.
+        cut: From `nll.windows`, for the shorter of the two contexts.
+        text: What the documents are, for the progress line.
+
+    Returns:
+        Nats of each document, ``[documents]`` float64; over ``cut.tokens`` they are nats per token.
+
+    Raises:
+        NonFiniteError: if a divergence is not finite.
+
+    Source: Kullback and Leibler 1951. Differs: nothing.
+    """
+    (base_cfg, base_params), (cfg, params) = base, model
+    mesh = sharding.mesh_of(base_params)
+    parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
+    found = np.zeros(len(cut.tokens))
+    for batch, scored, document in progress.track(parts, f"compare on {text} (batches)"):
+        split = sharding.split_batch(batch, mesh)
+        sums = _sequences((base_params, params), split, scored, cfgs=(base_cfg, cfg))
+        np.add.at(found, document, np.asarray(sums, np.float64))
+    if not np.isfinite(found).all():
+        raise NonFiniteError(
+            f"The divergence of document {int(np.argmin(np.isfinite(found)))} of the {text} is not "
+            "finite: the weights of a model overflow there; check the checkpoints."
+        )
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("cfgs",))
+def _sequences(
+    both: tuple[Params, Params],
+    batch: Batch,
+    scored: Any,
+    *,
+    cfgs: tuple[ModelConfig, ModelConfig],
+) -> jax.Array:
+    """Summed divergence of the scored positions of each sequence ``[b]``.
+
+    Both models in one program; of the vocabulary, a few sequences at a time (as in `nll`).
+    """
+    models = list(zip(cfgs, both, strict=True))
+    hidden = tuple(decoder.residual(params, batch, cfg=cfg)[0] for cfg, params in models)
+    shared = min(cfg.vocab_size for cfg in cfgs)
+
+    def one(args: tuple[tuple[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+        last, counted = args
+        p, q = (
+            jax.nn.log_softmax(decoder.head(params, x[None, :-1], cfg=cfg)[0, :, :shared], -1)
+            for x, (cfg, params) in zip(last, models, strict=True)
+        )
+        return jnp.sum(jnp.sum(jnp.exp(p) * (p - q), -1) * counted)
+
+    size, length = batch.tokens.shape
+    widest = max(cfg.vocab_size for cfg in cfgs)
+    at_once = max(1, min(size, LOGITS_AT_ONCE // (2 * length * widest)))
+    return jax.lax.map(one, (hidden, scored), batch_size=at_once)

@@ -1,0 +1,258 @@
+"""Our models behind the interface of lm-evaluation-harness. Imports models and texts.
+
+lm-eval is the extra ``eval``: it is imported when `model_class` is called and not before. What is
+asked and how it is scored is lm-eval's; tokens, lengths and windows follow its own class for torch,
+so that the same checkpoint gets the same scores.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import calibration, progress, texts
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.evaluate import continuations, nll
+from ot_merge_jax.models.generation import generate
+from ot_merge_jax.types import Params
+
+#: The name in lm-eval's registry, once `model_class` has been called.
+NAME = "ot-merge-jax"
+#: New tokens where a task does not say how many, as in lm-eval's class for torch.
+MAX_NEW_TOKENS = 256
+#: Settings of generation that do not matter to a greedy one.
+_OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
+
+
+class Model(NamedTuple):
+    """A model that answers.
+
+    Attributes:
+        params: Parameters in memory, in the dtype to compute in.
+        cfg: The model.
+        tokenizer: Of the model.
+        stop: Ids that end a text.
+    """
+
+    params: Params
+    cfg: ModelConfig
+    tokenizer: Any
+    stop: Sequence[int] = ()
+
+
+def imported() -> Any:
+    """The package lm_eval.
+
+    Raises:
+        InputError: if it is not installed.
+    """
+    try:
+        import lm_eval.evaluator  # noqa: PLC0415, an extra that takes seconds to import
+        import lm_eval.tasks  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(
+            f"Tasks need lm-evaluation-harness, which cannot be imported ({error}); run pip "
+            'install "ot_merge_jax[eval]".'
+        ) from error
+    return lm_eval
+
+
+@functools.cache
+def model_class() -> type:
+    """The class that lm-eval runs, registered there as ``ot-merge-jax``.
+
+    Returns:
+        A subclass of ``lm_eval.api.model.TemplateLM``, made from a `Model`.
+
+    Raises:
+        InputError: if lm-eval is not installed.
+
+    Example:
+        >>> model_class().__mro__[2].__name__
+        'TemplateLM'
+
+    Source: lm-evaluation-harness 0.4.13, ``lm_eval.models.huggingface.HFLM``. Differs: greedy
+    generation alone; shapes are padded to powers of two.
+    """
+    imported()
+    from lm_eval.api.model import TemplateLM  # noqa: PLC0415
+    from lm_eval.api.registry import register_model  # noqa: PLC0415
+
+    made = types.new_class("OtMergeLM", (Answering, TemplateLM))
+    made.__module__ = __name__
+    return register_model(NAME)(made)
+
+
+class Answering:
+    """What lm-eval asks of a model; `model_class` adds what lm-eval's own base class does."""
+
+    backend = "causal"
+    max_gen_toks = MAX_NEW_TOKENS
+
+    def __init__(self, model: Model):
+        """A model that is in memory."""
+        super().__init__()
+        self.model, self.tokenizer = model, model.tokenizer
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context."""
+        return nll.prefix_token(self.tokenizer)
+
+    @property
+    def max_length(self) -> int:
+        """The model's context, in tokens."""
+        return self.model.cfg.max_positions
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which lm-eval keeps rendered requests apart."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A chat by the model's template; a system message that it refuses is left out."""
+        turns = [texts.Turn(one["role"], one["content"]) for one in chat_history]
+        is_begun = not add_generation_prompt
+        try:
+            return texts.before_answer(turns, self.tokenizer, is_begun=is_begun)
+        except InputError:
+            asked = [turn for turn in turns if turn.role != "system"]
+            if len(asked) == len(turns):
+                raise
+            return texts.before_answer(asked, self.tokenizer, is_begun=is_begun)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Tokens of a text; a BOS that the text begins with is not added again."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        return list(self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, whether it is greedy) of each continuation behind its context."""
+        cut = [
+            continuations.cut(before, after, max_positions=self.max_length)
+            for _, before, after in requests
+        ]
+        found = continuations.score(self.model.params, cut, cfg=self.model.cfg, what="requests")
+        return list(zip(found.log.tolist(), found.is_greedy.tolist(), strict=True))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """Log-probability of whole texts, in windows of the context; every token counts once."""
+        from lm_eval import utils  # noqa: PLC0415
+
+        windows, owner = [], []
+        for index, request in enumerate(requests):
+            (text,) = request.args
+            cut = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for one in cut:
+                windows.append((None, *utils.make_disjoint_window(one)))
+                owner.append(index)
+        totals = np.zeros(len(requests))
+        np.add.at(totals, owner, [log for log, _ in self._loglikelihood_tokens(windows)])
+        return totals.tolist()
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        """Greedy continuations, each up to the first of its stop strings."""
+        alike: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
+        for index, request in enumerate(requests):
+            alike[self._settings(request.args[1])].append(index)
+        found = [""] * len(requests)
+        for (until, count), members in alike.items():
+            prompts = [requests[index].args[0] for index in members]
+            written = self._written(prompts, until, count)
+            for index, text in zip(members, written, strict=True):
+                found[index] = text
+        return found
+
+    def _settings(self, said: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+        """Stop strings and the number of new tokens of a request."""
+        from lm_eval.models import utils  # noqa: PLC0415
+
+        settings: dict[str, Any] = {**utils.normalize_gen_kwargs(said, self.max_gen_toks)}
+        count, until = settings.pop("max_gen_toks"), settings.pop("until")
+        if settings.get("do_sample"):
+            raise InputError("A task asks for sampled text, and generation here is greedy; set "
+                             "do_sample: false in its generation_kwargs.")  # fmt: skip
+        if unknown := sorted(set(settings) - _OF_SAMPLING):
+            raise InputError(
+                f"A task sets {unknown[0]!r} in its generation_kwargs, which is not known here; "
+                "leave it out."
+            )
+        if not 0 < count < self.max_length:
+            raise InputError(
+                f"A task asks for {count} new tokens, and the context of the model is "
+                f"{self.max_length}; set fewer as max_gen_toks in its generation_kwargs."
+            )
+        end = self.eot_token_id
+        eos = None if end is None else self.tokenizer.decode(end, skip_special_tokens=False)
+        return tuple(utils.handle_stop_sequences(list(until), eos=eos)), count
+
+    def _written(self, prompts: Sequence[str], until: Sequence[str], count: int) -> list[str]:
+        """Continuations of prompts, those of like length together."""
+        from lm_eval.models import utils  # noqa: PLC0415
+
+        params, cfg, tokenizer, _ = self.model
+        longest = self.max_length - count
+        encoded = [self.tok_encode(one)[-longest:] for one in prompts]
+        if empty := [one for one, ids in zip(prompts, encoded, strict=True) if not ids]:
+            raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; mend it.")
+        ends = self._ending(until)
+        groups = calibration.grouped(
+            {index: len(ids) for index, ids in enumerate(encoded)}, longest=longest
+        )
+        found = [""] * len(prompts)
+        for group in progress.track(groups, "answer (batches)"):
+            shape = (group.size, group.length)
+            tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+            for row in range(group.size):  # the last batch is filled with its last prompt
+                ids = encoded[group.members[min(row, len(group.members) - 1)]]
+                tokens[row, -len(ids) :], mask[row, -len(ids) :] = ids, True
+            new = generate(
+                params, jnp.asarray(tokens), jnp.asarray(mask),
+                cfg=cfg, max_new_tokens=count, stop=ends,
+            )  # fmt: skip
+            for index, row in zip(group.members, np.asarray(new).tolist(), strict=False):
+                last = next((place for place, token in enumerate(row) if token in ends), count)
+                text = tokenizer.decode(row[: last + 1], skip_special_tokens=True)
+                found[index] = utils.postprocess_generated_text(text, list(until), None)
+        return found
+
+    def _ending(self, until: Sequence[str]) -> list[int]:
+        """Tokens behind which a text is cut off: its ends, and those that hold a stop string."""
+        found = set(self.model.stop)
+        found |= {
+            token
+            for token, piece in enumerate(self._pieces)
+            if any(one and one in piece for one in until)
+        }
+        # few lengths, since each compiles anew
+        room = 1 << max(3, len(found) - 1).bit_length()
+        return (sorted(found) + [max(found)] * room)[:room] if found else []
+
+    @functools.cached_property
+    def _pieces(self) -> list[str]:
+        """What each token says on its own."""
+        return [self.tokenizer.decode([token]) for token in range(len(self.tokenizer))]

@@ -1,0 +1,226 @@
+"""What `ot-merge eval` does: models and questions in, scores and differences out. No maths.
+
+Texts, questions and tasks are checked before any weight is read; one model is in memory at a time,
+beside the base that the others are compared with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from ot_merge_jax import calibration, preflight
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import RecipeError
+from ot_merge_jax.evaluate import choices, compare, divergence, nll, samples, tasks
+from ot_merge_jax.io import hf, records
+from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
+from ot_merge_jax.recipe import Text
+from ot_merge_jax.texts import Document
+from ot_merge_jax.types import Params
+
+_LOG = logging.getLogger(__name__)
+
+
+class Ask(NamedTuple):
+    """What models are asked; at least one of text, questions and tasks.
+
+    Attributes:
+        text: Held-out text, or None.
+        questions: Files of multiple-choice questions.
+        tasks: Names of lm-eval tasks, groups or tags.
+        include_path: Folder whose tasks are used instead of lm-eval's own, or None.
+        limit: Documents and questions that are read of each, or None for all.
+        is_chat: Whether questions and tasks are put by the model's chat template.
+        continued: How many documents of the text every model continues, the first ones.
+        new_tokens: By how many tokens at most.
+        encoding: Of the files of questions.
+    """
+
+    text: Text | None = None
+    questions: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    include_path: str | None = None
+    limit: int | None = None
+    is_chat: bool = False
+    continued: int = 0
+    new_tokens: int = 32
+    encoding: str = "utf-8"
+
+
+class _Read(NamedTuple):
+    """What is asked, checked and in memory."""
+
+    documents: list[Document]
+    questions: dict[str, list[choices.Question]]
+    tasks: dict[str, Any]
+    prompts: list[Document]
+
+
+class _Said(NamedTuple):
+    """What one model makes of it."""
+
+    scores: nll.Scores | None
+    divergence: dict[str, Any]
+    continued: list[samples.Sample]
+    answers: dict[str, choices.Answers]
+    outcomes: dict[str, tasks.Outcome]
+
+
+def evaluate(
+    paths: Sequence[str],
+    ask: Ask,
+    *,
+    base: str | None = None,
+    seed: int = 0,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Scores models and compares every pair.
+
+    Args:
+        paths: Model folders or hub ids, as typed; they are the keys of the result.
+        ask: What they are asked.
+        base: The model whose next-token distributions the others' are compared with; it is scored
+            like them. None: the first of them.
+        seed: Of the bootstrap.
+        offline: Whether the network is forbidden; the hub's local cache is used all the same.
+
+    Returns:
+        ``{"models": {path: {documents, tokens, nll_per_token, bits_per_byte}}, "pairs": [{a, b,
+        metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
+        or in bits per byte where the tokenizers differ. Models with the tokenizer of the base have
+        ``kl_to_base``, nats per token, and ``kl_to_base_interval``, and ``base`` names it.
+        ``samples`` (`samples.facts`), ``choices`` (`choices.facts`) and ``tasks`` (`tasks.facts`)
+        if asked for; of a model without text the entry is empty.
+
+    Raises:
+        RecipeError: if nothing is asked, a task is unknown, or the base has no text to be compared
+            on.
+        InputError: if a model, a text or a question cannot be used.
+    """
+    if ask.text is None and not ask.questions and not ask.tasks:
+        raise RecipeError("There is nothing to ask; give --text, --choices or --tasks.")
+    if ask.text is None and (base is not None or ask.continued):
+        flag = "--base" if base is not None else "--generate"
+        raise RecipeError(f"{flag} needs documents; give --text.")
+    names = list(dict.fromkeys([*paths, base] if base is not None else paths))
+    folders = {name: open_folder(name, offline=offline) for name in names}
+    tokenizers = {name: preflight.tokenizer_of(folder) for name, folder in folders.items()}
+    read = _read(ask, tokenizers[names[0]], offline=offline)
+
+    def is_one(a: str, b: str) -> bool:
+        return calibration.is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
+
+    first = names[0] if base is None else base
+    near = {name for name in names if name != first and read.documents and is_one(first, name)}
+    for name in names if base is not None else ():
+        if name != first and name not in near:
+            _LOG.warning("%s has other tokens than the base %s: no KL, only bits", name, first)
+    said: dict[str, _Said] = {}
+    kept: divergence.Model | None = None
+    for name in sorted(names, key=lambda name: name != first):
+        model = _load(folders[name])
+        beside = kept if name in near else None
+        said[name] = _said(model, folders[name], tokenizers[name], read, ask, beside, seed=seed)
+        kept = model if name == first and near else kept
+        del model  # or two models would be held while the next one is read
+    said = {name: said[name] for name in names}
+    found = _facts(said, read, is_one, seed=seed)
+    return found | ({"base": first} if near else {})
+
+
+def _load(folder: ModelFolder) -> tuple[ModelConfig, Params]:
+    """A model in float32."""
+    _LOG.info("load %s", folder.where)
+    return hf.load_folder(folder, dtype=jnp.float32)
+
+
+def _read(ask: Ask, tokenizer: Any, *, offline: bool) -> _Read:
+    """Everything that is asked; reads no weights."""
+    documents: list[Document] = []
+    if ask.text is not None:
+        source = records.locate(ask.text.path, offline=offline)
+        documents = preflight.documents_of(ask.text, source)[: ask.limit]
+    questions = {
+        file: choices.read(Path(file), encoding=ask.encoding, limit=ask.limit)
+        for file in dict.fromkeys(ask.questions)
+    }
+    named = {}
+    if ask.tasks:
+        named = tasks.load(
+            ask.tasks, include_path=ask.include_path, limit=ask.limit, offline=offline
+        )
+    return _Read(
+        documents, questions, named, samples.prompts(documents[: ask.continued], tokenizer)
+    )
+
+
+def _said(
+    model: tuple[ModelConfig, Params],
+    folder: ModelFolder,
+    tokenizer: Any,
+    read: _Read,
+    ask: Ask,
+    base: divergence.Model | None,
+    *,
+    seed: int,
+) -> _Said:
+    """What one model makes of everything."""
+    cfg, params = model
+    stop = stop_ids(folder)
+    continued = samples.sample(
+        params, cfg, tokenizer, read.prompts, stop=stop, max_new_tokens=ask.new_tokens
+    )
+    scores, moved = None, {}
+    if read.documents:
+        cut = nll.windows(read.documents, tokenizer, max_positions=cfg.max_positions)
+        scores = nll.score(params, cut, cfg=cfg)
+        if base is not None:
+            shorter = min(cfg.max_positions, base[0].max_positions)
+            if shorter < cfg.max_positions:
+                cut = nll.windows(read.documents, tokenizer, max_positions=shorter)
+            nats = divergence.divergence(base, model, cut)
+            value, low, high = map(float, compare.interval(nats, cut.tokens, seed=seed))
+            moved = {"kl_to_base": value, "kl_to_base_interval": [low, high]}
+    answers = {
+        file: choices.answer(
+            params, cfg, tokenizer, questions, is_chat=ask.is_chat, what=f"questions of {file}"
+        )
+        for file, questions in read.questions.items()
+    }
+    outcomes = {}
+    if read.tasks:
+        outcomes = tasks.run(
+            params, cfg, tokenizer, read.tasks, stop=stop, limit=ask.limit, is_chat=ask.is_chat
+        )
+    return _Said(scores, moved, continued, answers, outcomes)
+
+
+def _facts(said: Mapping[str, _Said], read: _Read, is_one: Any, *, seed: int) -> dict[str, Any]:
+    """The JSON values of `evaluate`."""
+    scores = {name: one.scores for name, one in said.items() if one.scores is not None}
+    found: dict[str, Any] = {
+        "models": {
+            name: ({} if one.scores is None else one.scores.totals) | one.divergence
+            for name, one in said.items()
+        },
+        "pairs": compare.every_pair(scores, is_one, seed=seed),
+    }
+    if read.prompts:
+        continued = {name: one.continued for name, one in said.items()}
+        found["samples"] = samples.facts(read.prompts, continued)
+    if read.questions:
+        answers = {
+            file: {name: one.answers[file] for name, one in said.items()} for file in read.questions
+        }
+        found["choices"] = choices.facts(read.questions, answers, seed=seed)
+    if read.tasks:
+        outcomes = {
+            task: {name: one.outcomes[task] for name, one in said.items()} for task in read.tasks
+        }
+        found["tasks"] = tasks.facts(outcomes, seed=seed)
+    return found

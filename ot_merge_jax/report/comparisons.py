@@ -1,0 +1,126 @@
+"""What `ot-merge eval` found, as tables and sentences for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from ot_merge_jax.report import tables
+
+_UNITS = {"nll_per_token": "nats per token", "bits_per_byte": "bits per byte"}
+
+
+def parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Everything that was found, in order.
+
+    Args:
+        found: From `ot_merge_jax.evaluation.evaluate`.
+
+    Yields:
+        Tables, and plain sentences, each of which is one line.
+    """
+    if any(found["models"].values()):
+        yield _losses(found["models"])
+    for pair in found["pairs"]:
+        yield _difference(pair, _UNITS[pair["metric"]])
+    for name, one in found["models"].items():
+        if "kl_to_base" in one:
+            low, high = one["kl_to_base_interval"]
+            yield (
+                f"KL of {name} from {found['base']}: {one['kl_to_base']:.4f} nats per token, "
+                f"95 % interval [{low:.4f}, {high:.4f}]"
+            )
+    for file, one in found.get("choices", {}).items():
+        yield _accuracies(file, one)
+        yield _letters(one)
+        for pair in one["pairs"]:
+            yield _difference(pair, f"accuracy, {pair['scoring']}, {file}")
+    for task, one in found.get("tasks", {}).items():
+        yield _metrics(task, one)
+        for pair in one["pairs"]:
+            yield _difference(pair, f"{pair['metric']}, {task}")
+    if "samples" in found:
+        yield tables.samples(found["samples"])
+
+
+def _difference(pair: Mapping[str, Any], unit: str) -> str:
+    """A difference with its interval, and its p-value where there is one."""
+    line = (
+        f"{pair['a']} minus {pair['b']}: {pair['difference']:+.4f} {unit}, "
+        f"95 % interval [{pair['low']:+.4f}, {pair['high']:+.4f}]"
+    )
+    if "p" not in pair:
+        return line
+    line += f", p = {pair['p']:.3g}"
+    return line if pair["p"] == pair["p_holm"] else f"{line} ({pair['p_holm']:.3g} after Holm)"
+
+
+def _table(title: str | None, *names: str) -> Table:
+    """A table of a row for each model."""
+    table = Table(
+        Column("model", overflow="fold"), title=title, title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _losses(models: Mapping[str, Any]) -> Table:
+    """Loss, bits per byte and, where it is known, the divergence from the base."""
+    has_base = any("kl_to_base" in one for one in models.values())
+    more = ("KL to base",) if has_base else ()
+    table = _table(None, "documents", "tokens", "nats/token", "bits/byte", *more)
+    for name, one in models.items():
+        row = [str(one["documents"]), str(one["tokens"])]
+        row += [f"{one['nll_per_token']:.4f}", f"{one['bits_per_byte']:.4f}"]
+        if has_base:
+            row.append(f"{one['kl_to_base']:.4f}" if "kl_to_base" in one else "")
+        table.add_row(Text(name), *row)
+    return table
+
+
+def _add(table: Table, name: str, rows: Iterable[Sequence[RenderableType]]) -> None:
+    """Rows of one model; its name stands in the first."""
+    for number, row in enumerate(rows):
+        table.add_row(Text("" if number else name), *row)
+
+
+def _accuracies(file: str, found: Mapping[str, Any]) -> Table:
+    """Accuracy of every model in every scoring."""
+    title = f"{file} ({found['questions']} questions)"
+    table = _table(title, "scoring", "accuracy", "95 % interval")
+    for name, one in found["models"].items():
+        rows = [
+            (
+                scoring,
+                f"{value['accuracy']:.3f}",
+                Text(f"[{value['low']:.3f}, {value['high']:.3f}]"),
+            )
+            for scoring, value in one.items()
+            if scoring != "letters"
+        ]
+        _add(table, name, rows)
+    return table
+
+
+def _letters(found: Mapping[str, Any]) -> Table:
+    """How often each letter was chosen; every option stood behind every letter."""
+    widest = max((one["letters"]["letter"] for one in found["models"].values()), key=len)
+    table = _table("letters chosen, over all orders of the options", "scoring", *widest)
+    for name, one in found["models"].items():
+        rows = [(key, *map(str, counts.values())) for key, counts in one["letters"].items()]
+        _add(table, name, rows)
+    return table
+
+
+def _metrics(task: str, found: Mapping[str, Any]) -> Table:
+    """What lm-eval says of every model."""
+    table = _table(f"{task} ({found['documents']} documents)", "metric", "value")
+    for name, one in found["models"].items():
+        _add(table, name, [(metric, f"{value:.4f}") for metric, value in one.items()])
+    return table
