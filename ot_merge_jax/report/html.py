@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.report import document, plots
+from ot_merge_jax.report import document
 from ot_merge_jax.report.document import Difference, Entry, Report, Run, Strength, Weight
 from ot_merge_jax.report.tables import visible
 
@@ -72,14 +73,17 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
         InputError: if a file of the run is missing or damaged, or ``plots`` is a link.
     """
     run = document.read(details)
+    folder = details / PLOTS
+    if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
+        raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of caches and fonts
+    from ot_merge_jax.report import drawing, plots  # noqa: PLC0415, matplotlib takes a second
+
     drawn = plots.draw(run.report)
-    page = render(run, drawn).encode()
+    page = render(run, {one.name: one.inline for one in drawn}, style=drawing.style()).encode()
     if file is not None:
         _replace(file, page)
         return [file]
-    folder = details / PLOTS
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
     contents = {details / FILE: page}
     for one in drawn:
         contents[folder / f"{one.name}.svg"] = one.svg.encode()
@@ -89,12 +93,13 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     return list(contents)
 
 
-def render(run: Run, drawn: Sequence[plots.Plot]) -> str:
+def render(run: Run, drawn: Mapping[str, str], *, style: str) -> str:
     """The page.
 
     Args:
         run: What the run found.
-        drawn: Its plots.
+        drawn: Name of a plot -> SVG.
+        style: CSS that the plots need.
 
     Returns:
         HTML.
@@ -118,8 +123,8 @@ def render(run: Run, drawn: Sequence[plots.Plot]) -> str:
         is_zero=_is_zero(report.strength),
         split=_split(report),
         moved={name: _moved(one) for name, one in report.weights.items()},
-        plots={one.name: Markup(one.inline) for one in drawn},
-        style=Markup(plots.style()),
+        plots={name: Markup(one) for name, one in drawn.items()},
+        style=Markup(style),
     )
 
 

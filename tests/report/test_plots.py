@@ -6,7 +6,7 @@ import reported
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ot_merge_jax.report import plots
+from ot_merge_jax.report import drawing, plots
 from ot_merge_jax.report.document import Report
 
 LAYERED = {"layers", "neurons", "mass", "r2", "norms"}
@@ -17,7 +17,7 @@ def names(found):
     return {one.name for one in plots.draw(Report.model_validate(found))}
 
 
-@pytest.mark.parametrize(("target", "source"), [(1, 1), (1, 4), (4, 1), (80, 80)])
+@pytest.mark.parametrize(("target", "source"), [(1, 1), (1, 4), (80, 80)])
 def test_any_number_of_layers(target, source):
     drawn = plots.draw(Report.model_validate(reported.report(target, source, sites=("mlp_in",))))
     assert {one.name for one in drawn} == LAYERED | COMPARED
@@ -28,21 +28,29 @@ def test_any_number_of_layers(target, source):
         assert one.png.startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf"), 1e300, 0.0])
+@pytest.mark.parametrize("nothing", [None, float("inf"), 1e300, 0.0])
 def test_numbers_that_are_none(nothing):
     """Everything that can be missing is."""
 
     def without(value):
         if isinstance(value, dict):
-            kept = {"k", "seed", "source_layer", "converged", "documents", "tokens", "chosen"}
+            kept = {
+                "k",
+                "seed",
+                "source_layer",
+                "chosen",
+                *({"strength"} if "loss" in value else ()),
+            }
             return {key: one if key in kept else without(one) for key, one in value.items()}
         if isinstance(value, list):
             return [without(one) for one in value]
         return nothing if isinstance(value, float) else value
 
     found = without(reported.report())
-    found["strength"] = reported.report()["strength"] if nothing else {"chosen": 0.0}
-    assert {"layers", "mass", "norms"} <= names(found)
+    is_none = nothing != 0
+    assert names(found) == {"layers", "neurons", "norms"} | (
+        set() if is_none else {"differences", "strength", "search", "mass", "r2"}
+    )
 
 
 def test_what_did_not_happen_has_no_plot():
@@ -58,7 +66,7 @@ def test_what_did_not_happen_has_no_plot():
 def test_heat_map_is_target_by_source_and_bright_where_it_is_large():
     grid = np.array([[0.0, 1.0, 0.0], [0.25, np.nan, 0.5]])
     axes = Figure().subplots()
-    plots._cells(axes, grid, 1.0)
+    drawing.cells(axes, grid, 1.0)
     assert axes.get_xlim() == (0, 3)
     assert axes.get_ylim() == (2, 0)  # the first row is at the top
 
@@ -99,7 +107,7 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("pair", plots.COLOURS)
+@pytest.mark.parametrize("pair", drawing.COLOURS)
 def test_lines_stand_out_on_a_light_and_on_a_dark_page(pair):
     light, dark = pair
     assert contrast(light, "#ffffff") >= 3
