@@ -20,7 +20,12 @@ _LABELS = {
 
 
 def run(
-    out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = False
+    out: Path,
+    *,
+    is_full: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    offline: bool = False,
 ) -> dict[str, pipeline.RunResult]:
     """Runs the merges of the demo.
 
@@ -30,6 +35,7 @@ def run(
 
     Args:
         out: Folder that will hold ``delta``, ``delta-stranger`` and ``paper``, three model folders.
+        is_full: Whether three calibration seeds and all controls are run (SPEC section 10).
         seed: Of every random choice.
         overwrite: Whether existing output folders are replaced.
         offline: Whether the network is forbidden; the demo never uses it.
@@ -47,6 +53,9 @@ def run(
         "threshold": 1e-4,
         "max_length": 128,
         "evaluation": text["heldout"],
+        "controls": "all" if is_full else "none",
+        "seeds": 3 if is_full else 1,
+        "continuations": 3 if is_full else 0,
         "seed": seed,
     }
     delta = {"preset": "delta", "source_base": str(assets.path("source-base"))}
@@ -65,7 +74,7 @@ def run(
         results[name] = pipeline.run(
             resolved,
             out / name,
-            command="ot-merge demo",
+            command=f"ot-merge demo{' --full' * is_full}",
             overwrite=overwrite,
             offline=offline,
             keep=False,  # there is nothing to resume: it takes a minute, and has no such flag

@@ -106,6 +106,17 @@ def strength_of(strength: Any, weight: str) -> Any:
     return strength[group]
 
 
+def is_moving(strength: Any) -> bool:
+    """Whether a strength (a number, or a mapping from group to number) is anything but 0.
+
+    Example:
+        >>> is_moving(0.0), is_moving({"projections": 0.0, "vocabulary": 0.2})
+        (False, True)
+    """
+    values = strength.values() if isinstance(strength, Mapping) else [strength]
+    return any(bool(np.any(np.asarray(value))) for value in values)
+
+
 def fuse(
     target_params: Params, transported: Leaves, strength: Any, *, spec: MergeSpec, mask: Leaves
 ) -> Params:

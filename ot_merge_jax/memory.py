@@ -19,6 +19,7 @@ from ot_merge_jax.calibration import TOKENS_PER_BATCH, Calibration
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE, LONGEST_WINDOW
+from ot_merge_jax.evaluate.unigram import PREDICTIONS
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.streamed import HIDDEN_AT_ONCE
 from ot_merge_jax.spaces import PROJECTIONS, site_width, sites_of, weight_of
@@ -103,6 +104,7 @@ def choose(
     spec: MergeSpec,
     scored: Sequence[int],
     limit: int | None,
+    controls: Sequence[str] = (),
 ) -> Plan:
     """Whole models if they fit, otherwise the source and its base layer by layer.
 
@@ -112,6 +114,7 @@ def choose(
         spec: What moves.
         scored: Tokens, at most, of each document that is scored.
         limit: Bytes; None: those of the machine.
+        controls: Kinds of control that the merge is compared with.
 
     Returns:
         The plan to follow.
@@ -120,11 +123,11 @@ def choose(
         ResourceError: if neither fits.
     """
     most = of_machine() if limit is None else limit
-    whole = needed(cfgs, data, spec=spec, scored=scored)
+    whole = needed(cfgs, data, spec=spec, scored=scored, controls=controls)
     if whole.peak <= most:
         return whole
     on_disk = frozenset(cfgs) - {"target"}
-    layered = needed(cfgs, data, spec=spec, scored=scored, on_disk=on_disk)
+    layered = needed(cfgs, data, spec=spec, scored=scored, on_disk=on_disk, controls=controls)
     if layered.peak > most:
         allowed, more = (
             ("this machine has", "say --memory-limit if you know better")
@@ -145,6 +148,7 @@ def needed(
     spec: MergeSpec,
     scored: Sequence[int],
     on_disk: frozenset[str] = frozenset(),
+    controls: Sequence[str] = (),
 ) -> Plan:
     """Bytes of every stage.
 
@@ -154,6 +158,7 @@ def needed(
         spec: What moves.
         scored: Tokens, at most, of each document that is scored.
         on_disk: Roles that are read layer by layer.
+        controls: Kinds of control that the merge is compared with.
 
     Returns:
         The sums, by stage.
@@ -189,6 +194,15 @@ def needed(
         stages["describe the plans"] = models + moved + _FLOAT * (looked_at + 3 * max(rows))
     carrying = _FLOAT * (_maps(target, source, spec) + 3 * max(rows, default=0))
     stages["transport"] = models + moved + 3 * largest + carrying
+    if controls:
+        # what is broken is aligned and carried like the merge, beside it; so is a random source
+        reference = "source base" if "source base" in held else "source"
+        beside = 2 * moved + held["target"] + ("wrong-source" in controls) * held[reference]
+        stages["run the controls"] = max(stages.values()) + beside
+    if "unigram" in controls:
+        predicted = min(PREDICTIONS, data.target_tokens * target.vocab_size)
+        fitting = 3 * _FLOAT * predicted + held["target"] + moved
+        stages["fit the unigram control"] = models + fitting
     stages["choose the strength"] = models + 2 * moved + _scoring(target, scored)
     for role, cfg in {"target": target, "source": source}.items():
         hidden = min(HIDDEN_AT_ONCE, 2 * _FLOAT * cfg.hidden_size * sum(scored))  # padded

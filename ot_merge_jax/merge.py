@@ -173,6 +173,7 @@ def move(
     spec: MergeSpec,
     source_base: Model | None = None,
     vocabulary: VocabularyMatch | None = None,
+    aligned_with: Model | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The transported weights and their masks, by parameter path.
 
@@ -184,6 +185,8 @@ def move(
         spec: What moves and how.
         source_base: What the source was fine-tuned from; its weights are subtracted for ``delta``.
         vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
+        aligned_with: The model whose tables the vocabulary map is fitted on; None: the source base
+            if there is one, else the source.
 
     Returns:
         Path -> transported weight (of the delta, for rule ``delta``), and path -> mask.
@@ -192,14 +195,13 @@ def move(
         RecipeError: if the spec needs a source base or a vocabulary that is not given.
     """
     check_needs(source, source_base, vocabulary, spec=spec)
-    reference = source_base or source
 
     def carried(path: str) -> Any:
         """What of a leaf of the source is carried over; a stacked one is indexed by layer."""
         of_source = specs.get(source[1], path)
-        if spec.rule != "delta":
+        if spec.rule != "delta" or source_base is None:
             return of_source
-        change = _Change(of_source, specs.get(reference[1], path))
+        change = _Change(of_source, specs.get(source_base[1], path))
         return change if path.startswith("layers/") else change[...]
 
     moved: dict[str, jax.Array] = {}
@@ -209,6 +211,7 @@ def move(
         moved = _projections(target[1], source[1], carried, coupling, *rows, selected, spec=spec)
         masks = fuse.masks(rows[0], spec=spec)
     if vocabulary is not None and set(spec.weights) & set(VOCABULARY):
+        reference = aligned_with or source_base or source
         tables, kept = _tables(target, source[0], carried, reference, vocabulary, spec=spec)
         moved, masks = moved | tables, masks | kept
     return moved, masks

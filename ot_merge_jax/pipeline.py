@@ -18,17 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import calibration, fuse, memory, merge, preflight, staged
+from ot_merge_jax import (
+    calibration,
+    fuse,
+    memory,
+    merge,
+    preflight,
+    staged,
+    texts,
+    trials,
+)
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import ResourceError, StrictError
 from ot_merge_jax.evaluate import compare, nll, samples
-from ot_merge_jax.io import details, hf, provenance, publish, records, stages, stored
+from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, records, stages, stored
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe, Text
-from ot_merge_jax.report import facts
+from ot_merge_jax.report import arms, facts
+from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import cost
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, Params
@@ -158,10 +168,9 @@ def _merge(
         spec=spec, has_base=has_base, seed=recipe.seed,
     )  # fmt: skip
     points: list[sweeps.Point] = []
-    if recipe.strength == "auto":
-        points, hparams = staged.strength(
-            state, models, prepared, lambda: _dev_windows(inputs), hparams, spec=spec
-        )
+    dev = trials.dev_windows(inputs)
+    if recipe.strength == "auto" and dev is not None:
+        points, hparams = staged.strength(state, models, prepared, dev, hparams, spec=spec)
     model = stages.stage(
         state,
         "model",
@@ -174,17 +183,40 @@ def _merge(
     unconverged = _unconverged(report)
     silent = _silent(prepared, spec)
     warnings = [*silent, *unconverged, *sweeps.at_the_edge(points, hparams)]
-    scores, evaluation, change = _evaluate(state, inputs, models, model, known)
-    verdict = facts.verdict(report, hparams, spec, change, is_auto=recipe.strength == "auto")
-    if strict and (unconverged or (change and change.low > 0)):
-        raise StrictError(f"--strict: {(unconverged or [verdict])[0]}")
+    scores, evaluation = _evaluate(state, inputs, models, model, known)
+    measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {"controls": {}}
+    if inputs.held_out is not None:
+        setting = trials.Setting(
+            state, models, inputs, prepared, recipe.hparams(), spec, dev,
+            trials.target_windows(inputs, inputs.held_out), scores["target"],
+        )  # fmt: skip
+        merged = trials.Arm(hparams.strength, points, scores["merge"])
+        measured, against, shown = arms.outcome(trials.every(setting, merged), setting)
+        models_alone = {name: evaluation[name] for name in ("target", "source")}
+        shown["controls"] = models_alone | shown["controls"]
+    verdict = verdicts.of_merge(
+        measured, report, hparams, spec, against, is_auto=recipe.strength == "auto"
+    )
+    if strict and (unconverged or verdict.outcome == "worse"):
+        raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
     found = facts.plain(
         {
-            "verdict": verdict,
+            "verdict": verdict.sentence,
+            "outcome": verdict.outcome,
             "warnings": warnings,
-            "controls": {name: evaluation[name] for name in ("target", "source") if evaluation},
+            **shown,
             "evaluation": evaluation,
-            "strength": {"chosen": hparams.strength, "tried": points},
+            "strength": {
+                "chosen": hparams.strength,
+                "tried": points,
+                "split": {
+                    "train_documents": len(inputs.texts),
+                    "dev_documents": len(inputs.dev),
+                    "fraction": texts.DEV_FRACTION,
+                    "seed": recipe.seed,
+                },
+            },
+            "samples": _samples(state, inputs, models, model),
             "weights": facts.weights(report),
             "sites": site_facts,
             "calibration": preflight.calibration_facts(inputs),
@@ -229,8 +261,16 @@ def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
     """What the run will hold."""
     cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
     documents = [*inputs.dev, *(inputs.held_out or [])]
-    scored = [len(str(one)) for one in documents]  # a token is hardly ever less than a character
-    return memory.choose(cfgs, inputs.data, spec=inputs.recipe.spec(), scored=scored, limit=limit)
+    both = [inputs.tokenizers[role] for role in ("target", "source")]
+    scored = [
+        max(len(calibration.tokenize(one, document)["input_ids"]) for one in both)
+        for document in documents
+    ]
+    recipe = inputs.recipe
+    return memory.choose(
+        cfgs, inputs.data, spec=recipe.spec(), scored=scored, limit=limit,
+        controls=recipe.controls if inputs.held_out else (),
+    )  # fmt: skip
 
 
 def _versions() -> list[str]:
@@ -249,12 +289,6 @@ def _open(folder: ModelFolder) -> tuple[ModelConfig, stored.StoredParams]:
     """A model whose weights stay on disk, in float32 when they are read."""
     _LOG.info("read layer by layer, on one device: %s", folder.where)
     return stored.stored(folder, dtype=jnp.float32)
-
-
-def _dev_windows(inputs: Inputs) -> nll.Windows:
-    """The dev split, ready to be scored by the target."""
-    longest = inputs.folders["target"].cfg.max_positions
-    return nll.windows(inputs.dev, inputs.tokenizers["target"], max_positions=longest)
 
 
 def _write_model(
@@ -321,17 +355,17 @@ def _evaluate(
     models: staged.Models,
     merged: Path,
     known: Mapping[str, nll.Scores],
-) -> tuple[dict[str, nll.Scores], dict[str, Any], compare.Difference | None]:
-    """Scores on the held-out text, what they say of every model, and merge minus target."""
+) -> tuple[dict[str, nll.Scores], dict[str, Any]]:
+    """Scores on the held-out text, and what they say of every model."""
     documents = inputs.held_out
     if documents is None:
-        return {}, {}, None
+        return {}, {}
     roles = ("target", "merge", "source")
 
     def one(role: str) -> nll.Scores:
         if role in known:
             return known[role]
-        cfg, params = hf.load_hf(merged, dtype=jnp.float32) if role == "merge" else models(role)
+        cfg, params = _scored_model(role, models, merged)
         tokenizer = inputs.tokenizers["source" if role == "source" else "target"]
         cut = nll.windows(documents, tokenizer, max_positions=cfg.max_positions)
         return nll.score(params, cut, cfg=cfg)
@@ -339,8 +373,38 @@ def _evaluate(
     read = staged.scores(state, lambda: {role: one(role) for role in roles})
     scores = {role: read[role] for role in roles}
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
-    change = compare.paired_bootstrap(scores["merge"], scores["target"], seed=seed)
-    return scores, facts.compared(scores, has_one_tokenizer=same, seed=seed), change
+    return scores, facts.compared(scores, has_one_tokenizer=same, seed=seed)
+
+
+def _samples(
+    state: stages.Run, inputs: Inputs, models: staged.Models, merged: Path
+) -> list[dict[str, Any]]:
+    """What target and merge make of the beginnings of a few held-out documents."""
+    count = inputs.recipe.continuations
+    if inputs.held_out is None or not count:
+        return []
+    tokenizer, folder = inputs.tokenizers["target"], inputs.folders["target"]
+    prompts = samples.prompts(inputs.held_out[:count], tokenizer)
+
+    def make(place: Path) -> None:
+        found = {}
+        for role in ("target", "merge"):
+            cfg, params = _scored_model(role, models, merged)
+            found[role] = samples.sample(params, cfg, tokenizer, prompts, stop=stop_ids(folder))
+        checkpoint.save_json(place / "samples.json", samples.facts(prompts, found))
+
+    return stages.stage(
+        state,
+        "samples",
+        make,
+        lambda place: checkpoint.load_json(place / "samples.json"),
+        needs=["model"],
+    )
+
+
+def _scored_model(role: str, models: staged.Models, merged: Path) -> merge.Model:
+    """A model by its role; the merge as it was written."""
+    return hf.load_hf(merged, dtype=jnp.float32) if role == "merge" else models(role)
 
 
 def evaluate(

@@ -72,11 +72,28 @@ def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) 
     if "source base" in folders:
         merge.check_base((folders["source"].cfg, {}), (folders["source base"].cfg, {}))
     tokenizers = {role: tokenizer_of(folder) for role, folder in folders.items()}
-    documents = _sampled(recipe, sources["calibration"])
-    train, dev = texts.split(documents, seed=recipe.seed)
     held_out = None
     if recipe.evaluation is not None:
         held_out = documents_of(recipe.evaluation, sources["evaluation"])
+    return _calibrated(recipe, folders, tokenizers, sources, held_out)
+
+
+def reseeded(inputs: Inputs, seed: int) -> Inputs:
+    """The same inputs with another sample, split and choice of rows; what was fetched stays."""
+    recipe = inputs.recipe.model_copy(update={"seed": seed})
+    return _calibrated(recipe, inputs.folders, inputs.tokenizers, inputs.sources, inputs.held_out)
+
+
+def _calibrated(
+    recipe: Recipe,
+    folders: dict[str, ModelFolder],
+    tokenizers: dict[str, Any],
+    sources: dict[str, records.Source],
+    held_out: list[Document] | None,
+) -> Inputs:
+    """Everything that follows from the calibration text and the seed."""
+    documents = _sampled(recipe, sources["calibration"])
+    train, dev = texts.split(documents, seed=recipe.seed)
     if not documents:
         raise InputError(f"{recipe.calibration.path} has 0 documents; add text.")
     if recipe.strength == "auto" and not dev:

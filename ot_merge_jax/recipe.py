@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -18,6 +18,9 @@ from ot_merge_jax.spaces import GROUPS, PROJECTIONS, VOCABULARY
 from ot_merge_jax.types import HParams, MergeSpec
 
 Weight = Literal["q", "k", "v", "o", "gate", "up", "down", "embed", "head"]
+Control = Literal["shrink", "noise", "permuted", "wrong-layer", "wrong-source", "unigram"]
+#: Every control of SPEC section 10.
+CONTROLS: list[str] = list(get_args(Control))
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Folder = Annotated[str, pydantic.Field(min_length=1)]
 Strength = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -126,7 +129,11 @@ class Recipe(pydantic.BaseModel):
         vocabulary_weights: How much a token counts for the vocabulary map: all alike, or by its
             frequency in the calibration text.
         k: Neurons kept in each layer, or ``all``.
-        seed: Of every random choice.
+        controls: What the merge is compared with on the held-out text (SPEC section 10): ``all``,
+            ``none``, or some of their names.
+        seeds: Calibration seeds; the first one's merge is published, all of them are compared.
+        continuations: Held-out documents whose beginning target and merge continue, for the report.
+        seed: Of every random choice; with several seeds, the first.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -153,11 +160,14 @@ class Recipe(pydantic.BaseModel):
     strength: Literal["auto"] | Strength | dict[Literal["projections", "vocabulary"], Strength]
     vocabulary_weights: Literal["uniform", "frequency"] = "uniform"
     k: Literal["all"] | Annotated[int, pydantic.Field(ge=1)]
+    controls: list[Control] = pydantic.Field(default=["shrink", "permuted", "unigram"])
+    seeds: Annotated[int, pydantic.Field(ge=1)] = 1
+    continuations: Annotated[int, pydantic.Field(ge=0)] = 3
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
 
     @pydantic.field_validator(
         "epsilon", "layer_epsilon", "threshold", "strength", "k", "seed",
-        "max_rows", "max_length", "max_iterations", mode="before",
+        "max_rows", "max_length", "max_iterations", "seeds", "continuations", mode="before",
     )  # fmt: skip
     @classmethod
     def _check_number(cls, value: Any) -> Any:
@@ -166,6 +176,12 @@ class Recipe(pydantic.BaseModel):
         if any(isinstance(one, bool) for one in values):
             raise ValueError("must be a number, not true or false")
         return value
+
+    @pydantic.field_validator("controls", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        named = {"all": CONTROLS, "none": []}
+        return named.get(value, value) if isinstance(value, str) else value
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -347,6 +363,7 @@ _UNIONS = {
         "must be auto, a number of at least 0, or a mapping from projections and vocabulary"
     ),
     "k": "must be all, or an integer of at least 1",
+    "controls": f"must be all, none, or some of {', '.join(CONTROLS)}",
 }
 
 

@@ -6,7 +6,7 @@ maths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from ot_merge_jax.io import checkpoint, stages
 from ot_merge_jax.report import facts
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.types import Activations, HParams, MergeSpec, VocabularyMatch
+from ot_merge_jax.types import Activations, Batch, HParams, MergeSpec, VocabularyMatch
 
 #: Role (``target``, ``source``, ``source base``) -> model, read when it is first asked for.
 Models = Callable[[str], merge.Model]
@@ -47,26 +47,38 @@ def activations(
     Returns:
         Both, in memory-mapped files.
     """
-    found = []
-    for side, role, batches in (
-        ("target", "target", data.target),
-        ("source", reference, data.source),
-    ):
+    sides = (("target", "target", data.target), ("source", reference, data.source))
+    target, source = (
+        gathered(run, f"{name}-{side}", models, role, batches, spec=spec)
+        for side, role, batches in sides
+    )
+    return target, source
 
-        def make(folder: Any, role: str = role, batches: Any = batches) -> None:
-            cfg, params = models(role)
-            rows = gather(
-                params,
-                batches,
-                cfg=cfg,
-                sites=sites_of(spec.weights),
-                model=role,
-                allocate=checkpoint.allocator(folder),
-            )
-            checkpoint.save_row_ids(folder, rows)
 
-        found.append(stages.stage(run, f"{name}-{side}", make, checkpoint.load_activations))
-    return found[0], found[1]
+def gathered(
+    run: stages.Run,
+    name: str,
+    models: Models,
+    role: str,
+    batches: Sequence[Batch],
+    *,
+    spec: MergeSpec,
+) -> Activations:
+    """Activations of one model, in memory-mapped files; ``name`` is the stage's."""
+
+    def make(folder: Any) -> None:
+        cfg, params = models(role)
+        rows = gather(
+            params,
+            batches,
+            cfg=cfg,
+            sites=sites_of(spec.weights),
+            model=role,
+            allocate=checkpoint.allocator(folder),
+        )
+        checkpoint.save_row_ids(folder, rows)
+
+    return stages.stage(run, name, make, checkpoint.load_activations)
 
 
 def prepare(
@@ -150,7 +162,7 @@ def strength(
     run: stages.Run,
     models: Models,
     prepared: merge.Prepared,
-    dev: Callable[[], nll.Windows],
+    dev: nll.Windows,
     hparams: HParams,
     *,
     spec: MergeSpec,
@@ -158,7 +170,7 @@ def strength(
     """`sweeps.sweep`: every strength tried on the dev split, and the best."""
 
     def make(folder: Any) -> None:
-        points = sweeps.sweep(models("target"), prepared, dev(), hparams, spec=spec).points
+        points = sweeps.sweep(models("target"), prepared, dev, hparams, spec=spec).points
         checkpoint.save_json(folder / "points.json", facts.plain(points))
 
     points = stages.stage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -75,20 +76,23 @@ def sweep(
         NonFiniteError: if no strength gives a finite loss.
     """
     cfg, params = target
-    # the strength is traced, so every point of the grid runs the same program
-    fused = jax.jit(
-        lambda strength: fuse.fuse(params, prepared.moved, strength, spec=spec, mask=prepared.masks)
-    )
 
     def loss(strength: Any) -> float:
+        fused = _fused(params, prepared.moved, strength, prepared.masks, spec=spec)
         try:
-            return nll.score(fused(strength), dev, cfg=cfg, text="dev split").nll_per_token
+            return nll.score(fused, dev, cfg=cfg, text="dev split").nll_per_token
         except NonFiniteError:
             return math.inf  # too far is a bad strength, not the end of the run
 
     groups = [name for name, members in GROUPS.items() if members & set(spec.weights)]
     points = search(loss, groups, GRIDS[spec.rule] if grid is None else grid)
     return chosen(points, hparams)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _fused(params: Params, moved: Any, strength: Any, masks: Any, *, spec: MergeSpec) -> Params:
+    """`fuse.fuse` as one program for all strengths, and for all merges of one shape."""
+    return fuse.fuse(params, moved, strength, spec=spec, mask=masks)
 
 
 def chosen(points: list[Point], hparams: HParams) -> Sweep:

@@ -52,6 +52,8 @@ def resolved(folders, text_file):
             "weights": ["embed"],
             "strength": 1.0,
             "calibration": str(text_file),
+            "controls": "none",
+            "continuations": 0,
         }
         given |= {role: str(folder) for role, folder in folders.items()}
         return recipe.resolve(given | settings)

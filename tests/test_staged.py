@@ -18,7 +18,7 @@ SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 
 OTHER = {"hidden": 20, "heads": 2, "kv_heads": 1, "intermediate": 32, "layers": 3}
 STAGES = [
     "rows-target", "rows-source", "coupling", "moved", "unseen-target", "unseen-source", "sites",
-    "sweep", "model", "evaluation", "details",
+    "sweep", "model", "evaluation", "arm-permuted", "samples", "details",
 ]  # fmt: skip
 POINTS = [f"{side} {stage}" for stage in (*STAGES, "publish") for side in ("before", "after")]
 #: What no two runs share.
@@ -46,6 +46,8 @@ def resolved(tiny_checkpoint, tmp_path_factory):
             "source_base": str(tiny_checkpoint("llama", seed=6, **OTHER)),
             "calibration": str(folder / "calibration.txt"),
             "evaluation": str(folder / "heldout.txt"),
+            "controls": ["permuted"],
+            "continuations": 1,
         }
     )
 

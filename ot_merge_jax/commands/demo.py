@@ -26,6 +26,9 @@ from ot_merge_jax.console import (
 @guarded
 def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("ot-merge-demo"),
+    full: Annotated[
+        bool, typer.Option("--full", help="Three calibration seeds and all controls: minutes.")
+    ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     offline: Offline = False,
@@ -35,15 +38,19 @@ def demo(
 ) -> None:
     """Merge the small models that ship with the package, into a sibling and a stranger."""
     from ot_merge_jax import demo as demos
+    from ot_merge_jax.report import tables
 
     started = time.monotonic()
     with session(verbose=verbose, quiet=quiet):
-        results = demos.run(out, seed=seed, overwrite=overwrite, offline=offline)
+        results = demos.run(out, is_full=full, seed=seed, overwrite=overwrite, offline=offline)
     if as_json:
         print_json({name: result.report for name, result in results.items()})
         return
     OUT.print(demos.table(results))
     for name, result in results.items():
+        if full:
+            OUT.print(f"{name}:")
+            OUT.print(tables.controls_table(result.report))
         for sentence in result.warnings:
             say(f"{name}: warning: {sentence}", OUT)
         say(f"{name}: {result.report['verdict']}", OUT)

@@ -70,6 +70,14 @@ def run(
     strength: Annotated[str | None, typer.Option(help="alpha or lambda; or auto.")] = None,
     vocabulary_weights: Annotated[str | None, typer.Option(help="uniform or frequency.")] = None,
     k: Annotated[str | None, typer.Option(help="Neurons kept in each layer; or all.")] = None,
+    controls: Annotated[
+        str | None,
+        typer.Option(help="all, none, or e.g. noise,unigram [shrink,permuted,unigram]."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Calibration seeds to compare.")] = None,
+    continuations: Annotated[
+        int | None, typer.Option(help="Held-out documents continued for the report.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random choice.", min=0)] = None,
     overwrite: Overwrite = False,
     resume: Annotated[
@@ -93,12 +101,14 @@ def run(
     said = {} if recipe is None else recipes.load(recipe)
     flags: dict[str, Any] = {
         "preset": preset, "target": target, "source": source, "source_base": source_base,
-        "weights": [one.strip() for one in weights.split(",")] if weights else None,
+        "weights": _listed(weights) if weights else None,
         "rows": rows, "max_rows": max_rows, "max_length": max_length,
         "epsilon": epsilon, "layer_epsilon": layer_epsilon,
         "layer_cost": layer_cost, "layers": layers, "max_iterations": max_iterations,
         "threshold": threshold, "signed": signed, "form": form, "rule": rule,
         "strength": strength, "vocabulary_weights": vocabulary_weights, "k": k, "seed": seed,
+        "controls": controls if controls in (None, "all", "none") else _listed(controls),
+        "seeds": seeds, "continuations": continuations,
         "calibration": {
             "path": calibration, "field": field, "encoding": encoding, "samples": samples,
         },
@@ -129,11 +139,18 @@ def run(
     if result.report["evaluation"]:
         title = f"Held-out text ({result.report['evaluation']['target']['documents']} documents)"
         OUT.print(tables.evaluation_table(result.report["evaluation"], title=title))
+        if len(result.report["controls"]) > 2:  # more than target and source
+            OUT.print(tables.controls_table(result.report))
     say(f"strength: {json.dumps(result.report['strength']['chosen'])}", OUT)
     for sentence in result.warnings:
         say(f"warning: {sentence}", OUT)
     say(f"verdict: {result.report['verdict']}", OUT)
     say(f"written: {out}", OUT)
+
+
+def _listed(text: str) -> list[str]:
+    """``a, b`` as a list."""
+    return [one.strip() for one in text.split(",")]
 
 
 def _mesh_sizes(text: str) -> dict[str, int]:

@@ -155,21 +155,29 @@ def _spans(length: int, max_positions: int) -> list[tuple[int, int, int]]:
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _sequence_nll(
-    params: Params, batch: Batch, scored: jax.Array, *, cfg: ModelConfig
+    params: Params, batch: Batch, scored: jax.Array, bias: jax.Array | None, *, cfg: ModelConfig
 ) -> jax.Array:
     """Summed loss of the scored positions of each sequence ``[b]``."""
-    return _head_nll(params, decoder.residual(params, batch, cfg=cfg)[0], batch, scored, cfg=cfg)
+    x = decoder.residual(params, batch, cfg=cfg)[0]
+    return _head_nll(params, x, batch, scored, bias, cfg=cfg)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg",))
 def _head_nll(
-    params: Params, x: jax.Array, batch: Batch, scored: jax.Array, *, cfg: ModelConfig
+    params: Params,
+    x: jax.Array,
+    batch: Batch,
+    scored: jax.Array,
+    bias: jax.Array | None,
+    *,
+    cfg: ModelConfig,
 ) -> jax.Array:
     """The same from the residual stream behind the last layer, a few sequences at a time."""
 
     def one(args: tuple[jax.Array, Batch, jax.Array]) -> jax.Array:
         x, sequence, counted = jax.tree.map(lambda leaf: leaf[None], args)
-        losses, _ = token_nll(decoder.head(params, x, cfg=cfg), sequence)
+        logits = decoder.head(params, x, cfg=cfg)
+        losses, _ = token_nll(logits if bias is None else logits + bias, sequence)
         return jnp.sum(losses * counted)
 
     size, length = batch.tokens.shape
@@ -178,7 +186,7 @@ def _head_nll(
 
 
 def _losses(
-    params: Params, cut: Windows, *, cfg: ModelConfig, text: str
+    params: Params, cut: Windows, bias: jax.Array | None, *, cfg: ModelConfig, text: str
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """(documents, summed losses) of each batch; layer by layer where parameters are on disk."""
     parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
@@ -186,7 +194,7 @@ def _losses(
         mesh = sharding.mesh_of(params)
         for batch, scored, document in progress.track(parts, f"score {text} (batches)"):
             split = sharding.split_batch(batch, mesh)
-            yield document, _sequence_nll(params, split, scored, cfg=cfg)
+            yield document, _sequence_nll(params, split, scored, bias, cfg=cfg)
         return
     table = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
     for part in streamed.chunks(cut.batches, cfg=cfg):
@@ -196,10 +204,17 @@ def _losses(
             pass  # `hidden` is what counts
         last = {key: dict(params[key]) for key in ("norm", table)}
         for x, (batch, scored, document) in zip(hidden, parts[part], strict=True):
-            yield document, _head_nll(last, x, batch, scored, cfg=cfg)
+            yield document, _head_nll(last, x, batch, scored, bias, cfg=cfg)
 
 
-def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-out text") -> Scores:
+def score(
+    params: Params,
+    cut: Windows,
+    *,
+    cfg: ModelConfig,
+    text: str = "held-out text",
+    bias: jax.Array | None = None,
+) -> Scores:
     """Scores every document.
 
     Args:
@@ -208,6 +223,7 @@ def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-o
         cut: From `windows`.
         cfg: The model.
         text: What the documents are, for the progress line.
+        bias: ``[v]`` added to the logits, in nats; None: nothing.
 
     Returns:
         Loss, tokens and bytes of each document.
@@ -216,7 +232,7 @@ def score(params: Params, cut: Windows, *, cfg: ModelConfig, text: str = "held-o
         NonFiniteError: if a loss is not finite.
     """
     nll = np.zeros(len(cut.tokens))
-    for document, losses in _losses(params, cut, cfg=cfg, text=text):
+    for document, losses in _losses(params, cut, bias, cfg=cfg, text=text):
         np.add.at(nll, document, np.asarray(losses, np.float64))
     if not np.isfinite(nll).all():
         raise NonFiniteError(

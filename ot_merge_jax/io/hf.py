@@ -83,9 +83,9 @@ def load_folder(
     opened = open_files(folder)
     broken: dict[str, dict[str, int]] = {}
     leaves = {}
+    held = stored_dtypes(folder)
     for spec in specs.param_specs(folder.cfg):
-        stored = [safetensors.DTYPES[folder.tensors[name].dtype] for name in spec.tensor_names()]
-        wanted = np.dtype(dtype) if dtype is not None else jnp.result_type(*stored)
+        wanted = np.dtype(dtype) if dtype is not None else held[spec.path]
 
         def read(
             index: tuple[slice, ...], spec: specs.ParamSpec = spec, wanted: Any = wanted
@@ -112,6 +112,16 @@ def load_folder(
             f"{'' if dtype is None else f' in {np.dtype(dtype)}'}: {listed}; download it again."
         )
     return folder.cfg, specs.unflatten(leaves)
+
+
+def stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:
+    """Path -> dtype of the leaf in its files, the widest of its tensors."""
+    return {
+        spec.path: jnp.result_type(
+            *(safetensors.DTYPES[folder.tensors[name].dtype] for name in spec.tensor_names())
+        )
+        for spec in specs.param_specs(folder.cfg)
+    }
 
 
 def open_files(folder: ModelFolder) -> dict[Path, safetensors.TensorFile]:

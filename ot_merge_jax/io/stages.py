@@ -63,10 +63,12 @@ class Run(NamedTuple):
     Attributes:
         folder: ``OUT.partial-KEY``.
         finished: Stage -> entry; grows as stages finish.
+        part: Of the names of the stages made through this one, ending in a slash; or empty.
     """
 
     folder: Path
     finished: dict[str, Entry]
+    part: str = ""
 
 
 def key(parts: Mapping[str, Any]) -> str:
@@ -95,7 +97,7 @@ def stage(
         name: Of the stage.
         make: Writes files into the folder it is given.
         load: Reads them. Called whether or not they were there before: one road for every run.
-        needs: Stages whose results ``make`` uses; if one is redone, so is this one.
+        needs: Stages of the same part whose results ``make`` uses; if one is redone, so is this.
         folder: Where the files go, relative to the run folder; None: ``state/NAME``. Stages may
             share a folder: what lies there and belongs to no other stage is this stage's.
 
@@ -113,6 +115,7 @@ def stage(
         >>> [stage(run, "a", make, read) for _ in range(2)], made
         (['one', 'one'], ['once'])
     """
+    name = run.part + name
     place = run.folder / (folder or f"state/{name}")
     if name not in run.finished:
         place.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ def stage(
             for file in _files(run.folder, place)
             if file not in known
         }
-        entry = Entry(stage=name, needs=list(needs), files=files)
+        entry = Entry(stage=name, needs=[run.part + one for one in needs], files=files)
         _commit_point(f"before {name}")
         _write_manifest(run.folder, [*run.finished.values(), entry])
         run.finished[name] = entry

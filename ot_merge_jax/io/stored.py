@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import hf, safetensors
+from ot_merge_jax.io import hf
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
@@ -105,12 +104,10 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, St
 
 def stored(folder: ModelFolder, *, dtype: Any = None) -> tuple[ModelConfig, StoredParams]:
     """`open_stored` of a folder that has been opened."""
-    opened = hf.open_files(folder)
+    opened, held = hf.open_files(folder), hf.stored_dtypes(folder)
 
     def read(spec: specs.ParamSpec, l: int | None) -> np.ndarray:
-        names = spec.tensor_names()
-        held = [safetensors.DTYPES[folder.tensors[name].dtype] for name in names]
-        wanted = np.dtype(dtype) if dtype is not None else jnp.result_type(*held)
+        wanted = np.dtype(dtype) if dtype is not None else held[spec.path]
         broken: dict[str, dict[str, int]] = {}
         first = slice(None) if l is None else slice(l, l + 1)
         index = (first, *(slice(None),) * (len(spec.shape) - 1))

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
+from ot_merge_jax.evaluate.compare import paired_bootstrap
 from ot_merge_jax.evaluate.nll import Scores
-from ot_merge_jax.merge import NOTHING, Prepared, is_nothing_transferred
+from ot_merge_jax.merge import Prepared
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics
-from ot_merge_jax.types import Activations, HParams, MergeReport, MergeSpec, Potentials
+from ot_merge_jax.types import Activations, MergeReport, MergeSpec, Potentials
 
 _CURVE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
@@ -146,53 +146,3 @@ def compared(
             change = paired_bootstrap(one, scores["target"], metric=metric, seed=seed)
             result[name]["against_target"] = {"metric": metric, **change._asdict()}
     return result
-
-
-def verdict(
-    report: MergeReport,
-    hparams: HParams,
-    spec: MergeSpec,
-    change: Difference | None,
-    *,
-    is_auto: bool,
-) -> str:
-    """One sentence that says what the run has shown, and no more.
-
-    Args:
-        report: Diagnostics of the merge.
-        hparams: With the strength used.
-        spec: What moved and how.
-        change: Merge minus target on held-out text, or None if there was none.
-        is_auto: Whether the strength was chosen on the dev split.
-
-    Returns:
-        A line of plain text.
-    """
-    values = hparams.strength.values() if isinstance(hparams.strength, dict) else [hparams.strength]
-    if not any(values):
-        best = " was best on the dev split" if is_auto else ""
-        return f"strength 0{best}: the output is the target, unchanged."
-    amount = change and (
-        f"{change.difference:+.4f} nats per token, 95 % interval "
-        f"[{change.low:+.4f}, {change.high:+.4f}]"
-    )
-    if is_nothing_transferred(report, hparams):
-        seen = f"; the held-out change is {amount}" if amount else ""
-        return f"nothing of the source was transferred: {_why_nothing(report, spec)}{seen}."
-    if change is None:
-        return "merged; not evaluated (no held-out text was given)."
-    if change.low > 0:
-        return f"worse than the target on held-out text: {amount}."
-    if change.high < 0:
-        return f"better than the target on held-out text: {amount}; no controls were run."
-    return f"no measurable difference from the target on held-out text: {amount}."
-
-
-def _why_nothing(report: MergeReport, spec: MergeSpec) -> str:
-    """Why the transported weights all but vanished, and what to do."""
-    if spec.form == "joint":
-        return "the joint form vanishes; barycentric, and delta with a source base, do move it"
-    if not any(np.max(one.ratio_transported) > NOTHING for one in report.weights.values()):
-        same = "source and source base may be the same checkpoint"
-        return same if spec.rule == "delta" else "the source's weights may be next to zero"
-    return "the strength is next to zero; raise it"

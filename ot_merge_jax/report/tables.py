@@ -65,6 +65,33 @@ def evaluation_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
     return table
 
 
+def controls_table(report: Mapping[str, Any]) -> Table:
+    """One row for each control: the merge must be better than every one that applies."""
+    seeds = len(report["seeds"])
+    title = f"Controls ({seeds} calibration seed{'s' * (seeds > 1)})"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("control")
+    for name in ("nats/token", "minus target", "merge minus control, 95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in report["controls"].items():
+        if name in ("target", "source"):
+            continue  # they stand among the models
+        if "not_applicable" in one:
+            table.add_row(name, "", "", "not applicable")
+            continue
+        change = one.get("merge_minus_control") or one["beyond"]
+        table.add_row(
+            name if name != "unigram" else "unigram (*)",
+            f"{one['nll_per_token']:.4f}",
+            f"{one['against_target']['difference']:+.4f}",
+            f"{change['difference']:+.4f} \\[{change['low']:+.4f}, {change['high']:+.4f}]",
+        )
+    if "unigram" in report["controls"]:
+        table.caption = "(*) compared with a bias per token fitted to each of the two"
+        table.caption_justify = "left"
+    return table
+
+
 def samples(found: Sequence[Mapping[str, Any]]) -> Group:
     """Prompts, and below each what every model wrote, as `evaluate.samples.facts` has them."""
     blocks = []

@@ -27,20 +27,22 @@ from ot_merge_jax.types import Potentials
 #: Epsilons that a cost may span in kernel form. Beyond, the scalings leave float32 within a few
 #: iterations, and building the kernel again each time costs what the log form does.
 WIDEST = 1000.0
-#: Entries of the cost matrices that are solved side by side on CPU, where the cache is the limit,
-#: and on devices with memory of their own (1 GiB).
-_ENTRIES_ON_CPU, _ENTRIES = 1 << 18, 1 << 28
+#: Entries of the cost matrices that are solved side by side where the cache is the limit (CPU).
+_ENTRIES_IN_CACHE = 1 << 18
+#: Of a device with memory of its own, the share that costs, reduced costs and kernels may take.
+_SHARE = 1 / 8
 _CHECK_EVERY = 10
 
 
 def pairs_at_once(n: int, m: int) -> int:
-    """How many ``[n, m]`` problems to solve side by side on the default device.
+    """How many ``[n, m]`` problems to solve side by side, from the first device's own memory.
 
     Example:
         >>> pairs_at_once(128, 192) >= pairs_at_once(2048, 4096) >= 1
         True
     """
-    entries = _ENTRIES_ON_CPU if jax.default_backend() == "cpu" else _ENTRIES
+    own = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    entries = _ENTRIES_IN_CACHE if own is None else int(_SHARE * own) // 12
     return max(1, min(64, entries // (n * m)))
 
 

@@ -152,6 +152,8 @@ def calls(models, text_files):
     """Name of a merge -> its arguments without ``--out``."""
     calibration, heldout = text_files
     texts = ("--calibration", calibration, "--eval-text", heldout)
+    # they are tests/test_trials.py's matter, and every merge here would run them
+    texts += ("--controls", "none", "--continuations", "0")
 
     def one(preset, target, source, *more):
         return (

@@ -1,0 +1,235 @@
+"""What a merge must beat (SPEC section 10): the same merge with one thing broken.
+
+Each function breaks one thing that a merge is made from and leaves everything else as it is: mask,
+units, strengths that are tried. The control `unigram` breaks nothing and lives in
+`ot_merge_jax.evaluate.unigram`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import fuse
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.io.stored import StoredParams
+from ot_merge_jax.models import specs
+from ot_merge_jax.spaces import sites_of
+from ot_merge_jax.types import Activations, Coupling, MergeSpec, Params, VocabularyMatch
+
+#: Gaussian updates that a merge is compared with (SPEC section 10).
+NOISE_SEEDS = 5
+NOISE = tuple(f"noise {number + 1}" for number in range(NOISE_SEEDS))
+#: Every control but `unigram`, in the order of SPEC section 10.
+BROKEN = ("shrink", *NOISE, "permuted", "wrong-layer", "wrong-source")
+
+
+def arms(kinds: Sequence[str]) -> list[str]:
+    """The controls that some kinds (as a recipe names them) stand for, in order.
+
+    Example:
+        >>> arms(["unigram", "noise"])
+        ['noise 1', 'noise 2', 'noise 3', 'noise 4', 'noise 5', 'unigram']
+    """
+    return [name for name in (*BROKEN, "unigram") if name.split(" ")[0] in kinds]
+
+
+def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = True) -> str | None:
+    """Why a control does not apply to a merge; None if it does.
+
+    Args:
+        name: One of `BROKEN`, or ``unigram``.
+        spec: What the merge moves and how.
+        source_layers: Of the source.
+        has_dev: Whether there is a dev split.
+
+    Example:
+        >>> why_not("shrink", spec=MergeSpec(rule="delta"), source_layers=4)
+        'under rule delta it is the target itself'
+    """
+    if name == "shrink" and spec.rule != "interpolate":
+        return f"under rule {spec.rule} it is the target itself"
+    if name == "wrong-layer" and not sites_of(spec.weights):
+        return "no weight moves by a layer coupling"
+    if name == "wrong-layer" and source_layers == 1:
+        return "the source has one layer"
+    if name == "unigram" and not has_dev:
+        return "there is no dev split to choose its share on"
+    return None
+
+
+def shrink(moved: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Transported weights of 0: what the target's own weights become without a source.
+
+    Example:
+        >>> shrink({"embed_tokens/embedding": jnp.ones((2, 2))})["embed_tokens/embedding"].sum()
+        Array(0., dtype=float32)
+    """
+    return {path: jnp.zeros_like(leaf) for path, leaf in moved.items()}
+
+
+def noise(
+    target: Params,
+    moved: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
+    *,
+    spec: MergeSpec,
+    seed: int,
+) -> dict[str, jax.Array]:
+    """Gaussian numbers with the Frobenius norm of the update of every matrix, in its mask.
+
+    Args:
+        target: Parameters of the target.
+        moved: Path -> transported weight.
+        masks: Path -> mask.
+        spec: ``rule`` says what the update is.
+        seed: Of the numbers.
+
+    Returns:
+        Path -> what stands in for the transported weight, so that the rule makes that update of it.
+
+    Example:
+        >>> params, moved = {"w": jnp.zeros((2, 2))}, {"w": jnp.full((2, 2), 3.0)}
+        >>> found = noise(params, moved, {}, spec=MergeSpec(rule="delta"), seed=0)["w"]
+        >>> round(float(jnp.linalg.norm(found)), 3)
+        6.0
+    """
+    found = {}
+    for path, leaf in moved.items():
+        rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+        drawn = jnp.asarray(rng.standard_normal(leaf.shape, dtype=np.float32))
+        weight, mask = specs.get(target, path), masks.get(path)
+        update = fuse.update(weight, leaf, mask, rule=spec.rule)
+        drawn = drawn if mask is None else mask * drawn
+        axes = tuple(range(path.startswith("layers/"), leaf.ndim))  # a stack is many matrices
+        size = jnp.sqrt(jnp.sum(drawn * drawn, axes, keepdims=True))
+        wanted = jnp.sqrt(jnp.sum(update * update, axes, keepdims=True))
+        step = drawn * wanted / jnp.where(size > 0, size, 1.0)
+        found[path] = step + weight.astype(jnp.float32) if spec.rule == "interpolate" else step
+    return found
+
+
+class _Permuted:
+    """Stacked rows ``[M, t, m]`` with their neurons in another order, read a layer at a time."""
+
+    def __init__(self, values: Any, order: np.ndarray):
+        """The rows, and the old place of each neuron."""
+        self._values, self._order = values, order
+        self.shape = values.shape
+
+    def __getitem__(self, m: Any) -> Any:
+        """One layer."""
+        return np.asarray(self._values[m])[..., self._order]
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return len(self._values)
+
+
+def permuted(coupling: Coupling, source: Activations, *, seed: int) -> tuple[Coupling, Activations]:
+    """Plans whose columns are permuted, one permutation of the source's neurons for each site.
+
+    The plan of a pair is rebuilt from potentials and rows, so both are permuted; the units
+    (standard deviations) are not.
+
+    Args:
+        coupling: From `ot_merge_jax.transport.coupling.couple`.
+        source: The source's activations it was made from.
+        seed: Of the permutations.
+
+    Returns:
+        Both, as `ot_merge_jax.merge.move` takes them.
+    """
+    feature, values = dict(coupling.feature), dict(source.values)
+    for site, found in coupling.feature.items():
+        order = _order(found.g.shape[-1], seed, site)
+        feature[site] = found._replace(g=found.g[..., order])
+        values[site] = _Permuted(source.values[site], order)  # pyright: ignore[reportArgumentType]
+    return coupling._replace(feature=feature), source._replace(values=values)
+
+
+def permuted_tokens(matched: VocabularyMatch, *, seed: int) -> VocabularyMatch:
+    """A vocabulary match whose source rows are permuted.
+
+    Example:
+        >>> matched = VocabularyMatch(jnp.arange(9), jnp.arange(9))
+        >>> sorted(permuted_tokens(matched, seed=0).source_ids.tolist()) == list(range(9))
+        True
+    """
+    order = _order(len(matched.source_ids), seed, "vocabulary")
+    return matched._replace(source_ids=matched.source_ids[order])
+
+
+def wrong_layers(coupling: Coupling, *, seed: int) -> Coupling:
+    """A coupling whose source layers are shuffled, alike at every site; none keeps its place.
+
+    Neurons still correspond as the transport of the layers that are now paired says.
+
+    Args:
+        coupling: Of at least two source layers.
+        seed: Of the shuffle.
+    """
+    count = next(iter(coupling.layer.values())).shape[1]
+    # a random cycle: every layer goes to another one's place
+    cycle = np.random.default_rng(seed).permutation(count)
+    order = np.empty(count, np.int64)
+    order[cycle] = np.roll(cycle, 1)
+    return coupling._replace(layer={site: plan[:, order] for site, plan in coupling.layer.items()})
+
+
+def _order(count: int, seed: int, name: str) -> np.ndarray:
+    """A seeded permutation of its own for each name."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(count)
+
+
+def random_source(
+    cfg: ModelConfig, *, seed: int, std: float = 0.02, is_held: bool = True
+) -> Params:
+    """Parameters of a model that has learned nothing, as transformers makes them.
+
+    Args:
+        cfg: Of the source (of the source base, for rule ``delta``).
+        seed: Of the weights.
+        std: Their standard deviation.
+        is_held: Whether all of them are made at once; otherwise each when it is asked for.
+
+    Returns:
+        Nested parameters, float32.
+
+    Example:
+        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.io.folder import open_folder
+        >>> cfg = open_folder(assets.path("sibling")).cfg
+        >>> held, read = (random_source(cfg, seed=0, is_held=one) for one in (True, False))
+        >>> bool((held["layers"]["mlp"]["up_proj"]["kernel"][1]
+        ...       == read["layers"]["mlp"]["up_proj"]["kernel"][1]).all())
+        True
+    """
+
+    def leaf(spec: specs.ParamSpec, l: int | None) -> np.ndarray:
+        shape = spec.shape if l is None else spec.shape[1:]
+        if spec.path.endswith("scale"):
+            return np.full(shape, 1.0 - cfg.style.unit_offset, np.float32)
+        if spec.path.endswith("bias"):
+            return np.zeros(shape, np.float32)
+        drawn = np.random.default_rng([seed, zlib.crc32(spec.path.encode()), l or 0])
+        return np.float32(std) * drawn.standard_normal(shape, dtype=np.float32)
+
+    table = {spec.path: spec for spec in specs.param_specs(cfg)}
+    if not is_held:
+        return StoredParams(leaf, table)
+    return specs.unflatten(
+        {
+            path: jnp.asarray(
+                np.stack([leaf(spec, l) for l in range(spec.shape[0])])
+                if spec.is_stacked
+                else leaf(spec, None)
+            )
+            for path, spec in table.items()
+        }
+    )

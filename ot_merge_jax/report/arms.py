@@ -1,0 +1,103 @@
+"""What the controls of a run showed, as plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ot_merge_jax import controls
+from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
+from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.recipe import CONTROLS
+from ot_merge_jax.report.verdict import Compared, Verdict, judge
+from ot_merge_jax.trials import Setting, Trial, every_seed, pooled, why_not
+
+_METRIC = {"metric": "nll_per_token"}  # all of them have the target's tokenizer
+
+
+def against(pairs: Sequence[tuple[Scores, Scores]], *, seed: int) -> Compared:
+    """First minus second of every pair, and of all of them together.
+
+    Args:
+        pairs: Scores of the same documents, a pair for each calibration seed.
+        seed: Of the bootstrap.
+    """
+    seeds = [paired_bootstrap(*one, seed=seed) for one in pairs]
+    if len(seeds) == 1:
+        return Compared(seeds[0], seeds)
+    first, second = (pooled(side) for side in zip(*pairs, strict=True))
+    return Compared(paired_bootstrap(first, second, seed=seed), seeds)
+
+
+def outcome(trials: Sequence[Trial], setting: Setting) -> tuple[Verdict, Compared, dict[str, Any]]:
+    """The verdict of several calibration seeds, merge minus target, and `facts`.
+
+    Args:
+        trials: Of every calibration seed.
+        setting: Of the first.
+    """
+    recipe, target = setting.inputs.recipe, setting.target
+    merge = against([(one.arms["merge"].scores, target) for one in trials], seed=recipe.seed)
+    found = {name: against(pairs, seed=recipe.seed) for name, pairs in every_seed(trials).items()}
+    missing = [name for name in CONTROLS if name not in recipe.controls]
+    measured = judge(merge, found, missing=missing)
+    return measured, merge, facts(trials, target, merge, found, setting)
+
+
+def facts(
+    trials: Sequence[Trial],
+    target: Scores,
+    merge: Compared,
+    found: Mapping[str, Compared],
+    setting: Setting,
+) -> dict[str, Any]:
+    """What several calibration seeds and the controls showed.
+
+    Args:
+        trials: Of every calibration seed.
+        target: The target's scores on the held-out text.
+        merge: Merge minus target.
+        found: Merge minus every control.
+        setting: Of the first trial.
+
+    Returns:
+        ``seeds``; ``per_seed``: seed, strength and gain over the target; ``controls``: for every
+        one that was asked for ``{"not_applicable": why}``, or totals, ``strength`` (of the first
+        seed), ``against_target`` (control minus target), ``merge_minus_control`` and ``seeds`` (the
+        same of each); of ``unigram`` instead ``gamma`` and ``beyond``: merge and target with a bias
+        each.
+    """
+    recipe = setting.inputs.recipe
+    every = every_seed(trials)
+    controlled: dict[str, Any] = {}
+    for name in controls.arms(recipe.controls):
+        if (why := why_not(setting, name)) is not None:
+            controlled[name] = {"not_applicable": why}
+            continue
+        alone = [control for _, control in every[name]]
+        change = against([(one, target) for one in alone], seed=recipe.seed).pooled
+        shared = {**pooled(alone).totals, "against_target": {**_METRIC, **change._asdict()}}
+        of_merge = {**_METRIC, **found[name].pooled._asdict()}
+        seeds = _by_seed(trials, found[name].seeds)
+        if name == "unigram":
+            gammas = {role: one.gamma for role, one in trials[0].biased.items()}
+            beyond = {**of_merge, "seeds": seeds, "merge_gamma": gammas["merge"]}
+            controlled[name] = {**shared, "gamma": gammas["target"], "beyond": beyond}
+            continue
+        arm = trials[0].arms[name]
+        strength = {"chosen": arm.strength, "tried": arm.points}
+        own = {"strength": strength, "merge_minus_control": of_merge, "seeds": seeds}
+        controlled[name] = {**shared, **own}
+    per_seed = [
+        {**fact, "strength": one.arms["merge"].strength}
+        for one, fact in zip(trials, _by_seed(trials, merge.seeds), strict=True)
+    ]
+    seeds = [one.seed for one in trials]
+    return {"seeds": seeds, "per_seed": per_seed, "controls": controlled}
+
+
+def _by_seed(trials: Sequence[Trial], changes: Sequence[Difference]) -> list[dict[str, Any]]:
+    """The difference of every calibration seed."""
+    return [
+        {"seed": one.seed, **change._asdict()} for one, change in zip(trials, changes, strict=True)
+    ]

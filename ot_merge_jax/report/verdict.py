@@ -1,0 +1,168 @@
+"""One sentence that says what a run has shown, and no more (the rule of SPEC section 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from ot_merge_jax import fuse
+from ot_merge_jax.evaluate.compare import Difference
+from ot_merge_jax.merge import NOTHING, is_nothing_transferred
+from ot_merge_jax.types import HParams, MergeReport, MergeSpec
+
+Outcome = Literal[
+    "improved",
+    "better",
+    "no measurable difference",
+    "worse",
+    "unchanged",
+    "nothing transferred",
+    "not evaluated",
+]
+
+
+class Verdict(NamedTuple):
+    """What a run has shown.
+
+    Attributes:
+        outcome: ``improved`` only by the whole rule; ``better`` than the target where controls are
+            missing from it.
+        sentence: The same with its numbers, one line.
+    """
+
+    outcome: Outcome
+    sentence: str
+
+
+class Compared(NamedTuple):
+    """The merge minus something else.
+
+    Attributes:
+        pooled: Over all calibration seeds, by the mean loss of each document.
+        seeds: Of each seed.
+    """
+
+    pooled: Difference
+    seeds: Sequence[Difference]
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the pooled interval lies below 0 and every seed agrees in sign."""
+        return self.pooled.high < 0 and all(one.difference < 0 for one in self.seeds)
+
+
+def judge(
+    against: Compared | None,
+    controls: Mapping[str, Compared],
+    *,
+    missing: Sequence[str],
+) -> Verdict:
+    """The rule of SPEC section 10.
+
+    Args:
+        against: Merge minus target on held-out text; None if there was none.
+        controls: For every control that applies and ran, merge minus control; for ``unigram`` the
+            merge with its own bias minus the target with its own.
+        missing: Kinds of control that were not run.
+
+    Returns:
+        The verdict, in nats per token.
+
+    Example:
+        >>> clear, unclear = Difference(-0.1, -0.2, -0.05), Difference(-0.1, -0.2, 0.05)
+        >>> better, vague = (Compared(one, [one]) for one in (clear, unclear))
+        >>> judge(better, {"unigram": better}, missing=[]).outcome
+        'improved'
+        >>> judge(better, {"unigram": vague}, missing=[]).outcome
+        'no measurable difference'
+        >>> judge(better, {}, missing=["permuted", "unigram"]).outcome
+        'better'
+    """
+    if against is None:
+        return Verdict("not evaluated", "merged; not evaluated (no held-out text was given).")
+    amount = said(against.pooled)
+    count = len(against.seeds)
+    seeds = "one calibration seed" if count == 1 else f"{count} calibration seeds agree"
+    if against.pooled.low > 0:
+        return Verdict("worse", f"worse than the target on held-out text: {amount}.")
+    if against.pooled.high >= 0:
+        where = "no measurable difference from the target on held-out text"
+        return Verdict("no measurable difference", f"{where}: {amount}.")
+    if not against.is_better:
+        signs = ", ".join(f"{one.difference:+.4f}" for one in against.seeds)
+        return Verdict(
+            "no measurable difference",
+            f"the calibration seeds disagree on held-out text: {signs} nats per token.",
+        )
+    failed = [(name, one.pooled) for name, one in controls.items() if not one.is_better]
+    better = f"better than the target on held-out text: {amount}"
+    if failed:
+        name, change = failed[0]
+        than = "gain beyond unigram" if name == "unigram" else f"difference from control {name}"
+        others = f" (likewise {', '.join(name for name, _ in failed[1:])})" if failed[1:] else ""
+        return Verdict(
+            "no measurable difference",
+            f"no measurable {than}: {said(change)}{others}; {better}.",
+        )
+    beyond = controls.get("unigram")
+    gain = f"; beyond unigram {said(beyond.pooled)}" if beyond else ""
+    if missing:
+        ran = "no controls were run" if not controls else f"not run: {', '.join(missing)}"
+        return Verdict("better", f"{better}{gain}; {seeds}; {ran}.")
+    return Verdict(
+        "improved", f"improved: {better}, and than every control that applies{gain}; {seeds}."
+    )
+
+
+def said(change: Difference) -> str:
+    """A difference in words.
+
+    Example:
+        >>> said(Difference(-0.1, -0.2, -0.05))
+        '-0.1000 nats per token, 95 % interval [-0.2000, -0.0500]'
+    """
+    return (
+        f"{change.difference:+.4f} nats per token, 95 % interval "
+        f"[{change.low:+.4f}, {change.high:+.4f}]"
+    )
+
+
+def of_merge(
+    measured: Verdict,
+    report: MergeReport,
+    hparams: HParams,
+    spec: MergeSpec,
+    against: Compared | None,
+    *,
+    is_auto: bool,
+) -> Verdict:
+    """The verdict of a run: what was measured, unless nothing can have been transferred.
+
+    Args:
+        measured: From `judge`.
+        report: Diagnostics of the merge.
+        hparams: With the strength used.
+        spec: What moved and how.
+        against: Merge minus target on held-out text, or None if there was none.
+        is_auto: Whether the strength was chosen on the dev split.
+    """
+    if not fuse.is_moving(hparams.strength):
+        best = " was best on the dev split" if is_auto else ""
+        return Verdict("unchanged", f"strength 0{best}: the output is the target, unchanged.")
+    if is_nothing_transferred(report, hparams):
+        seen = f"; the held-out change is {said(against.pooled)}" if against else ""
+        why = f"nothing of the source was transferred: {_why_nothing(report, spec)}{seen}."
+        return Verdict("nothing transferred", why)
+    return measured
+
+
+def _why_nothing(report: MergeReport, spec: MergeSpec) -> str:
+    """Why the transported weights all but vanished, and what to do."""
+    if spec.form == "joint":
+        return "the joint form vanishes; barycentric, and delta with a source base, do move it"
+    if not any(np.max(one.ratio_transported) > NOTHING for one in report.weights.values()):
+        same = "source and source base may be the same checkpoint"
+        return same if spec.rule == "delta" else "the source's weights may be next to zero"
+    return "the strength is next to zero; raise it"
