@@ -179,6 +179,7 @@ class Report(Part):
     controls: dict[str, Entry] = {}
     evaluation: dict[str, Entry] = {}
     strength: Strength = Strength()
+    pooled: Difference | None = None
     per_seed: list[Difference] = []
     samples: list[Sample] = []
     weights: dict[str, Weight] = {}

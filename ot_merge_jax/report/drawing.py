@@ -38,7 +38,7 @@ _PNG_DPI = 120
 #: Larger numbers are not drawn: an axis of such numbers would show nothing else.
 _LARGEST = 1e9
 _NO_METADATA = ("Creator", "Date", "Format", "Type")
-_RC = {
+_RC: dict[Any, Any] = {
     "axes.edgecolor": INK, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
     "axes.titlesize": 11, "axes.labelsize": 11, "xtick.labelsize": 10, "ytick.labelsize": 10,

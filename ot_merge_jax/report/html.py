@@ -112,7 +112,8 @@ def render(run: Run, drawn: Mapping[str, str], *, style: str) -> str:
         report=report,
         made=run.provenance,
         recipe=run.recipe,
-        merge=report.evaluation.get("merge", Entry()).against_target,
+        merge=_gain(report),
+        headline=_headline(report),
         rows=rows,
         documents=report.evaluation.get("target", Entry()).documents,
         has_kl=any(one.entry.kl_to_base is not None for one in rows),
@@ -165,17 +166,31 @@ def _rows(report: Report) -> list[Row]:
             continue
         kind = name.removesuffix(" 1")  # of several seeds the first says what they are
         change = one.against_target
-        merge = report.evaluation.get("merge", Entry()).against_target
         rows.append(
             Row(
                 name,
                 _ROLES.get(name) or _CONTROLS.get(kind, ""),
                 one,
-                merge if name == "target" else one.merge_minus_control,
+                _gain(report) if name == "target" else one.merge_minus_control,
                 change is not None and change.metric == "bits_per_byte",
             )
         )
     return rows
+
+
+def _gain(report: Report) -> Difference | None:
+    """The merge minus the target: over all calibration seeds, where that is known."""
+    return report.pooled or report.evaluation.get("merge", Entry()).against_target
+
+
+def _headline(report: Report) -> str:
+    """What `_gain` is."""
+    seeds = len(report.seeds)
+    if seeds < 2:
+        return "merge minus target on held-out text"
+    if report.pooled is not None:
+        return f"merge minus target on held-out text, {seeds} calibration seeds together"
+    return f"the merge that was written (seed {report.seeds[0]}) minus target on held-out text"
 
 
 def _moved(weight: Weight) -> list[str]:

@@ -46,11 +46,11 @@ def _differences(figure: Figure, report: Report) -> bool:
     """The merge minus everything it was compared with, as points with intervals."""
     compared: dict[str, Difference | None] = {}
     if merge := report.evaluation.get("merge"):
-        compared["target"] = merge.against_target
+        compared["target"] = report.pooled or merge.against_target
     for name, one in report.controls.items():
         compared[name] = compared.get(name) or one.merge_minus_control
         if one.beyond is not None:
-            compared["target + unigram"] = one.beyond
+            compared["beyond unigram"] = one.beyond
     rows = [
         (name, one)
         for name, one in compared.items()
@@ -268,7 +268,8 @@ def _r2(figure: Figure, report: Report) -> bool:
     for place, (site, (r2, permuted)) in enumerate(found.items()):
         look = drawing.look(place)
         axes.plot(r2, **look, label=drawing.word(site))
-        axes.plot(permuted, **look | {"linestyle": ":"}, linewidth=1.1, fillstyle="none")
+        dotted: dict[str, Any] = {**look, "linestyle": ":"}
+        axes.plot(permuted, **dotted, linewidth=1.1, fillstyle="none")
     axes.plot([], [], ":", color=drawing.INK, label="permuted plan")
     drawing.layer_axis(axes)
     axes.set_ylim(None, 1.05)
@@ -290,11 +291,13 @@ def _norms(figure: Figure, report: Report) -> bool:
         for axes, values in zip(panels, (one.ratio_transported, one.ratio_change), strict=True):
             ratio = drawing.values(values)
             ratio = np.where(ratio > 0, ratio, np.nan)  # 0 has no place on a logarithmic axis
-            look = drawing.look(place) | {"label": drawing.word(name)}
+            look, label = drawing.look(place), drawing.word(name)
             if not one.is_by_token:
-                axes.plot(ratio, **look)
+                axes.plot(ratio, **look, label=label)
             elif np.isfinite(ratio).any():
-                axes.axhline(np.nanmean(ratio), **look | {"marker": None, "linestyle": "--"})
+                axes.axhline(
+                    float(np.nanmean(ratio)), color=look["color"], linestyle="--", label=label
+                )
     for axes, what in zip(panels, ("carried / weight", "change / weight"), strict=True):
         if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
             axes.set_yscale("log")

@@ -68,12 +68,16 @@ def report(target_layers=3, source_layers=5, *, sites=("mlp_in", "gate_out", "do
         "outcome": "improved",
         "warnings": ["The chosen strength 1.2 is the largest that was tried."],
         "seeds": [0, 1],
+        "pooled": difference(-0.15),
         "per_seed": [difference(-0.15, seed=seed, strength=0.8) for seed in (0, 1)],
         "controls": {
             "target": target, "source": source, "shrink": {"not_applicable": "it equals the base"},
             **noise, "permuted": control(-0.14), "wrong-layer": control(-0.003),
             "wrong-source": control(-0.1),
-            "unigram": control(-0.1, gamma=0.5, beyond=beyond),
+            "unigram": {
+                "documents": 9, "tokens": 90, "nll_per_token": 4.3, "bits_per_byte": 2.15,
+                "against_target": difference(-0.1), "gamma": 0.5, "beyond": beyond,
+            },
         },
         "evaluation": {"target": target, "merge": merge, "source": source},
         "strength": {

@@ -71,9 +71,11 @@ def test_report_says_what_the_run_found(tmp_path):
     page = assert_nothing_acts(text)
     for words in (
         "big into small",
-        "improved -0.1500 [-0.1600, -0.1400] nats per token",
+        "improved -0.1500 [-0.1600, -0.1400] nats per token merge minus target on held-out text, "
+        "2 calibration seeds together",
         "not applicable: it equals the base",
-        "wrong-layer the same plans, source layers shuffled -0.0030 [-0.0130, +0.0070] no difference "
+        "wrong-layer the same plans, source layers shuffled "
+        "-0.0030 [-0.0130, +0.0070] no difference "
         "-0.0100 [-0.0200, +0.0000] no difference 4.2000 2.1000 -",
         "source the ceiling -0.7000 [-0.7100, -0.6900] bits per byte better other tokens 2.2000 -",
         "beyond unigram merge and target, each with a bias of its own per token "
