@@ -33,6 +33,7 @@ COLOURS = (
 _MARKERS = "os^DvPX"
 INK = "#010203"  # stands for the colour of the text around an SVG
 WIDTH = 4.6  # inches of 72 units: the width of a phone, so that a font is as large as it says
+_CROWD = 24  # layers on an axis from which on each is not marked
 _LEVELS = 24  # colours of a heat map
 _PNG_DPI = 120
 #: Larger numbers are not drawn: an axis of such numbers would show nothing else.
@@ -130,11 +131,16 @@ def word(text: str) -> str:
     return plain if len(plain) <= 24 else f"{plain[:21]}..."
 
 
-def look(place: int) -> dict[str, Any]:
-    """Colour, marker and line of one of several curves; when colours are used up, lines change."""
+def look(place: int, *, points: int = 0) -> dict[str, Any]:
+    """Colour, marker and line of one of several curves; when colours are used up, lines change.
+
+    Args:
+        place: Of the curve among the others.
+        points: How many it has; many of them leave no room for markers.
+    """
     return {
         "color": COLOURS[place % len(COLOURS)][0],
-        "marker": _MARKERS[place % len(_MARKERS)],
+        "marker": _MARKERS[place % len(_MARKERS)] if points <= _CROWD else "",
         "linestyle": ("-", "--", "-.")[place // len(COLOURS) % 3],
     }
 
@@ -225,11 +231,12 @@ def colour_scale(figure: Figure, label: str, ticks: np.ndarray) -> None:
 
 
 def layer_ticks(axes: Axes, grid: np.ndarray) -> None:
-    """Layers counted from 0 on both axes, and a dot at each target layer's most coupled one."""
+    """Layers counted from 0 on both axes, and in each row of few a dot at its largest."""
     axes.grid(visible=False)
     for size, ticks in ((grid.shape[1], axes.set_xticks), (grid.shape[0], axes.set_yticks)):
         layers = np.arange(0, size, max(1, math.ceil(size / 8)))
         ticks(layers + 0.5, [str(one) for one in layers])
     rows = np.flatnonzero(np.isfinite(grid).any(1))
-    best = np.nanargmax(grid[rows], 1) if len(rows) else rows
-    axes.plot(best + 0.5, rows + 0.5, "o", color="#000000", markersize=3 if len(grid) < 20 else 1.5)
+    if 0 < len(rows) <= _CROWD:
+        best = np.nanargmax(grid[rows], 1)
+        axes.plot(best + 0.5, rows + 0.5, "o", color="#000000", markersize=3)

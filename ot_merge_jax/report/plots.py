@@ -266,7 +266,7 @@ def _r2(figure: Figure, report: Report) -> bool:
     axes = drawing.panel(figure, 2.6, names=len(found) + 1)
     axes.axhline(0, color=drawing.INK, linewidth=1)
     for place, (site, (r2, permuted)) in enumerate(found.items()):
-        look = drawing.look(place)
+        look = drawing.look(place, points=len(r2))
         axes.plot(r2, **look, label=drawing.word(site))
         dotted: dict[str, Any] = {**look, "linestyle": ":"}
         axes.plot(permuted, **dotted, linewidth=1.1, fillstyle="none")
@@ -282,7 +282,7 @@ def _norms(figure: Figure, report: Report) -> bool:
     """Norms of what was carried and of the change, relative to the weight, for each layer."""
     if all(one.is_by_token for one in report.weights.values()):
         return False
-    below = drawing.panel(figure, 4.0, names=len(report.weights))
+    below = drawing.panel(figure, 4.0, names=len(report.weights), left=1.05)
     box = below.get_position()
     below.set_position((box.x0, box.y0, box.width, 0.46 * box.height))
     above = figure.add_axes((box.x0, box.y0 + 0.54 * box.height, box.width, 0.46 * box.height))
@@ -291,7 +291,7 @@ def _norms(figure: Figure, report: Report) -> bool:
         for axes, values in zip(panels, (one.ratio_transported, one.ratio_change), strict=True):
             ratio = drawing.values(values)
             ratio = np.where(ratio > 0, ratio, np.nan)  # 0 has no place on a logarithmic axis
-            look, label = drawing.look(place), drawing.word(name)
+            look, label = drawing.look(place, points=len(ratio)), drawing.word(name)
             if not one.is_by_token:
                 axes.plot(ratio, **look, label=label)
             elif np.isfinite(ratio).any():
