@@ -10,6 +10,7 @@ import typer
 from ot_merge_jax.commands.demo import demo
 from ot_merge_jax.commands.evaluate import evaluate
 from ot_merge_jax.commands.inspect import families, inspect
+from ot_merge_jax.commands.report import report
 from ot_merge_jax.commands.run import run
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command("eval")(evaluate)
+app.command()(report)
 app.command()(inspect)
 app.command()(families)
 app.command()(demo)

@@ -12,6 +12,7 @@ import numpy as np
 from ot_merge_jax.io import adapter, checkpoint, hub, provenance, records
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.report import html
 from ot_merge_jax.types import Coupling, MergeReport, WeightReport
 
 #: Every file of a model folder that decides what a run writes.
@@ -68,7 +69,7 @@ def write(
     """Writes the details of a run into the folder of its model.
 
     Of two runs with the same inputs only ``wall_seconds`` and ``peak_memory_bytes`` in
-    ``provenance.json`` differ.
+    ``provenance.json`` differ, and the lines of ``report.html`` that show them.
 
     Args:
         folder: Holds the model.
@@ -118,6 +119,7 @@ def write(
         **provenance.environment(),
     }
     checkpoint.save_json(details / "provenance.json", whole)
+    html.write(details)
 
 
 def _by_role(folders: Mapping[str, ModelFolder]) -> dict[str, tuple[Path, hub.Origin | None]]:

@@ -42,7 +42,11 @@ def has_the_files_of_the_target_and_ours_and_no_others(merge):
     expected = {path.name for path in merge.target.iterdir()} | {"README.md", "ot_merge"}
     assert {path.name for path in merge.out.iterdir()} == expected
     details = {path.name for path in (merge.out / "ot_merge").iterdir()}
-    assert details == {"recipe.yaml", "provenance.json", "report.json", "coupling"}
+    assert details == {
+        "recipe.yaml", "provenance.json", "report.json", "report.html", "plots", "coupling",
+    }  # fmt: skip
+    plots = {path.suffix for path in (merge.out / "ot_merge" / "plots").iterdir()}
+    assert plots == {".svg", ".png"}
     assert not [path for pattern in OTHER_WEIGHTS for path in merge.out.rglob(pattern)]
     assert not any(path.is_symlink() for path in merge.out.rglob("*"))
 

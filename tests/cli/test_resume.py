@@ -45,6 +45,8 @@ def published(folder):
     }
     side = json.loads(found["ot_merge/provenance.json"])
     found["ot_merge/provenance.json"] = {k: v for k, v in side.items() if k not in OF_THE_PROCESS}
+    lines = found["ot_merge/report.html"].splitlines()
+    found["ot_merge/report.html"] = [one for one in lines if b'class="process"' not in one]
     return found
 
 

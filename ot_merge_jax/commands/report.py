@@ -1,0 +1,43 @@
+"""`ot-merge report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ot_merge_jax.console import OUT, Json, Verbose, guarded, print_json, say
+from ot_merge_jax.errors import InputError
+
+
+@guarded
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder that a run wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write [OUT/ot_merge/report.html, and its plots].")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing --out file.")
+    ] = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the report of a run again, from what lies in its folder."""
+    from ot_merge_jax.report import document, html
+
+    details = document.details_of(run)
+    if out is not None and (out.is_dir() or (out.exists() and not overwrite)):
+        advice = "name a file in it" if out.is_dir() else "choose another or pass --overwrite"
+        raise InputError(f"The file {out} exists; {advice}.")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"There is no folder {out.parent} to write {out.name} into; make it.")
+    files = html.write(details, file=out)
+    found = document.read(details).report
+    if as_json:
+        print_json(
+            {"outcome": found.outcome, "verdict": found.verdict, "files": [str(f) for f in files]}
+        )
+        return
+    say(f"verdict: {found.verdict}", OUT)
+    say(f"written: {files[0]}", OUT)

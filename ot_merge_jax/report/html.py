@@ -1,0 +1,280 @@
+"""A run as one HTML file for people, with its plots beside it. Reads the run's folder alone.
+
+The file needs no network and runs no script: its plots are SVG inside it, its policy forbids the
+rest. What a model, a text or a name says is shown, never interpreted.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.report import document
+from ot_merge_jax.report.document import Difference, Entry, Report, Run, Strength, Weight
+from ot_merge_jax.report.tables import visible
+
+FILE = "report.html"
+PLOTS = "plots"
+_TEMPLATE = "report.html.jinja"
+_METRICS = {"nll_per_token": "nats per token", "bits_per_byte": "bits per byte"}
+_ROLES = {"target": "the base, untouched", "source": "the ceiling", "merge": "the result"}
+#: What each control changes (SPEC section 10).
+_CONTROLS = {
+    "shrink": "nothing is carried; the weights only shrink",
+    "noise": "noise of the same size instead of what was carried",
+    "permuted": "the same plans, source neurons shuffled",
+    "wrong-layer": "the same plans, source layers shuffled",
+    "wrong-source": "aligned with a source of random weights",
+    "unigram": "no merge: one bias per token of the vocabulary",
+}
+
+
+class Row(NamedTuple):
+    """A line of the table of models and controls.
+
+    Attributes:
+        name: Of the model or control.
+        note: What it is.
+        entry: Its numbers.
+        merge_minus: The merge minus this one.
+        has_own_tokens: Whether its loss per token cannot be compared with the target's.
+    """
+
+    name: str
+    note: str
+    entry: Entry
+    merge_minus: Difference | None
+    has_own_tokens: bool
+
+
+def write(details: Path, *, file: Path | None = None) -> list[Path]:
+    """Writes ``report.html``, and each plot as SVG and PNG in ``plots/``, beside ``report.json``.
+
+    Two reports of one run are the same bytes.
+
+    Args:
+        details: Holds ``report.json``, ``provenance.json`` and ``recipe.yaml``.
+        file: Where the report alone goes, instead of all files into the folder.
+
+    Returns:
+        The files, the report first.
+
+    Raises:
+        InputError: if a file of the run is missing or damaged, or ``plots`` is a link.
+    """
+    run = document.read(details)
+    folder = details / PLOTS
+    if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
+        raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of caches and fonts
+    from ot_merge_jax.report import drawing, plots  # noqa: PLC0415, matplotlib takes a second
+
+    drawn = plots.draw(run.report)
+    page = render(run, {one.name: one.inline for one in drawn}, style=drawing.style()).encode()
+    if file is not None:
+        _replace(file, page)
+        return [file]
+    contents = {details / FILE: page}
+    for one in drawn:
+        contents[folder / f"{one.name}.svg"] = one.svg.encode()
+        contents[folder / f"{one.name}.png"] = one.png
+    for path, content in contents.items():
+        _replace(path, content)
+    return list(contents)
+
+
+def render(run: Run, drawn: Mapping[str, str], *, style: str) -> str:
+    """The page.
+
+    Args:
+        run: What the run found.
+        drawn: Name of a plot -> SVG.
+        style: CSS that the plots need.
+
+    Returns:
+        HTML.
+    """
+    report = run.report
+    names = {role: one.name for role, one in run.provenance.inputs.items()}
+    rows = _rows(report)
+    return _template().render(
+        title=" into ".join(names[role] for role in ("source", "target") if role in names),
+        report=report,
+        made=run.provenance,
+        recipe=run.recipe,
+        merge=_gain(report),
+        headline=_headline(report),
+        rows=rows,
+        documents=report.evaluation.get("target", Entry()).documents,
+        has_kl=any(one.entry.kl_to_base is not None for one in rows),
+        has_controls=bool(report.controls.keys() - {"target", "source"}),
+        beyond=next((one.beyond for one in report.controls.values() if one.beyond), None),
+        chosen=_strengths(report.strength.chosen),
+        tone={"improved": "better", "worse": "worse"}.get(report.outcome or "", ""),
+        is_zero=_is_zero(report.strength),
+        split=_split(report),
+        moved={name: _moved(one) for name, one in report.weights.items()},
+        plots={name: Markup(one) for name, one in drawn.items()},
+        style=Markup(style),
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The template; every value is escaped, its control characters written out."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_seen,
+    )
+    environment.filters |= {
+        "number": _number, "amount": _amount, "reading": _reading, "strengths": _strengths,
+        "bytes": _bytes,
+    }  # fmt: skip
+    text = importlib.resources.files(__package__ or "").joinpath(_TEMPLATE).read_text("utf-8")
+    return environment.from_string(text)
+
+
+def _seen(value: Any) -> Any:
+    """A text with its control characters written out, but for ends of lines; numbers are short."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return "\n".join(visible(line) for line in value.split("\n"))
+
+
+def _rows(report: Report) -> list[Row]:
+    """Target, source, merge, and the controls in their order."""
+    entries = {"target": Entry(), "source": Entry(), "merge": Entry()}
+    entries = {**entries, **report.controls, **report.evaluation}
+    rows = []
+    for name, one in entries.items():
+        if one == Entry():
+            continue
+        kind = name.removesuffix(" 1")  # of several seeds the first says what they are
+        change = one.against_target
+        rows.append(
+            Row(
+                name,
+                _ROLES.get(name) or _CONTROLS.get(kind, ""),
+                one,
+                _gain(report) if name == "target" else one.merge_minus_control,
+                change is not None and change.metric == "bits_per_byte",
+            )
+        )
+    return rows
+
+
+def _gain(report: Report) -> Difference | None:
+    """The merge minus the target: over all calibration seeds, where that is known."""
+    return report.pooled or report.evaluation.get("merge", Entry()).against_target
+
+
+def _headline(report: Report) -> str:
+    """What `_gain` is."""
+    seeds = len(report.seeds)
+    if seeds < 2:
+        return "merge minus target on held-out text"
+    if report.pooled is not None:
+        return f"merge minus target on held-out text, {seeds} calibration seeds together"
+    return f"the merge that was written (seed {report.seeds[0]}) minus target on held-out text"
+
+
+def _moved(weight: Weight) -> list[str]:
+    """A line of the table of weights: means over layers, as the terminal shows them."""
+    carried, change = (_mean(one) for one in (weight.ratio_transported, weight.ratio_change))
+    if weight.is_by_token:
+        return [carried, change, "", "", "by token"]
+    near = f"{_mean(weight.neighbours_out, '.1f')}, {_mean(weight.neighbours_in, '.1f')}"
+    stopped = "" if all(weight.converged) else " (not converged)"
+    errors = [one for one in weight.error if one is not None]
+    error = f"{max(errors):.0e}{stopped}" if errors else ""
+    return [carried, change, near, error, " ".join(map(str, weight.source_layer))]
+
+
+def _mean(values: Sequence[float | None], form: str = ".1e") -> str:
+    """The mean of the numbers that are there."""
+    known = [one for one in values if one is not None]
+    return format(float(np.mean(known)), form) if known else "-"
+
+
+def _split(report: Report) -> str:
+    """Which documents chose the strength."""
+    split = report.strength.split
+    dev = split.dev_documents if split else report.calibration.get("dev_documents")
+    rest = split.train_documents if split else report.calibration.get("documents")
+    if dev is None or rest is None:
+        return "a split of the calibration documents"
+    more = []
+    if split and split.fraction is not None:
+        more.append(f"{split.fraction:.0%}")
+    if split and split.seed is not None:
+        more.append(f"seed {split.seed}")
+    asides = f" ({', '.join(more)})" if more else ""
+    return f"{dev} calibration documents{asides}, apart from the {rest} that gave rows"
+
+
+def _is_zero(strength: Strength) -> bool:
+    """Whether 0 won."""
+    chosen = strength.chosen
+    if chosen is None:
+        return False
+    return not any(chosen.values() if isinstance(chosen, dict) else [chosen])
+
+
+def _strengths(chosen: float | dict[str, float] | None) -> str:
+    """One strength, or those of the groups."""
+    if isinstance(chosen, dict):
+        return ", ".join(f"{group} {value:g}" for group, value in chosen.items())
+    return "" if chosen is None else f"{chosen:g}"
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    """A number, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def _amount(change: Difference, *, has_unit: bool = False) -> str:
+    """A difference with its interval."""
+    numbers = f"{_number(change.difference, '+.4f')} [{_number(change.low, '+.4f')}, "
+    unit = _METRICS.get(change.metric, change.metric)
+    is_said = has_unit or change.metric != "nll_per_token"
+    return f"{numbers}{_number(change.high, '+.4f')}]{f' {unit}' if is_said else ''}"
+
+
+def _reading(change: Difference) -> str:
+    """What a difference of two losses says of the first."""
+    if change.low is None or change.high is None:
+        return ""
+    return "better" if change.high < 0 else "worse" if change.low > 0 else "no difference"
+
+
+def _bytes(count: float | None) -> str:
+    """A size of memory."""
+    return "-" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that is there whole or not at all, with the rights of any new file."""
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}")
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
