@@ -120,14 +120,15 @@ def optimizer(
     learning_rate: Any,
     steps: int,
     warmup: float = 0.05,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
+    weight_decay: Any = 0.0,
+    clip: Any = 1.0,
     schedule: Schedule = "cosine",
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up from 0, decay to 0 and gradient clipping.
 
     Args:
-        learning_rate: Peak rate; may be traced, so that rates sweep under ``vmap``.
+        learning_rate: Peak rate. It, ``weight_decay`` and ``clip`` may be traced, so that they
+            sweep under ``vmap``.
         steps: Length of the schedule.
         warmup: Fraction of the steps that warm up, at least one step.
         weight_decay: Decoupled weight decay, on every parameter.

@@ -140,9 +140,9 @@ def _adapt(
     if course.losses:
         _LOG.info("resume: %d of %d steps are done", len(course.losses), problem.settings.steps)
     course, events = _train(run, problem, course, constants, events)
-    base = training.base_of(loop.result(course), constants, settings=problem.settings)
-    parts = parts._replace(base=base)
-    folded = training.params_of(loop.result(course), constants, settings=problem.settings)
+    plan, trained = training.plan_of(problem), loop.result(course)
+    parts = parts._replace(base=training.base_of(trained, constants, plan=plan))
+    folded = training.params_of(trained, constants, plan=plan)
     model = stages.stage(
         run,
         "model",
@@ -241,20 +241,18 @@ def _note(course: Course, rate: float) -> str:
 
 def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constants) -> None:
     """Scores of the start on the held-out text, and of its target if it was merged."""
-    settings = found.settings
-    models = {"before": lambda: training.params_of(trainable, constants, settings=settings)}
+    plan = training.plan_of(found.problem)
+    models = {"before": lambda: training.params_of(trainable, constants, plan=plan)}
     if constants.residual:
-        models["target"] = lambda: training.base_of(trainable, constants, settings=settings)
+        models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
     scores = {name: _score(found, make()) for name, make in models.items()} if found.held_out else {}
     checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": None}))
 
 
 def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     """Scores of the files that were written, as they were rounded: the check of the export too."""
-    cfg, written = hf.load_hf(model, dtype=jnp.float32)
-    empty = Constants(None, {}, {}, None)
-    problem = found.problem._replace(settings=found.settings.model_copy(update={"lora": None}))
-    dev = training.dev_loss_of(problem, empty)(written)
+    _, written = hf.load_hf(model, dtype=jnp.float32)
+    dev = training.next_token_loss(written, found.problem)
     if not np.isfinite(dev):
         raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
     scores = {"after": _score(found, written)} if found.held_out else {}

@@ -179,10 +179,12 @@ def _one_file_per_array() -> orbax.PyTreeCheckpointHandler:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the user what Orbax says of every save: it finds no OCDBT, as it was told."""
+    """Keeps from the user what Orbax says of every save (it finds no OCDBT, as it was told), and
+    the traces of errors that it raises too.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

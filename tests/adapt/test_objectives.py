@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.adapt import data, loop, objectives, training
+from ot_merge_jax.adapt import data, objectives, training
 from ot_merge_jax.adapt.objectives import Examples, Objective, Pairs
-from ot_merge_jax.adapt.settings import resolve
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import specs
 
@@ -98,33 +97,30 @@ def test_shares_of_the_two_losses(kind, is_universal, shares, student):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", ["sft", "kd"])
-def test_steps_are_those_of_torch_and_transformers(kind, torch_checkpoint):
+def test_steps_are_those_of_torch_and_transformers(
+    kind, torch_checkpoint, problem, student, teacher
+):
     """AdamW on the same batch, eager attention, clipped, with weight decay."""
     torch = pytest.importorskip("torch")
     folder, theirs = torch_checkpoint("llama", layers=1)
-    source_folder, source = torch_checkpoint("llama", layers=1, hidden=36, seed=3)
+    source_folder, source = torch_checkpoint("llama", layers=2, hidden=36, seed=5)
     cfg, params = load_hf(folder, dtype=jnp.float32)
     source_cfg, source_params = load_hf(source_folder, dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (4, 9)).astype(np.int32)
     ones = np.ones(tokens.shape, bool)
     blocks = data.Blocks(tokens, ones, ones)
-    settings = resolve({
-        "model": "m", "source": "s", "text": {"path": "t"}, "objective": kind, "steps": 4,
-        "learning_rate": 1e-2, "weight_decay": 0.1, "batch_size": 4, "dtype": "float32",
-        "schedule": "linear", "warmup": 0.25,
-    })  # fmt: skip
-    task = training.Problem(settings, Objective(kind, cfg, source_cfg), blocks, blocks)
+    task = problem(kind, weight_decay=0.1)
+    assert (cfg, source_cfg) == (student[0], teacher[0])  # the programs are those of other tests
     trainable, constants = training.begin(task, params, {}, {}, source_params)
-    step, transform = training.step_of(task)
-    state, step = loop.start(trainable, transform), loop.compiled(step)
+    state, plan = training.new_course(task, trainable).state, training.plan_of(task)
 
     model = theirs.requires_grad_(True)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
     adamw = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
     try:
-        for index, rate in enumerate((0.0, 1e-2, 2e-2 / 3)):
+        for index, rate in enumerate((0.0, 1e-2, 0.75e-2)):
             batch = data.batch_at(blocks, index, batch_size=4, seed=0)
-            state, seen = step(state, constants, jax.tree.map(jnp.asarray, batch))
+            state, seen = training._step(state, constants, jax.tree.map(jnp.asarray, batch), plan=plan)
             given = torch.tensor(np.asarray(batch.tokens), dtype=torch.long)
             log_q = torch.log_softmax(model(given).logits[:, :-1], -1)
             if kind == "sft":

@@ -82,7 +82,7 @@ def test_the_gradient_of_the_residual_is_exactly_zero(student, residual, problem
     batch = jax.tree.map(jnp.asarray, data.batch_at(task.train, 0, batch_size=4, seed=0))
 
     def loss(base, leaves):
-        return training.loss_of(task)(base, constants._replace(residual=leaves), batch)
+        return training.loss_of(training.plan_of(task))(base, constants._replace(residual=leaves), batch)
 
     base, leaves = jax.jit(jax.grad(loss, argnums=(0, 1)))(student[1], residual)
     assert leaves.keys() == residual.keys()
@@ -119,7 +119,7 @@ def test_after_training_the_fold_runs_as_the_unfolded_model(
     tokens = jnp.asarray(task.dev.tokens)
     none = jnp.full((len(tokens), 1), -1, jnp.int32)
     batch = Batch(tokens, jnp.ones(tokens.shape, bool), none, none)
-    folded = training.params_of(base, constants, settings=task.settings)
+    folded = training.params_of(base, constants, plan=training.plan_of(task))
     ours = jax.jit(lambda p: decoder.forward(p, batch, cfg=cfg)[0])(folded)
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -137,10 +137,10 @@ def test_after_training_the_fold_runs_as_the_unfolded_model(
 def test_without_decay_it_is_training_of_the_folded_weights(
     student, residual, problem, trained, close
 ):
-    task = problem(steps=6)
+    task = problem()
     apart, constants = trained(task, student[1], residual, BOTH)
     whole, _ = trained(task, residuals.fold(student[1], residual, BOTH))
-    folded = training.params_of(loop.result(apart), constants, settings=task.settings)
+    folded = training.params_of(loop.result(apart), constants, plan=training.plan_of(task))
     close(folded, loop.result(whole), 1e-5)
     np.testing.assert_allclose(apart.losses, whole.losses, rtol=0, atol=1e-5)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), loop.result(apart), student[1])
@@ -152,7 +152,7 @@ def test_with_decay_only_the_base_shrinks(student, residual, problem, trained):
     task = problem(weight_decay=5.0)
     apart, constants = trained(task, student[1], residual, BOTH)
     whole, _ = trained(task, residuals.fold(student[1], residual, BOTH))
-    folded = training.params_of(loop.result(apart), constants, settings=task.settings)
+    folded = training.params_of(loop.result(apart), constants, plan=training.plan_of(task))
     name = "embedding"
     one, other = folded["embed_tokens"][name], loop.result(whole)["embed_tokens"][name]
     assert np.abs(one - other).max() > 1e-3
