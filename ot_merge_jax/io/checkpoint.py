@@ -7,6 +7,7 @@ uninterrupted one does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -141,6 +142,9 @@ def save_tree(folder: Path, tree: Any) -> None:
     for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
         shutil.rmtree(left)  # of a run that was killed while it wrote
     tree = jax.tree.map(np.asarray, tree)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    if shutil.disk_usage(folder.parent).free < size:  # Orbax would say so at length
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     try:
         with _quiet(), orbax.Checkpointer(_one_file_per_array()) as writer:
             writer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree), force=True)

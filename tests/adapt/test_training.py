@@ -38,14 +38,12 @@ def test_mix_is_between(straight):
     np.testing.assert_allclose(mix, (sft + kd) / 2, rtol=1e-5)
 
 
-def test_parts_of_a_batch_add_up_to_it(straight, student, teacher, problem, trained, close):
-    course, _ = trained(problem("mix", accumulate=2), student[1], source=teacher[1])
-    np.testing.assert_allclose(course.losses, straight["mix"].losses, rtol=0, atol=1e-5)
-    close(course.state.params, straight["mix"].state.params, 1e-4)
-
-
-def test_remat_changes_memory_alone(straight, student, teacher, problem, trained, close):
-    course, _ = trained(problem("mix", remat=True), student[1], source=teacher[1])
+def test_parts_and_remat_change_memory_alone(
+    straight, student, teacher, problem, trained, close
+):
+    """A batch in two parts, layers and logits computed twice: one program for both."""
+    task = problem("mix", accumulate=2, remat=True)
+    course, _ = trained(task, student[1], source=teacher[1])
     np.testing.assert_allclose(course.losses, straight["mix"].losses, rtol=0, atol=1e-5)
     close(course.state.params, straight["mix"].state.params, 1e-4)
 
