@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax import calibration, spelling, texts
 from ot_merge_jax import rows as alignment
+from ot_merge_jax import spelling, texts
 from ot_merge_jax.adapt import loop
 from ot_merge_jax.adapt.objectives import Examples, Pairs
 from ot_merge_jax.errors import InputError
@@ -202,8 +202,8 @@ def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
             f"The text has {len(ids)} tokens to learn from, and one block has {length}; give more "
             "text or a smaller --block."
         )
-    return Blocks(*(loop.pack([stream], length).astype(kind)
-                    for stream, kind in ((ids, np.int32), (mask, bool), (counted, bool))))  # fmt: skip
+    streams = (ids, np.int32), (mask, bool), (counted, bool)
+    return Blocks(*(loop.pack([stream], length).astype(kind) for stream, kind in streams))
 
 
 def pair(
@@ -335,9 +335,7 @@ def per_epoch(blocks: Blocks, batch_size: int) -> int:
     return max(1, len(blocks.tokens) // min(batch_size, len(blocks.tokens)))
 
 
-def batch_at(
-    blocks: Blocks, index: int, *, batch_size: int, seed: int, parts: int = 1
-) -> Examples:
+def batch_at(blocks: Blocks, index: int, *, batch_size: int, seed: int, parts: int = 1) -> Examples:
     """The batch of a step: a new seeded order each epoch, incomplete batches skipped.
 
     Args:

@@ -155,9 +155,7 @@ def optimizer(
     shape = optax.join_schedules([optax.linear_schedule(0.0, 1.0, rise), after[schedule]], [rise])
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.adamw(
-            lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay
-        ),
+        optax.adamw(lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay),
     )
 
 
@@ -216,9 +214,7 @@ def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int 
             nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
             value, gradient = jax.lax.scan(
                 lambda total, part: (
-                    jax.tree.map(
-                        jnp.add, total, value_and_gradient(state.params, constants, part)
-                    ),
+                    jax.tree.map(jnp.add, total, value_and_gradient(state.params, constants, part)),
                     None,
                 ),
                 nothing,
@@ -312,7 +308,9 @@ def fit(
         if not np.isfinite(loss) or not np.isfinite(norm):
             what = f"loss is {loss}" if not np.isfinite(loss) else f"gradient's norm is {norm}"
             rescue(course)
-            raise DivergedError(f"The {what} at training step {index + 1}; lower the learning rate.")
+            raise DivergedError(
+                f"The {what} at training step {index + 1}; lower the learning rate."
+            )
         course.losses.append(loss)
         course.norms.append(norm)
         if (index + 1) % eval_every == 0 or index + 1 == steps:

@@ -1,6 +1,6 @@
-"""Low-rank adapters as two extra leaves for each weight, on plain pytrees; folded on export.
+r"""Low-rank adapters as two extra leaves for each weight, on plain pytrees; folded on export.
 
-.. math:: W = W_0 + \\frac{\\alpha}{r}\\, A B
+.. math:: W = W_0 + \frac{\alpha}{r}\, A B
 
 in our orientation: ``A [d_in, r]``, ``B [r, d_out]``, stacked over layers. Imports models.specs.
 """

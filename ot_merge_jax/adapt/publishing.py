@@ -99,8 +99,8 @@ def verdict(change: Difference | None, *, steps: int) -> str:
         A line of plain text.
 
     Example:
-        >>> verdict(Difference(-0.5, -0.6, -0.4), steps=9)
-        'better than before on held-out text: -0.5000 nats per token, 95 % interval [-0.6000, -0.4000]; no baselines were run.'
+        >>> verdict(None, steps=9)
+        'adapted by 9 steps; not evaluated (no held-out text was given).'
     """
     done = f"adapted by {steps} steps" if steps else "folded without training"
     if change is None:

@@ -1,6 +1,6 @@
-"""The frozen residual: what a merge added to a target, held constant while the target trains.
+r"""The frozen residual: what a merge added to a target, held constant while the target trains.
 
-.. math:: W = W_{base} + s\\, R
+.. math:: W = W_{base} + s\, R
 
 ``R`` is what the merge added, the mask and the rule included (for ``interpolate`` it is ``mask *
 (W~ - W_target)``, fixed at the start), ``s`` a factor, 1 for the merge as it was. Without weight
@@ -79,8 +79,8 @@ def fold(base: Params, residual: Leaves, strength: Any) -> Params:
         New parameters in the dtype of the base; leaves without a residual are the base's own.
 
     Example:
-        >>> base, residual = {"lm_head": {"kernel": jnp.ones((1, 1))}}, {"lm_head/kernel": jnp.ones((1, 1))}
-        >>> fold(base, residual, 0.5)["lm_head"]["kernel"].tolist()
+        >>> base, added = {"lm_head": {"kernel": jnp.ones((1, 1))}}, jnp.ones((1, 1))
+        >>> fold(base, {"lm_head/kernel": added}, 0.5)["lm_head"]["kernel"].tolist()
         [[1.5]]
 
     Source: Transport and Merge, section 4.3; SPEC section 8. Differs: the factor may change later.
@@ -98,8 +98,8 @@ def unfold(folded: Params, residual: Leaves, strength: Any) -> Params:
     """The base of plain parameters: `fold` of the result gives them back, but for one rounding.
 
     Example:
-        >>> residual = {"lm_head/kernel": jnp.ones((1, 1))}
-        >>> unfold({"lm_head": {"kernel": jnp.ones((1, 1))}}, residual, 0.5)["lm_head"]["kernel"].tolist()
+        >>> folded, added = {"lm_head": {"kernel": jnp.ones((1, 1))}}, jnp.ones((1, 1))
+        >>> unfold(folded, {"lm_head/kernel": added}, 0.5)["lm_head"]["kernel"].tolist()
         [[0.5]]
     """
     return fold(folded, {path: -added for path, added in residual.items()}, strength)

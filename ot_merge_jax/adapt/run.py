@@ -132,10 +132,12 @@ def _adapt(
         _, source = hf.load_folder(found.source, mesh=mesh, dtype=dtype)
     trainable, constants = training.begin(problem, *parts, source)
     before = stages.stage(
-        run, "before", lambda folder: _save_scores(folder, found, trainable, constants), _load_scores
+        run,
+        "before",
+        lambda folder: _save_scores(folder, found, trainable, constants),
+        _load_scores,
     )
     new = training.new_course(problem, trainable)
-    del trainable
     course, events = state.restore(run, new)
     if course.losses:
         _LOG.info("resume: %d of %d steps are done", len(course.losses), problem.settings.steps)
@@ -153,7 +155,6 @@ def _adapt(
         needs=[state.name_of(course)] if course.losses else [],
         folder=stages.MODEL,
     )
-    del folded
     after = stages.stage(
         run, "after", lambda folder: _save_written(folder, found, model), _load_scores,
         needs=["model"],
@@ -245,7 +246,9 @@ def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constan
     models = {"before": lambda: training.params_of(trainable, constants, plan=plan)}
     if constants.residual:
         models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
-    scores = {name: _score(found, make()) for name, make in models.items()} if found.held_out else {}
+    scores = (
+        {name: _score(found, make()) for name, make in models.items()} if found.held_out else {}
+    )
     checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": None}))
 
 

@@ -138,8 +138,8 @@ def verify(start: Start, hashes: Mapping[str, Any]) -> None:
     weights = {name for name in known.keys() | now.keys() if name.endswith(".safetensors")}
     if not weights or any(known.get(name) != now.get(name) for name in weights):
         raise InputError(
-            f"The weights of {start.target.where} are not those that {start.folder.name} was merged "
-            "from; name the unchanged target with --target."
+            f"The weights of {start.target.where} are not those that {start.folder.name} was "
+            "merged from; name the unchanged target with --target."
         )
 
 

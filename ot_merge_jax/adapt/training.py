@@ -97,9 +97,7 @@ def plan_of(problem: Problem) -> Plan:
     """The static part of a problem."""
     s = problem.settings
     scale = 1.0 if s.lora is None or s.lora_alpha is None else s.lora_alpha / s.lora
-    return Plan(
-        problem.objective, s.dtype, s.accumulate, scale, s.steps or 0, s.schedule, s.warmup
-    )
+    return Plan(problem.objective, s.dtype, s.accumulate, scale, s.steps or 0, s.schedule, s.warmup)
 
 
 def begin(

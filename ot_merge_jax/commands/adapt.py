@@ -82,7 +82,9 @@ def adapt(
     eval_text: Annotated[str | None, typer.Option(help="Held-out text, only reported.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between dev evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between lines of events [1].")] = None,
+    log_every: Annotated[
+        int | None, typer.Option(help="Steps between lines of events [1].")
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best.")
     ] = None,

@@ -183,8 +183,9 @@ def _one_file_per_array() -> orbax.PyTreeCheckpointHandler:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the user what Orbax says of every save (it finds no OCDBT, as it was told), and
-    the traces of errors that it raises too.
+    """Keeps from the user what Orbax says of every save: it finds no OCDBT, as it was told.
+
+    And the traces it logs of errors that it raises as well.
     """
     logger = logging.getLogger("absl")
     level = logger.level

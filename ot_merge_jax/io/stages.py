@@ -165,7 +165,8 @@ def run_folder(
     """The folder of a run, whose ``model`` becomes ``out`` when the block ends well.
 
     A run that is killed or interrupted, that finds the disk or the memory full, or whose training
-    diverges, keeps its finished stages; any other error leaves nothing. Call it under `publish.locked`.
+    diverges, keeps its finished stages; any other error leaves nothing. Call it under
+    `publish.locked`.
 
     Args:
         out: The folder to publish.

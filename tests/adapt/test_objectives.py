@@ -120,7 +120,9 @@ def test_steps_are_those_of_torch_and_transformers(
     try:
         for index, rate in enumerate((0.0, 1e-2, 0.75e-2)):
             batch = data.batch_at(blocks, index, batch_size=4, seed=0)
-            state, seen = training._step(state, constants, jax.tree.map(jnp.asarray, batch), plan=plan)
+            state, seen = training._step(
+                state, constants, jax.tree.map(jnp.asarray, batch), plan=plan
+            )
             given = torch.tensor(np.asarray(batch.tokens), dtype=torch.long)
             log_q = torch.log_softmax(model(given).logits[:, :-1], -1)
             if kind == "sft":

@@ -82,7 +82,9 @@ def test_the_gradient_of_the_residual_is_exactly_zero(student, residual, problem
     batch = jax.tree.map(jnp.asarray, data.batch_at(task.train, 0, batch_size=4, seed=0))
 
     def loss(base, leaves):
-        return training.loss_of(training.plan_of(task))(base, constants._replace(residual=leaves), batch)
+        return training.loss_of(training.plan_of(task))(
+            base, constants._replace(residual=leaves), batch
+        )
 
     base, leaves = jax.jit(jax.grad(loss, argnums=(0, 1)))(student[1], residual)
     assert leaves.keys() == residual.keys()

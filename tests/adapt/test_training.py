@@ -1,4 +1,4 @@
-"""Ways to the same step: parts, remat, bfloat16, adapters, many devices, many rates; early stops."""
+"""Ways to the same step: parts, remat, bfloat16, adapters, devices, rates; when training ends."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,9 @@ def test_training_lowers_what_it_minimises(kind, straight, student, teacher, pro
     losses = []
     for params in (student[1], straight[kind].state.params):
         state = training.new_course(task, params).state
-        losses.append(float(training._step(state, constants, batch, plan=training.plan_of(task))[1].loss))
+        losses.append(
+            float(training._step(state, constants, batch, plan=training.plan_of(task))[1].loss)
+        )
     assert losses[1] < losses[0]
 
 
@@ -38,9 +40,7 @@ def test_mix_is_between(straight):
     np.testing.assert_allclose(mix, (sft + kd) / 2, rtol=1e-5)
 
 
-def test_parts_and_remat_change_memory_alone(
-    straight, student, teacher, problem, trained, close
-):
+def test_parts_and_remat_change_memory_alone(straight, student, teacher, problem, trained, close):
     """A batch in two parts, layers and logits computed twice: one program for both."""
     task = problem("mix", accumulate=2, remat=True)
     course, _ = trained(task, student[1], source=teacher[1])
@@ -55,7 +55,13 @@ def test_remat_computes_layers_twice(student, problem):
     for remat in (False, True):
         task = problem(remat=remat)
         _, constants = training.begin(task, student[1], {}, {})
-        texts.append(str(jax.make_jaxpr(jax.grad(training.loss_of(training.plan_of(task))))(student[1], constants, batch)))
+        texts.append(
+            str(
+                jax.make_jaxpr(jax.grad(training.loss_of(training.plan_of(task))))(
+                    student[1], constants, batch
+                )
+            )
+        )
     assert ["checkpoint" in text or "remat" in text for text in texts] == [False, True]
 
 
@@ -100,7 +106,9 @@ def test_rates_sweep_under_vmap(straight, student, problem, close):
 
     rates = jnp.array([0.0, 0.01])
     both = jax.jit(jax.vmap(two, in_axes=(0, None)))(rates, batch)
-    jax.tree.map(lambda leaf, start: np.testing.assert_array_equal(leaf[0], start), both, student[1])
+    jax.tree.map(
+        lambda leaf, start: np.testing.assert_array_equal(leaf[0], start), both, student[1]
+    )
     course = training.new_course(task, student[1])
     state = course.state
     for _ in range(2):
@@ -198,7 +206,7 @@ def test_what_diverges_keeps_the_state_before(student, problem, trained):
     task = problem(learning_rate=1e38, clip=1e30)
     seen = []
     with pytest.raises(DivergedError, match=r"at training step 3; lower the learning rate"):
-        trained(task, student[1], rescue=lambda course: seen.append(course))
+        trained(task, student[1], rescue=seen.append)
     [course] = seen
     assert len(course.losses) == 2
     assert int(course.state.step) == 2

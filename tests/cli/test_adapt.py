@@ -1,4 +1,4 @@
-"""`ot-merge adapt`: a merge trained with its residual frozen, teachers, chats, bad input, trouble."""
+"""`ot-merge adapt`: a merge with its residual frozen, teachers, adapters, bad input, trouble."""
 
 import errno
 import json
@@ -131,7 +131,9 @@ def test_the_report_says_what_happened(of_a_merge):
 def test_held_out_losses_are_those_of_eval(of_a_merge, merge, text_files, cli):
     called = cli("eval", merge.target, merge.out, of_a_merge.out, "--text", text_files[1], "--json")
     losses = [one["nll_per_token"] for one in called.json["models"].values()]
-    ours = [of_a_merge.report["evaluation"][x]["nll_per_token"] for x in ("target", "before", "after")]
+    ours = [
+        of_a_merge.report["evaluation"][x]["nll_per_token"] for x in ("target", "before", "after")
+    ]
     np.testing.assert_allclose(ours, losses, atol=1e-5)
 
 
@@ -317,7 +319,9 @@ def test_a_loss_that_is_not_finite_ends_at_its_step_and_keeps_the_state(words, d
     called = cli(*words(*rising, "--save-every", 1, "--schedule", "constant"))
     assert called.code == 5
     [sentence] = [line for line in called.err.splitlines() if line.startswith("error: ")]
-    found = json.loads(next(desk.folder.glob("out.partial-*/state/step-*/history.json")).read_text())
+    found = json.loads(
+        next(desk.folder.glob("out.partial-*/state/step-*/history.json")).read_text()
+    )
     step = len(found["losses"]) + 1
     assert f"at training step {step}; lower the learning rate; the state before that" in sentence
     assert not desk.out.exists()
