@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from ot_merge_jax.commands.adapt import adapt
 from ot_merge_jax.commands.demo import demo
 from ot_merge_jax.commands.evaluate import evaluate
 from ot_merge_jax.commands.inspect import families, inspect
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(run)
+app.command()(adapt)
 app.command("eval")(evaluate)
 app.command()(report)
 app.command()(inspect)

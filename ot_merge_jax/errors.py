@@ -41,6 +41,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+class DivergedError(NonFiniteError):
+    """Training met NaN or infinity; the state before that step is kept (exit code 5)."""
+
+
 class StrictError(OtMergeError):
     """A warning that ``--strict`` turns into a failure (exit code 5)."""
 

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 import rich.console
@@ -35,13 +35,20 @@ def shown(console: rich.console.Console) -> Iterator[None]:
         _console.reset(token)
 
 
-def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterable[T]:
+def track(
+    items: Iterable[T],
+    description: str,
+    *,
+    total: int | None = None,
+    note: Callable[[], str] | None = None,
+) -> Iterable[T]:
     """Iterates, showing how far it is and how long it will take if a front end wants to know.
 
     Args:
         items: What to iterate.
         description: What is done, e.g. ``gather (batches)``.
         total: How many items there are; needed where ``items`` has no length.
+        note: Says what has been found so far, e.g. ``loss 3.1``; asked whenever something is shown.
 
     Returns:
         The same items.
@@ -55,7 +62,13 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
         return items
     count = len(items) if isinstance(items, Sized) else total or 0
     show = _bar if console.is_terminal else _lines
-    return _outermost(show(items, description, count, console))
+    return _outermost(show(items, lambda: _with_note(description, note), count, console))
+
+
+def _with_note(description: str, note: Callable[[], str] | None) -> str:
+    """What is done and, if there is something to say, what was found."""
+    found = note() if note is not None else ""
+    return f"{description}, {found}" if found else description
 
 
 def _outermost(items: Iterator[T]) -> Iterator[T]:
@@ -68,7 +81,7 @@ def _outermost(items: Iterator[T]) -> Iterator[T]:
 
 
 def _bar(
-    items: Iterable[T], description: str, total: int, console: rich.console.Console
+    items: Iterable[T], describe: Callable[[], str], total: int, console: rich.console.Console
 ) -> Iterator[T]:
     """A bar with elapsed and remaining time; it vanishes when done."""
     columns = (
@@ -80,11 +93,14 @@ def _bar(
         rich.progress.TimeRemainingColumn(),
     )
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(items, total=total, description=description)
+        task = bar.add_task(describe(), total=total)
+        for item in items:
+            yield item
+            bar.update(task, advance=1, description=describe())
 
 
 def _lines(
-    items: Iterable[T], description: str, total: int, console: rich.console.Console
+    items: Iterable[T], describe: Callable[[], str], total: int, console: rich.console.Console
 ) -> Iterator[T]:
     """A log line at most every few seconds."""
     del console  # log handlers know where to write
@@ -93,6 +109,6 @@ def _lines(
         now = time.monotonic()
         if done and now - last >= _SECONDS_BETWEEN_LINES:
             left = (now - start) / done * (total - done)
-            _LOG.info("%s: %d of %d, about %.0f s left", description, done, total, left)
+            _LOG.info("%s: %d of %d, about %.0f s left", describe(), done, total, left)
             last = now
         yield item

@@ -268,7 +268,7 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the recipe") -> Recipe
     try:
         return Recipe.model_validate({**PRESETS[preset], **said})
     except pydantic.ValidationError as error:
-        raise RecipeError(f"{where}: {'; '.join(_sentences(error.errors()))}.") from error
+        raise RecipeError(f"{where}: {'; '.join(sentences(error.errors()))}.") from error
 
 
 def overridden(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,7 +314,7 @@ def text(path: str, *, field: str | None = None, encoding: str | None = None) ->
     try:
         return Text.model_validate({key: one for key, one in said.items() if one is not None})
     except pydantic.ValidationError as error:
-        raise RecipeError(f"the command line: {'; '.join(_sentences(error.errors()))}.") from error
+        raise RecipeError(f"the command line: {'; '.join(sentences(error.errors()))}.") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -367,7 +367,7 @@ _UNIONS = {
 }
 
 
-def _sentences(errors: Iterable[Any]) -> list[str]:
+def sentences(errors: Iterable[Any]) -> list[str]:
     """Pydantic errors as 'key: what is wrong', one for each key."""
     found: dict[str, str] = {}
     for error in errors:

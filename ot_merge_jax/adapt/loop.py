@@ -1,4 +1,4 @@
-"""A plain optax next-token loop. Imports models and types.
+"""Packing, AdamW, and the loop around one pure step. Imports models and types.
 
 The step is one jitted pure function; the loop around it only feeds batches, so the same seed, data
 and steps give the same parameters.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.errors import NonFiniteError
+from ot_merge_jax.errors import DivergedError, NonFiniteError
 from ot_merge_jax.models.decoder import forward, token_nll
 from ot_merge_jax.types import Batch, Params
+
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 class TrainState(NamedTuple):
@@ -33,7 +35,37 @@ class TrainState(NamedTuple):
 
     params: Any
     optimizer: optax.OptState
-    step: int
+    step: Any
+
+
+class Seen(NamedTuple):
+    """What one step saw.
+
+    Attributes:
+        loss: Of the batch, before the step.
+        norm: Global norm of the gradient, before clipping.
+    """
+
+    loss: Any
+    norm: Any
+
+
+class Course(NamedTuple):
+    """A training run so far; all of it is kept in a checkpoint.
+
+    Attributes:
+        state: Parameters and optimiser.
+        losses: Loss of every step.
+        norms: Gradient norm of every step.
+        dev: ``(steps done, dev loss)`` of every evaluation.
+        best: Parameters of the best evaluation; None unless early stopping wants them.
+    """
+
+    state: TrainState
+    losses: list[float]
+    norms: list[float]
+    dev: list[tuple[int, float]]
+    best: Any = None
 
 
 def pack(documents: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "blocks length"]:
@@ -85,28 +117,45 @@ def shuffled_batches(
 
 def optimizer(
     *,
-    learning_rate: float,
+    learning_rate: Any,
     steps: int,
     warmup: float = 0.05,
-    weight_decay: float = 0.0,
-    clip: float = 1.0,
+    weight_decay: Any = 0.0,
+    clip: Any = 1.0,
+    schedule: Schedule = "cosine",
 ) -> optax.GradientTransformation:
-    """AdamW with linear warm-up, cosine decay to zero and gradient clipping.
+    """AdamW with linear warm-up from 0, decay to 0 and gradient clipping.
 
     Args:
-        learning_rate: Peak rate.
+        learning_rate: Peak rate. It, ``weight_decay`` and ``clip`` may be traced, so that they
+            sweep under ``vmap``.
         steps: Length of the schedule.
-        warmup: Fraction of the steps that warm up.
+        warmup: Fraction of the steps that warm up, at least one step.
         weight_decay: Decoupled weight decay, on every parameter.
         clip: Largest global gradient norm.
+        schedule: How the rate falls after the warm-up.
 
     Returns:
         An optax transformation.
+
+    Example:
+        >>> transform = optimizer(learning_rate=0.1, steps=10)
+        >>> state = transform.init(jnp.zeros(()))
+        >>> updates, state = transform.update(jnp.ones(()), state, jnp.zeros(()))
+        >>> float(updates)  # the first step of the warm-up has rate 0
+        -0.0
     """
     rise = max(1, math.ceil(warmup * steps))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, rise, max(steps, rise + 1))
+    fall = max(steps, rise + 1) - rise
+    after = {
+        "cosine": optax.cosine_decay_schedule(1.0, fall),
+        "linear": optax.linear_schedule(1.0, 0.0, fall),
+        "constant": optax.constant_schedule(1.0),
+    }
+    shape = optax.join_schedules([optax.linear_schedule(0.0, 1.0, rise), after[schedule]], [rise])
     return optax.chain(
-        optax.clip_by_global_norm(clip), optax.adamw(schedule, b2=0.95, weight_decay=weight_decay)
+        optax.clip_by_global_norm(clip),
+        optax.adamw(lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay),
     )
 
 
@@ -123,6 +172,169 @@ def next_token_loss(
     )
     losses, weights = token_nll(forward(params, batch, cfg=cfg)[0], batch)
     return losses.sum() / weights.sum()
+
+
+Loss = Callable[[Any, Any, Any], jax.Array]
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, Seen]]
+
+
+def start(params: Any, transform: optax.GradientTransformation) -> TrainState:
+    """The state before the first step: a float32 copy, since the first step donates its input."""
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
+    return TrainState(params, transform.init(params), jnp.zeros((), jnp.int32))
+
+
+def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int = 1) -> Step:
+    """One step of training as a pure function; `compiled` jits it, ``vmap`` sweeps it.
+
+    A step whose loss or gradient is not finite changes nothing, so the last good state survives.
+
+    Args:
+        loss: ``(what trains, constants, batch) -> scalar``; over the parts of a batch it adds up.
+        transform: An optax transformation.
+        parts: Parts a batch is computed in, one after the other, their gradients added up
+            (gradient accumulation); if more than 1, batches have a leading axis of that size.
+
+    Returns:
+        ``(state, constants, batch) -> (state, seen)``.
+
+    Example:
+        >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
+        >>> halve = one_step(square, optax.sgd(0.25))
+        >>> state, seen = halve(start(jnp.ones(()), optax.sgd(0.25)), 0.0, jnp.ones(()))
+        >>> float(state.params), float(seen.loss)
+        (0.5, 1.0)
+    """
+
+    def step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, Seen]:
+        value_and_gradient = jax.value_and_grad(loss)
+        if parts == 1:
+            value, gradient = value_and_gradient(state.params, constants, batch)
+        else:
+            nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+            value, gradient = jax.lax.scan(
+                lambda total, part: (
+                    jax.tree.map(jnp.add, total, value_and_gradient(state.params, constants, part)),
+                    None,
+                ),
+                nothing,
+                batch,
+            )[0]
+        norm = optax.tree.norm(gradient)
+
+        def move(state: TrainState) -> TrainState:
+            updates, moved = transform.update(gradient, state.optimizer, state.params)
+            return TrainState(optax.apply_updates(state.params, updates), moved, state.step + 1)
+
+        is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        return jax.lax.cond(is_finite, move, lambda state: state, state), Seen(value, norm)
+
+    return step
+
+
+def compiled(step: Step) -> Step:
+    """A step jitted once; it takes its state over, and everything else stays the caller's."""
+    return jax.jit(step, donate_argnums=0)
+
+
+def fit(
+    course: Course,
+    step: Step,
+    constants: Any,
+    batch_at: Callable[[int], Any],
+    *,
+    steps: int,
+    dev_loss: Callable[[Any], float],
+    eval_every: int,
+    patience: int | None = None,
+    after: Callable[[Course], None] = lambda course: None,
+    rescue: Callable[[Course], None] = lambda course: None,
+    counted: Callable[[range], Any] = lambda steps: steps,
+) -> Course:
+    """Trains from where a course stands to its end.
+
+    Args:
+        course: A new one holds `start` of the parameters and empty lists; its state is taken over.
+        step: From `compiled`.
+        constants: What the loss needs beside what trains.
+        batch_at: The batch of a step by its number: the position in the data is that number.
+        steps: Optimiser steps in all.
+        dev_loss: Of what trains, on the dev split.
+        eval_every: Steps between evaluations; the start and the end are always evaluated.
+        patience: Evaluations without a new best after which training stops and the best parameters
+            are kept; None: never.
+        after: Called with the course after every step and evaluation: events, checkpoints. What it
+            raises ends the training.
+        rescue: Called with the course before a step that diverged, before the error.
+        counted: Wraps the numbers of the steps to come, to show progress.
+
+    Returns:
+        The finished course; `result` takes the parameters out of it.
+
+    Raises:
+        DivergedError: naming the step, if a loss or gradient is not finite.
+
+    Example:
+        >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
+        >>> halve = compiled(one_step(square, optax.sgd(0.25)))
+        >>> new = Course(start(jnp.ones(()), optax.sgd(0.25)), [], [], [])
+        >>> done = fit(new, halve, 0.0, lambda step: jnp.ones(()), steps=4, eval_every=2,
+        ...            dev_loss=lambda x: float(x))
+        >>> done.dev, done.losses[-1]
+        ([(0, 1.0), (2, 0.25), (4, 0.0625)], 0.015625)
+    """
+
+    def evaluated(course: Course) -> Course:
+        done = len(course.losses)
+        if course.dev and course.dev[-1][0] == done:
+            return course  # before the checkpoint that was taken up
+        found = dev_loss(course.state.params)
+        is_best = all(found < loss for _, loss in course.dev)
+        course.dev.append((done, found))
+        if patience is None or not is_best:
+            return course
+        # a copy: the next step takes the state over
+        best = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), course.state.params)
+        return course._replace(best=best)
+
+    if not course.losses:
+        course = evaluated(course)
+    for index in counted(range(len(course.losses), steps)):
+        if is_spent(course.dev, patience):
+            break
+        state, seen = step(course.state, constants, batch_at(index))
+        course = course._replace(state=state)
+        loss, norm = float(seen.loss), float(seen.norm)
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            what = f"loss is {loss}" if not np.isfinite(loss) else f"gradient's norm is {norm}"
+            rescue(course)
+            raise DivergedError(
+                f"The {what} at training step {index + 1}; lower the learning rate."
+            )
+        course.losses.append(loss)
+        course.norms.append(norm)
+        if (index + 1) % eval_every == 0 or index + 1 == steps:
+            course = evaluated(course)
+        after(course)
+    return course
+
+
+def is_spent(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
+    """Whether as many evaluations as ``patience`` have brought no new best.
+
+    Example:
+        >>> is_spent([(0, 3.0), (2, 2.0), (4, 2.1)], 1), is_spent([(0, 3.0), (2, 2.0)], 1)
+        (True, False)
+    """
+    if patience is None or not dev:
+        return False
+    best = min(range(len(dev)), key=lambda place: dev[place][1])
+    return len(dev) - 1 - best >= patience
+
+
+def result(course: Course) -> Any:
+    """The parameters a course ends with: the best on the dev split where that stops it."""
+    return course.state.params if course.best is None else course.best
 
 
 def train(
@@ -157,28 +369,20 @@ def train(
         ...                   Rope(1e4), True, False, "float32")
         >>> blocks = pack([[1, 2, 3, 4] * 8], 8)
         >>> data = shuffled_batches(blocks, batch_size=4, seed=0)
-        >>> start = specs.init(jax.random.key(0), cfg)
+        >>> first = specs.init(jax.random.key(0), cfg)
         >>> adamw = optimizer(learning_rate=0.02, steps=30)
-        >>> _, losses = train(start, data, cfg=cfg, steps=30, transform=adamw)
+        >>> _, losses = train(first, data, cfg=cfg, steps=30, transform=adamw)
         >>> bool(losses[-1] < 0.5 * losses[0])
         True
     """
-
-    def one_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, jax.Array]:
-        loss, gradient = jax.value_and_grad(next_token_loss)(state.params, tokens, cfg=cfg)
-        updates, optimizer_state = transform.update(gradient, state.optimizer, state.params)
-        return TrainState(
-            optax.apply_updates(state.params, updates), optimizer_state, state.step + 1
-        ), loss
-
-    step = jax.jit(one_step, donate_argnums=0)
-    # copies: the first step donates its input, and the caller keeps what it gave us
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
-    state = TrainState(params, transform.init(params), 0)
+    step = compiled(
+        one_step(lambda params, _, tokens: next_token_loss(params, tokens, cfg=cfg), transform)
+    )
+    state = start(params, transform)
     losses = np.zeros(steps, np.float32)
     for index in range(steps):
-        state, loss = step(state, jnp.asarray(next(batches)))
-        losses[index] = float(loss)
+        state, seen = step(state, None, jnp.asarray(next(batches)))
+        losses[index] = float(seen.loss)
         if not np.isfinite(losses[index]):
             raise NonFiniteError(
                 f"The loss is {losses[index]} at training step {index + 1}; lower the "

@@ -128,7 +128,7 @@ def run(
             resume=resume,
             strict=strict,
             offline=offline,
-            mesh=sharding.make_mesh(_mesh_sizes(mesh)) if mesh else None,
+            mesh=sharding.make_mesh(sharding.parse(mesh)) if mesh else None,
             memory_limit=memory.parse(memory_limit) if memory_limit else None,
             show=None if quiet else lambda decided: say(decided.to_yaml()),
         )
@@ -151,14 +151,3 @@ def run(
 def _listed(text: str) -> list[str]:
     """``a, b`` as a list."""
     return [one.strip() for one in text.split(",")]
-
-
-def _mesh_sizes(text: str) -> dict[str, int]:
-    """``data=2,model=4`` as a mapping."""
-    try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    except ValueError as error:
-        raise RecipeError(f"--mesh {text!r} is not like data=2,model=4.") from error
-    if min(sizes.values()) < 1:
-        raise RecipeError(f"--mesh {text!r} has an axis without devices; write data=2,model=4.")
-    return sizes

@@ -7,6 +7,7 @@ uninterrupted one does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as orbax
 
-from ot_merge_jax.io import safetensors
+from ot_merge_jax.io import publish, safetensors
 from ot_merge_jax.types import Activations, Coupling, Potentials
 
 _ARRAYS = "arrays.safetensors"
@@ -98,15 +99,9 @@ def save_coupling(folder: Path, coupling: Coupling) -> None:
         folder: Replaced if it exists.
         coupling: Of arrays on any mesh.
     """
-    for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(left)  # of a run that was killed while it wrote
     tree = coupling._asdict()
     tree["feature"] = {site: one._asdict() for site, one in coupling.feature.items()}
-    tree = jax.tree.map(np.asarray, {part: sites for part, sites in tree.items() if sites})
-    with _quiet(), orbax.Checkpointer(_one_file_per_array()) as writer:
-        writer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree), force=True)
-    for file in _WITH_TIMES:
-        (folder / file).unlink(missing_ok=True)
+    save_tree(folder, {part: sites for part, sites in tree.items() if sites})
 
 
 def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Coupling:
@@ -128,11 +123,57 @@ def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Cou
         [[0.5, 0.5]]
     """
     place = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with _quiet(), orbax.Checkpointer(_one_file_per_array()) as reader:
-        found = jax.device_put(reader.restore(folder.absolute()), place)
+    found = jax.device_put(load_tree(folder), place)
     parts = {part: found.get(part, {}) for part in Coupling._fields}
     parts["feature"] = {site: Potentials(**one) for site, one in parts["feature"].items()}
     return Coupling(**parts)
+
+
+def save_tree(folder: Path, tree: Any) -> None:
+    """Writes nested dicts of arrays with Orbax, the same bytes for the same values.
+
+    Args:
+        folder: Replaced if it exists.
+        tree: Arrays on any mesh.
+
+    Raises:
+        OSError: with the number of a full disk, if there is no room.
+    """
+    for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left)  # of a run that was killed while it wrote
+    tree = jax.tree.map(np.asarray, tree)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    if shutil.disk_usage(folder.parent).free < size:  # Orbax would say so at length
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    try:
+        with _quiet(), orbax.Checkpointer(_one_file_per_array()) as writer:
+            writer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree), force=True)
+    except Exception as error:  # tensorstore hides the cause in the text of its own errors
+        code = next((one for one in publish.FULL if _says(error, one)), None)
+        if code is None or isinstance(error, OSError):
+            raise
+        raise OSError(code, os.strerror(code), str(folder)) from error
+    for file in _WITH_TIMES:
+        (folder / file).unlink(missing_ok=True)
+
+
+def load_tree(folder: Path) -> Any:
+    """Reads what `save_tree` wrote, as arrays of numpy.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "tree"
+        >>> save_tree(folder, {"a": {"b": np.arange(3)}})
+        >>> load_tree(folder)["a"]["b"].tolist()
+        [0, 1, 2]
+    """
+    with _quiet(), orbax.Checkpointer(_one_file_per_array()) as reader:
+        return jax.tree.map(np.asarray, reader.restore(folder.absolute()))
+
+
+def _says(error: BaseException, code: int) -> bool:
+    """Whether the text of an error is that of an error of the operating system."""
+    return os.strerror(code) in str(error) or f"OS error {code}" in str(error)
 
 
 def _one_file_per_array() -> orbax.PyTreeCheckpointHandler:
@@ -142,10 +183,13 @@ def _one_file_per_array() -> orbax.PyTreeCheckpointHandler:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the user what Orbax says of every save: it finds no OCDBT, as it was told."""
+    """Keeps from the user what Orbax says of every save: it finds no OCDBT, as it was told.
+
+    And the traces it logs of errors that it raises as well.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,6 +22,7 @@ _PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "safet
              "transformers", "huggingface-hub", "numpy")  # fmt: skip
 
 _MAX_CARD_BYTES = 5_000_000
+_DONE = {"merge": "Merged across architectures", "finetune": "Adapted"}
 
 
 def sha256(path: Path) -> str:
@@ -92,8 +93,9 @@ def model_card(
     evaluation: Sequence[tuple[str, float, float]],
     command: str,
     recipe: str,
+    relation: Literal["merge", "finetune"] = "merge",
 ) -> str:
-    """The README.md of a merged model.
+    """The README.md of a merged or adapted model.
 
     Args:
         name: Title.
@@ -103,6 +105,7 @@ def model_card(
         evaluation: (model, nats per token, bits per byte) on the held-out text.
         command: The exact command.
         recipe: The resolved recipe.
+        relation: What was done to the models, in the words of the hub.
 
     Returns:
         Markdown with front matter. A licence is stated only if all models agree on one.
@@ -124,8 +127,8 @@ def model_card(
             " ".join(folder.resolve().name.split()) if origin is None else origin.repo
             for folder, origin in models.values()
         ],
-        base_model_relation="merge",
-        tags=["merge", "ot-merge", "optimal-transport"],
+        base_model_relation=relation,
+        tags=[relation, "ot-merge", "optimal-transport"],
         library_name="transformers",
         pipeline_tag="text-generation",
         license=agreed or "other",
@@ -142,7 +145,7 @@ def model_card(
         lines += [f"| {_plain(who)} | {loss:.4f} | {bits:.4f} |" for who, loss, bits in evaluation]
     lines += [
         "",
-        "Merged across architectures with `ot_merge_jax`, after Transport and Merge "
+        f"{_DONE[relation]} with `ot_merge_jax`, after Transport and Merge "
         "([arXiv:2602.05495](https://arxiv.org/abs/2602.05495)).",
         "",
         fenced(command),

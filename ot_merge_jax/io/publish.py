@@ -16,7 +16,7 @@ import filelock
 from ot_merge_jax.errors import InputError, ResourceError
 
 #: What a full disk looks like: no space, quota, file too large.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LOCK = ".ot-merge.lock"
 #: Bytes of a name that leave room for ``.replaced-`` and a run id.
 _MAX_NAME = 255 - len(".replaced-01234567")
@@ -189,7 +189,7 @@ def locked(out: Path) -> Iterator[None]:
 
 def is_full(error: OSError) -> bool:
     """Whether an error says that there is no room on the disk."""
-    return error.errno in _FULL
+    return error.errno in FULL
 
 
 def flush(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pydantic
 
-from ot_merge_jax.errors import ResourceError, is_out_of_memory
+from ot_merge_jax.errors import DivergedError, ResourceError, is_out_of_memory
 from ot_merge_jax.io import provenance, publish
 
 T = TypeVar("T")
@@ -134,6 +134,27 @@ def stage(
     return load(place)
 
 
+def drop(run: Run, names: Sequence[str]) -> None:
+    """Takes finished stages back and deletes their files; the manifest forgets them first.
+
+    For stages that newer ones replace, as a training's checkpoints do.
+
+    Example:
+        >>> import tempfile
+        >>> run = Run(Path(tempfile.mkdtemp()), {})
+        >>> write = lambda folder: (folder / "a.txt").write_text("one")
+        >>> place = stage(run, "a", write, lambda folder: folder)
+        >>> drop(run, ["a"])
+        >>> place.exists(), list(run.finished)
+        (False, [])
+    """
+    dropped = [run.finished.pop(name) for name in names]
+    _write_manifest(run.folder, list(run.finished.values()))
+    for file in (file for entry in dropped for file in entry.files):
+        (run.folder / file).unlink(missing_ok=True)
+    _delete_empty(run)
+
+
 @contextlib.contextmanager
 def run_folder(
     out: Path,
@@ -146,8 +167,9 @@ def run_folder(
 ) -> Iterator[Run]:
     """The folder of a run, whose ``model`` becomes ``out`` when the block ends well.
 
-    A run that is killed or interrupted, or that finds the disk or the memory full, keeps its
-    finished stages; any other error leaves nothing. Call it under `publish.locked`.
+    A run that is killed or interrupted, that finds the disk or the memory full, or whose training
+    diverges, keeps its finished stages; any other error leaves nothing. Call it under
+    `publish.locked`.
 
     Args:
         out: The folder to publish.
@@ -188,7 +210,8 @@ def run_folder(
     except BaseException as error:
         is_full = isinstance(error, OSError) and publish.is_full(error)
         is_short = is_full or is_out_of_memory(error) or isinstance(error, ResourceError)
-        is_kept = keep and (is_short or not isinstance(error, Exception))
+        has_diverged = isinstance(error, DivergedError)
+        is_kept = keep and (is_short or has_diverged or not isinstance(error, Exception))
         is_kept = is_kept and (folder / _MANIFEST).exists()  # at least one stage is finished
         if not is_kept:
             shutil.rmtree(folder, ignore_errors=True)
@@ -209,6 +232,9 @@ def run_folder(
             raise ResourceError(f"{str(error).rstrip('.')}; {left}") from error
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted; {left}") from error
+        if has_diverged and is_kept:  # the same settings would diverge again
+            kept = f"the state before that step is kept in {folder.name}"
+            raise DivergedError(f"{str(error).rstrip('.')}; {kept}.") from error
         raise
     clear(out, run_key)
 
@@ -309,6 +335,11 @@ def _delete_others(run: Run) -> None:
     for file in _files(run.folder, run.folder):
         if file not in known:
             (run.folder / file).unlink()
+    _delete_empty(run)
+
+
+def _delete_empty(run: Run) -> None:
+    """Deletes the empty folders of a run."""
     for parent, _, _ in os.walk(run.folder, topdown=False):
         with contextlib.suppress(OSError):  # not empty
             Path(parent).rmdir()

@@ -203,8 +203,13 @@ def residual(
     cfg: ModelConfig,
     capture: frozenset[str] = frozenset(),
     unroll: int = 1,
+    remat: bool = False,
 ) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "layers b r width"]]]:
-    """The residual stream behind the last layer, and what `forward` captures on the way."""
+    """The residual stream behind the last layer, and what `forward` captures on the way.
+
+    With ``remat`` a gradient keeps the residual stream between layers alone and computes what lies
+    inside of a layer once more: memory of one layer instead of all, for a third more work.
+    """
     seen = views(positions_of(batch.mask), batch.mask, cfg=cfg)
 
     def step(x: jax.Array, stacked: Any) -> tuple[jax.Array, Sites]:
@@ -213,6 +218,7 @@ def residual(
         return x, {site: rows_of(sites[site], batch) for site in sorted(capture)}
 
     x = embed(params, batch.tokens, cfg=cfg)
+    step = jax.checkpoint(step) if remat else step
     return jax.lax.scan(step, x, (params["layers"], seen.kind), unroll=unroll)
 
 

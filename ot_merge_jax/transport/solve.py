@@ -156,7 +156,7 @@ def _solve(
     costs = cost[None] if cost.ndim == 2 else cost
     found = in_batches(
         lambda one: solve_batch(
-            *one, threshold, max_iterations=max_iterations, may_be_log=may_be_log
+            one[0], one[1], threshold, max_iterations=max_iterations, may_be_log=may_be_log
         ),
         (costs, jnp.broadcast_to(jnp.asarray(epsilon, jnp.float32), costs.shape[:1])),
         pairs_at_once(*costs.shape[1:]),

@@ -1,0 +1,413 @@
+"""Documents to blocks of tokens: which tokens count, packing, batches by their number.
+
+A batch is a function of its number and the seed, so the position in the data is one integer and
+nothing is hidden. Imports texts, calibration, rows and objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ot_merge_jax import rows as alignment
+from ot_merge_jax import spelling, texts
+from ot_merge_jax.adapt import loop
+from ot_merge_jax.adapt.objectives import Examples, Pairs
+from ot_merge_jax.errors import InputError
+from ot_merge_jax.texts import Chat, Document
+
+#: Who is imitated in a chat.
+RESPONDER = "assistant"
+#: Universal distillation is refused where fewer tokens than this end at a common place.
+FEWEST_ALIGNED = 0.3
+
+
+class Marked(NamedTuple):
+    """A tokenised document.
+
+    Attributes:
+        ids: Token ids, after the prefix that evaluation puts before a document too.
+        counted: Whether the prediction of each token counts.
+        is_special: Which of them are special.
+        ends: Where tokens end (`rows.ends`); empty unless asked for.
+    """
+
+    ids: list[int]
+    counted: list[bool]
+    is_special: list[bool]
+    ends: dict[alignment.Place, int]
+
+
+class PairBlocks(NamedTuple):
+    """The same blocks in the teacher's tokens; places are -1 where there are none.
+
+    Attributes:
+        tokens: The teacher's.
+        mask: Which are real.
+        position: Places in the student's block.
+        source_position: The same places in the teacher's.
+        target_matched: Fraction of the student's ordinary tokens that end at such a place.
+        source_matched: The same of the teacher's.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    position: np.ndarray
+    source_position: np.ndarray
+    target_matched: float
+    source_matched: float
+
+
+class Blocks(NamedTuple):
+    """Documents cut into blocks of one length.
+
+    Attributes:
+        tokens: ``[n, s]`` int32.
+        mask: ``[n, s]`` which are real.
+        counted: ``[n, s]`` the prediction of which counts.
+        pairs: For a teacher with another vocabulary; else None.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    counted: np.ndarray
+    pairs: PairBlocks | None = None
+
+    @property
+    def count(self) -> int:
+        """How many tokens are predicted."""
+        return int(_predicted(self).sum())
+
+
+def mark(
+    document: Document, tokenizer: Any, *, responses_only: bool = True, has_ends: bool = False
+) -> Marked:
+    """Tokenises a document and says which tokens count.
+
+    The prefix (BOS, else EOS) is written before it if the tokenizer or the template does not, as in
+    evaluation. It is not predicted itself, unless it is the EOS, which then ends the document
+    before.
+
+    Args:
+        document: A text or a chat.
+        tokenizer: Of the model.
+        responses_only: Whether of a chat only what the assistant says counts, with the special
+            token behind it that ends a turn. Of a text every token counts.
+        has_ends: Whether to say where tokens end.
+
+    Returns:
+        The tokens.
+
+    Raises:
+        InputError: if offsets are needed and the tokenizer is slow, or a chat cannot be rendered.
+    """
+    rendered = texts.render(document, tokenizer)
+    is_masked = responses_only and isinstance(document, Chat)
+    needs_offsets = is_masked or has_ends
+    if needs_offsets and not tokenizer.is_fast:
+        raise InputError(
+            f"The tokenizer of {tokenizer.name_or_path} gives no character offsets of tokens (no "
+            "tokenizer.json), which chats and teachers with other tokens need; use plain texts and "
+            "a teacher of the same vocabulary."
+        )
+    one = tokenizer(
+        rendered.text,
+        add_special_tokens=not rendered.has_special,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=needs_offsets,
+        verbose=False,  # of texts longer than a context: they are cut into blocks
+    )
+    ids, special = list(one["input_ids"]), spelling.special_ids(tokenizer)
+    is_special = [
+        bool(added) or token in special
+        for token, added in zip(ids, one["special_tokens_mask"], strict=True)
+    ]
+    counted = [True] * len(ids)
+    ends: dict[alignment.Place, int] = {}
+    if is_masked:
+        said = [
+            span
+            for turn, span in zip(document.turns, rendered.contents, strict=True)
+            if turn.role == RESPONDER
+        ]
+        counted = _responses(one["offset_mapping"], is_special, said)
+    if has_ends:
+        ends = alignment.ends(
+            rendered.text, one["offset_mapping"], is_special=is_special, contents=rendered.contents
+        )
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prefix = eos if bos is None else bos
+    if prefix is None or not ids:
+        return Marked(ids, counted, is_special, ends)
+    if ids[0] != prefix:
+        ids, counted, is_special = [prefix, *ids], [True, *counted], [True, *is_special]
+        ends = {place: token + 1 for place, token in ends.items()}
+    counted[0] = prefix == eos and not is_masked
+    return Marked(ids, counted, is_special, ends)
+
+
+def _responses(
+    offsets: Sequence[alignment.Span], is_special: Sequence[bool], said: Sequence[alignment.Span]
+) -> list[bool]:
+    """Tokens that touch what the assistant says, and the special token right behind."""
+    counted = [
+        start < stop and any(start < end and begin < stop for begin, end in said)
+        for start, stop in offsets
+    ]
+    behind = [
+        index
+        for index in range(1, len(counted))
+        if counted[index - 1] and not counted[index] and is_special[index]
+    ]
+    return [one or index in set(behind) for index, one in enumerate(counted)]
+
+
+def pack(documents: Sequence[Marked], length: int, *, has_tail: bool = False) -> Blocks:
+    """Concatenates documents and cuts them into blocks; attention sees the documents before.
+
+    Args:
+        documents: From `mark`.
+        length: Tokens of a block.
+        has_tail: Whether the incomplete last block is kept, filled up with masked tokens.
+
+    Returns:
+        The blocks that predict anything.
+
+    Raises:
+        InputError: if the text is too short for one block, or nothing in it counts.
+
+    Example:
+        >>> one = Marked([5, 6, 7], [True] * 3, [False] * 3, {})
+        >>> pack([one, one], 2).tokens.tolist()
+        [[5, 6], [7, 5], [6, 7]]
+    """
+    return _with_predictions(_cut(documents, length, has_tail=has_tail))
+
+
+def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
+    """All blocks of a stream of documents."""
+    ids = [token for one in documents for token in one.ids]
+    counted = [flag for one in documents for flag in one.counted]
+    mask = [True] * len(ids)
+    if has_tail and ids:
+        missing = -len(ids) % length
+        ids, counted, mask = (
+            [*stream, *[nothing] * missing]
+            for stream, nothing in ((ids, 0), (counted, False), (mask, False))
+        )
+    if len(ids) < length:
+        raise InputError(
+            f"The text has {len(ids)} tokens to learn from, and one block has {length}; give more "
+            "text or a smaller --block."
+        )
+    streams = (ids, np.int32), (mask, bool), (counted, bool)
+    return Blocks(*(loop.pack([stream], length).astype(kind) for stream, kind in streams))
+
+
+def pair(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    source_tokenizer: Any,
+    *,
+    length: int,
+    responses_only: bool = True,
+) -> Blocks:
+    """Blocks of whole documents in the tokens of two models, and where both end a token.
+
+    Long texts are cut, near the middle and after a space where there is one, until both
+    tokenizations fit; a chat that does not fit is cut at its end. As many documents as fit share a
+    block.
+
+    Args:
+        documents: Texts and chats.
+        tokenizer: Of the student.
+        source_tokenizer: Of the teacher.
+        length: Tokens of a block, for both.
+        responses_only: As in `mark`.
+
+    Returns:
+        Blocks with ``pairs``.
+
+    Raises:
+        InputError: if too few tokens of either model end at a common place (`FEWEST_ALIGNED`), or
+            nothing counts.
+
+    Source: SPEC section 2, rows ``span``.
+    """
+    bins: list[tuple[list[Marked], list[Marked]]] = []
+    filled = [length, length]
+    ordinary, found = np.zeros(2, int), 0
+    for document in documents:
+        for both in _fitting(document, (tokenizer, source_tokenizer), length, responses_only):
+            sizes = [len(one.ids) for one in both]
+            if any(size + more > length for size, more in zip(filled, sizes, strict=True)):
+                bins.append(([], []))
+                filled = [0, 0]
+            for one, part in zip(bins[-1], both, strict=True):
+                one.append(part)
+            filled = [size + more for size, more in zip(filled, sizes, strict=True)]
+            ordinary += [one.is_special.count(False) for one in both]
+            found += len(alignment.shared(both[0].ends, both[1].ends))
+    matched = [float(found / max(1, one)) for one in ordinary]
+    if min(matched, default=0) < FEWEST_ALIGNED:
+        raise InputError(
+            "Teacher and student have different vocabularies, and their tokens end at too few "
+            f"common places for universal distillation: {100 * matched[0]:.0f} % of the student's "
+            f"tokens and {100 * matched[1]:.0f} % of the teacher's, where "
+            f"{100 * FEWEST_ALIGNED:.0f} % are needed; use --objective sft or another source."
+        )
+    student, teacher = (_filled([one[side] for one in bins], length) for side in (0, 1))
+    places = [_places(*one) for one in bins]
+    width = max(1, max(map(len, places), default=1))
+    position = np.full((len(bins), width, 2), -1, np.int32)
+    for row, one in enumerate(places):
+        position[row, : len(one)] = np.reshape(one, (-1, 2))
+    pairs = PairBlocks(teacher.tokens, teacher.mask, position[..., 0], position[..., 1], *matched)
+    return _with_predictions(student._replace(pairs=pairs))
+
+
+def _fitting(
+    document: Document, tokenizers: tuple[Any, Any], length: int, responses_only: bool
+) -> Iterator[tuple[Marked, Marked]]:
+    """A document, or its parts, in the tokens of both models."""
+    options = {"responses_only": responses_only, "has_ends": True}
+    student, teacher = (mark(document, one, **options) for one in tokenizers)
+    if max(len(student.ids), len(teacher.ids)) > length and isinstance(document, str):
+        middle = len(document) // 2
+        space = document.rfind(" ", 1, middle + 1)
+        place = space if space > middle // 2 else middle
+        if 0 < place < len(document):
+            for part in (document[:place], document[place:]):
+                yield from _fitting(part, tokenizers, length, responses_only)
+            return
+    yield _shortened(student, length), _shortened(teacher, length)
+
+
+def _shortened(one: Marked, length: int) -> Marked:
+    """A document without what is beyond the length."""
+    ends = {place: token for place, token in one.ends.items() if token < length}
+    return Marked(*(part[:length] for part in one[:3]), ends)
+
+
+def _filled(bins: Sequence[Sequence[Marked]], length: int) -> Blocks:
+    """Each bin as one block, filled up."""
+    parts = [_cut(one, length, has_tail=True) for one in bins]
+    return Blocks(*map(np.concatenate, zip(*(one[:3] for one in parts), strict=True)))
+
+
+def _places(student: Sequence[Marked], teacher: Sequence[Marked]) -> list[tuple[int, int]]:
+    """Common places of the documents of one bin whose next token counts."""
+    places, begun = [], (0, 0)
+    for mine, other in zip(student, teacher, strict=True):
+        for here, there in alignment.shared(mine.ends, other.ends):
+            is_last = here + 1 >= len(mine.ids) or there + 1 >= len(other.ids)
+            if not is_last and mine.counted[here + 1]:
+                places.append((begun[0] + here, begun[1] + there))
+        begun = begun[0] + len(mine.ids), begun[1] + len(other.ids)
+    return places
+
+
+def _predicted(blocks: Blocks) -> np.ndarray:
+    """``[n, s]`` tokens whose prediction counts; the first of a block has nothing before it."""
+    counted = blocks.counted & blocks.mask
+    counted[:, 0] = False
+    return counted
+
+
+def _with_predictions(blocks: Blocks) -> Blocks:
+    """The blocks in which something counts."""
+    is_used = _predicted(blocks).any(1)
+    if not is_used.any():
+        raise InputError(
+            "Nothing in the text counts: it has no words of an assistant to learn from; give chats "
+            "with answers, or --loss-on all."
+        )
+    pairs = blocks.pairs
+    if pairs is not None:
+        pairs = PairBlocks(*(one[is_used] for one in pairs[:4]), *pairs[4:])
+    return Blocks(*(one[is_used] for one in blocks[:3]), pairs)
+
+
+def per_epoch(blocks: Blocks, batch_size: int) -> int:
+    """Whole batches that the blocks give."""
+    return max(1, len(blocks.tokens) // min(batch_size, len(blocks.tokens)))
+
+
+def batch_at(blocks: Blocks, index: int, *, batch_size: int, seed: int, parts: int = 1) -> Examples:
+    """The batch of a step: a new seeded order each epoch, incomplete batches skipped.
+
+    Args:
+        blocks: All of them.
+        index: Number of the step, from 0.
+        batch_size: Blocks in a batch; lowered to the number of blocks.
+        seed: Of the orders.
+        parts: Parts for gradient accumulation; divides the batch.
+
+    Returns:
+        Examples whose weights sum to 1, with a leading axis ``[parts]`` if there are several.
+
+    Raises:
+        ValueError: if the parts do not divide the batch.
+
+    Example:
+        >>> blocks = Blocks(np.arange(6).reshape(3, 2), *np.ones((2, 3, 2), bool))
+        >>> [batch_at(blocks, step, batch_size=1, seed=0).tokens[0, 0].item() for step in range(3)]
+        [4, 0, 2]
+    """
+    size = min(batch_size, len(blocks.tokens))
+    epoch, place = divmod(index, per_epoch(blocks, batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(len(blocks.tokens))
+    chosen = order[place * size : (place + 1) * size]
+    made = _examples(blocks, chosen)
+    if parts == 1:
+        return made
+    if size % parts:
+        raise ValueError(f"{parts} parts do not divide a batch of {size} blocks.")
+    return _map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), made)
+
+
+def in_order(blocks: Blocks, *, batch_size: int) -> list[Examples]:
+    """All blocks in batches of one shape; the losses of the batches add up to the mean.
+
+    Args:
+        blocks: All of them.
+        batch_size: Blocks in a batch; the last is filled up with blocks that do not count.
+
+    Returns:
+        Examples whose weights sum to 1 over all batches.
+    """
+    size = min(batch_size, len(blocks.tokens))
+    whole = _examples(blocks, np.arange(len(blocks.tokens)))
+    missing = -len(blocks.tokens) % size
+    whole = _map(
+        lambda leaf: np.concatenate([leaf, np.zeros_like(leaf, shape=(missing, *leaf.shape[1:]))]),
+        whole,
+    )
+    return [
+        _map(lambda leaf, start=start: leaf[start : start + size], whole)
+        for start in range(0, len(whole.tokens), size)
+    ]
+
+
+def _examples(blocks: Blocks, chosen: np.ndarray) -> Examples:
+    """Some blocks with their weights."""
+    predicted = _predicted(Blocks(*(one[chosen] for one in blocks[:3])))
+    weight = (predicted / max(1, predicted.sum())).astype(np.float32)
+    pairs = None
+    if blocks.pairs is not None:
+        tokens, mask, position, source_position = (one[chosen] for one in blocks.pairs[:4])
+        is_there = position >= 0
+        share = (is_there / max(1, is_there.sum())).astype(np.float32)
+        pairs = Pairs(tokens, mask, np.maximum(position, 0), np.maximum(source_position, 0), share)
+    return Examples(blocks.tokens[chosen], blocks.mask[chosen], weight, pairs)  # pyright: ignore[reportArgumentType]
+
+
+def _map(change: Any, examples: Examples) -> Examples:
+    """A function of every array; numpy stays numpy."""
+    pairs = examples.pairs
+    return Examples(
+        *(change(one) for one in examples[:3]),
+        None if pairs is None else Pairs(*map(change, pairs)),
+    )

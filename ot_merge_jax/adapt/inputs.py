@@ -1,0 +1,174 @@
+"""Everything about an adaptation's inputs that can be checked before weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ot_merge_jax import calibration, preflight, texts
+from ot_merge_jax.adapt import data, start
+from ot_merge_jax.adapt.objectives import Objective
+from ot_merge_jax.adapt.settings import BLOCK, Adaptation
+from ot_merge_jax.adapt.start import Start
+from ot_merge_jax.adapt.training import Problem
+from ot_merge_jax.errors import InputError, RecipeError
+from ot_merge_jax.io import location, publish, records
+from ot_merge_jax.io.folder import ModelFolder, open_folder
+from ot_merge_jax.recipe import Text
+from ot_merge_jax.texts import Document
+
+
+class Inputs(NamedTuple):
+    """What was checked.
+
+    Attributes:
+        start: What is trained.
+        source: The teacher; None for ``sft``.
+        tokenizer: Of the student.
+        problem: Settings with everything decided, the objective, the blocks.
+        held_out: Documents that are reported, or None.
+        sources: ``text`` and ``evaluation`` -> where they come from.
+        counts: Documents of both splits.
+    """
+
+    start: Start
+    source: ModelFolder | None
+    tokenizer: Any
+    problem: Problem
+    held_out: list[Document] | None
+    sources: dict[str, records.Source]
+    counts: dict[str, int]
+
+    @property
+    def settings(self) -> Adaptation:
+        """The settings with everything decided."""
+        return self.problem.settings
+
+    @property
+    def folders(self) -> dict[str, ModelFolder]:
+        """Role -> folder."""
+        found = {"model": self.start.folder, "target": self.start.target, "source": self.source}
+        return {role: one for role, one in found.items() if one is not None}
+
+    @property
+    def factor(self) -> dict[str, float]:
+        """Group -> how much of the residual is held."""
+        return start.factor_of(self.start, self.settings.strength)
+
+
+def check(
+    settings: Adaptation, out: Path, *, overwrite: bool = False, offline: bool = False
+) -> Inputs:
+    """Checks folders, tokenizers, contexts and texts, and cuts the blocks; reads no weights.
+
+    What is named by a hub id is fetched first; this is all that uses the network.
+
+    Args:
+        settings: What is asked for.
+        out: The folder to be written.
+        overwrite: Whether it may exist.
+        offline: Whether the network is forbidden.
+
+    Returns:
+        The inputs.
+
+    Raises:
+        OtMergeError: naming what is wrong.
+    """
+    named = [side for one in (settings.model, settings.target, settings.source) if one
+             for side in location.split(one) if side]  # fmt: skip
+    said: dict[str, Text] = {"text": settings.text}
+    if settings.evaluation is not None:
+        said["evaluation"] = settings.evaluation
+    named += [text.path for text in said.values()]
+    local = [path for one in named if (path := Path(one).expanduser()).exists()]
+    publish.check_output(out, inputs=local, overwrite=overwrite)
+    sources = {name: records.locate(text.path, offline=offline) for name, text in said.items()}
+    begun = start.open_start(settings.model, target=settings.target, offline=offline)
+    start.factor_of(begun, settings.strength)  # refuses one that means nothing
+    source = None
+    if settings.is_distilled and settings.source is not None:
+        source = open_folder(settings.source, offline=offline)
+    tokenizer = preflight.tokenizer_of(begun.folder)
+    documents = preflight.documents_of(settings.text, sources["text"])
+    held_out = None
+    if settings.evaluation is not None:
+        held_out = preflight.documents_of(settings.evaluation, sources["evaluation"])
+    learned, dev = texts.split(documents, seed=settings.seed)
+    if not dev:
+        raise InputError(
+            f"{settings.text.path} has too few documents ({len(documents)}) for a dev split; add "
+            "text, one document a line."
+        )
+    contexts = [one.cfg.max_positions for one in (begun.folder, source) if one is not None]
+    block = min(BLOCK, *contexts) if settings.block is None else settings.block
+    if block > min(contexts):
+        raise RecipeError(
+            f"--block {block} is longer than the context of the "
+            f"{'student' if block > contexts[0] else 'teacher'}, {min(contexts)} tokens; lower it."
+        )
+    teacher = None if source is None else preflight.tokenizer_of(source)
+    is_universal = teacher is not None and not calibration.is_same_tokenizer(
+        tokenizer, teacher, documents
+    )
+    blocks = [
+        _blocks(part, tokenizer, teacher if is_universal else None, block, settings, is_dev=is_dev)
+        for part, is_dev in ((learned, False), (dev, True))
+    ]
+    objective = Objective(
+        settings.objective,
+        begun.folder.cfg,
+        None if source is None else source.cfg,
+        settings.kd_weight,
+        is_universal,
+        settings.remat,
+    )
+    problem = Problem(_decided(settings, blocks[0], block), objective, *blocks)
+    counts = {"documents": len(learned), "dev_documents": len(dev)}
+    return Inputs(begun, source, tokenizer, problem, held_out, sources, counts)
+
+
+def _blocks(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    teacher: Any,
+    length: int,
+    settings: Adaptation,
+    *,
+    is_dev: bool,
+) -> data.Blocks:
+    """The blocks of one split; ``teacher`` is None where it shares the student's tokens."""
+    only = settings.loss_on == "responses"
+    if teacher is not None and not is_dev:  # the dev split is scored on the next token
+        return data.pair(documents, tokenizer, teacher, length=length, responses_only=only)
+    marked = [data.mark(one, tokenizer, responses_only=only) for one in documents]
+    return data.pack(marked, length, has_tail=is_dev)
+
+
+def _decided(settings: Adaptation, blocks: data.Blocks, block: int) -> Adaptation:
+    """The settings with every number decided."""
+    size = min(settings.batch_size, len(blocks.tokens))
+    size -= size % settings.accumulate
+    if not size:
+        raise InputError(
+            f"{settings.text.path} gives {len(blocks.tokens)} blocks of {block} tokens, fewer than "
+            f"--accumulate {settings.accumulate}; add text or lower --block."
+        )
+    steps = data.per_epoch(blocks, size) if settings.steps is None else settings.steps
+    tenth = max(1, steps // 10)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return settings.model_copy(
+        update={
+            "batch_size": size,
+            "block": block,
+            "steps": steps,
+            "eval_every": settings.eval_every or tenth,
+            "save_every": settings.save_every or tenth,
+            "dtype": dtype,
+        }
+    )

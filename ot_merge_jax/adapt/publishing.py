@@ -1,0 +1,116 @@
+"""What an adaptation writes beside the model: card, recipe, report, events, residual, hashes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ot_merge_jax.adapt import start
+from ot_merge_jax.adapt.inputs import Inputs
+from ot_merge_jax.adapt.start import Parts
+from ot_merge_jax.evaluate.compare import Difference
+from ot_merge_jax.io import checkpoint, details, provenance
+
+
+def write(
+    folder: Path,
+    *,
+    found: Inputs,
+    parts: Parts,
+    report: Mapping[str, Any],
+    events: Sequence[str],
+    side: Mapping[str, Any],
+    began: float,
+) -> None:
+    """Writes the details of an adaptation into the folder of its model.
+
+    Of two runs with the same inputs only the times in ``events.jsonl`` and ``provenance.json``
+    differ, and the peak of memory.
+
+    Args:
+        folder: Holds the model.
+        found: The inputs.
+        parts: The trained base and the residual that was held constant.
+        report: JSON values.
+        events: Lines of ``events.jsonl``.
+        side: ``run`` (the key), ``command``, and what `details.inputs` returned.
+        began: ``time.monotonic()`` when this process began.
+    """
+    inside = folder / "ot_merge"
+    inside.mkdir()
+    text = provenance.public(found.settings.to_yaml())
+    command = provenance.public(side["command"])
+    (inside / "recipe.yaml").write_text(text, encoding="utf-8")
+    (inside / "events.jsonl").write_text("".join(events), encoding="utf-8")
+    start.save_residual(inside, found.start, parts)
+    checkpoint.save_json(inside / "report.json", report)
+    (folder / "README.md").write_text(
+        provenance.model_card(
+            name=found.start.folder.name,
+            models={role: (one.path, one.origin) for role, one in found.folders.items()},
+            verdict=report["verdict"],
+            evaluation=[
+                (name, one["nll_per_token"], one["bits_per_byte"])
+                for name, one in report["evaluation"].items()
+            ],
+            command=command,
+            recipe=text,
+            relation="finetune",
+        ),
+        encoding="utf-8",
+    )
+    whole = {
+        **side,
+        "command": command,
+        "recipe_sha256": provenance.sha256(inside / "recipe.yaml"),
+        "seed": found.settings.seed,
+        "evaluation": report["evaluation"],
+        "output": provenance.file_hashes(folder, details.FILES),
+        "wall_seconds": round(time.monotonic() - began, 2),
+        **provenance.environment(),
+    }
+    checkpoint.save_json(inside / "provenance.json", whole)
+
+
+def read(folder: Path, run_key: str) -> dict[str, Any] | None:
+    """The report of a published folder, if it is the unchanged result of the run of this key."""
+    inside = folder / "ot_merge"
+    try:
+        side = checkpoint.load_json(inside / "provenance.json")
+        if side["run"] != run_key or any(
+            provenance.sha256(folder / name) != digest for name, digest in side["output"].items()
+        ):
+            return None
+        return checkpoint.load_json(inside / "report.json")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # anything may lie in that folder
+
+
+def verdict(change: Difference | None, *, steps: int) -> str:
+    """One sentence that says what the adaptation has shown, and no more.
+
+    Args:
+        change: After minus before on held-out text, or None if there was none.
+        steps: Steps that were taken.
+
+    Returns:
+        A line of plain text.
+
+    Example:
+        >>> verdict(None, steps=9)
+        'adapted by 9 steps; not evaluated (no held-out text was given).'
+    """
+    done = f"adapted by {steps} steps" if steps else "folded without training"
+    if change is None:
+        return f"{done}; not evaluated (no held-out text was given)."
+    amount = (
+        f"{change.difference:+.4f} nats per token, 95 % interval "
+        f"[{change.low:+.4f}, {change.high:+.4f}]"
+    )
+    if change.low > 0:
+        return f"worse than before on held-out text: {amount}."
+    if change.high < 0:
+        return f"better than before on held-out text: {amount}; no baselines were run."
+    return f"no measurable difference from before on held-out text: {amount}."

@@ -1,0 +1,400 @@
+"""A whole adaptation: a folder and texts in, one published folder out. Strings the stages.
+
+Everything is checked that can be checked without reading weights before any weight is read.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from ot_merge_jax import memory, progress, sharding
+from ot_merge_jax.adapt import inputs as checking
+from ot_merge_jax.adapt import loop, publishing, start, state, training
+from ot_merge_jax.adapt.inputs import Inputs
+from ot_merge_jax.adapt.loop import Course
+from ot_merge_jax.adapt.settings import Adaptation
+from ot_merge_jax.adapt.training import Constants, Problem
+from ot_merge_jax.errors import RecipeError, ResourceError
+from ot_merge_jax.evaluate import compare, nll
+from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, stages
+from ot_merge_jax.models import specs
+from ot_merge_jax.report import facts
+
+_LOG = logging.getLogger(__name__)
+_SETTINGS = "settings"
+
+
+class AdaptResult(NamedTuple):
+    """What an adaptation found.
+
+    Attributes:
+        out: The published folder.
+        report: What ``report.json`` holds.
+    """
+
+    out: Path
+    report: dict[str, Any]
+
+
+def adapt(
+    settings: Adaptation,
+    out: Path,
+    *,
+    command: str,
+    overwrite: bool = False,
+    resume: bool = False,
+    offline: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    memory_limit: int | None = None,
+    show: Callable[[Adaptation], None] | None = None,
+) -> AdaptResult:
+    """Trains a model, or what a merge left trainable, and publishes the folded folder atomically.
+
+    Args:
+        settings: What is asked for.
+        out: The folder to write; absent, or empty, unless ``overwrite``.
+        command: What the user typed, for the card and the provenance.
+        overwrite: Whether an existing folder is replaced.
+        resume: Whether the training of an interrupted run of the same settings, inputs and versions
+            is continued; on CPU the result has the bytes of an uninterrupted one.
+        offline: Whether the network is forbidden.
+        mesh: Where models and batches live; None: one device.
+        memory_limit: Bytes that may be used; None: those of the machine.
+        show: Called with the settings once all of them are decided, before weights are read.
+
+    Returns:
+        What was found. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
+
+    Raises:
+        OtMergeError: with an exit code; nothing has been written then but for the checkpoints that
+            a full disk, and training that diverged, leave.
+        KeyboardInterrupt: saying how to resume.
+    """
+    began = time.monotonic()
+    found = checking.check(settings, out, overwrite=overwrite or resume, offline=offline)
+    _check_memory(found, memory_limit)
+    if show is not None:
+        show(found.settings)
+    side = details.inputs(found.folders, found.sources)
+    if found.start.target is not None:
+        start.verify(found.start, side["inputs"]["target"])
+    decided = {
+        "adapt": found.settings.model_dump(), **side, "versions": _versions(),
+    }  # fmt: skip
+    key = stages.key(decided)
+    side = {"run": key, "command": command, **side}
+    with publish.locked(out):
+        if resume and (report := publishing.read(out, key)) is not None:
+            _LOG.info("resume: %s is finished", out)
+            stages.clear(out, key)
+            return AdaptResult(out, report)
+        if resume:
+            _refuse_others(out, key, decided)
+        with stages.run_folder(
+            out, key, command=command, resume=resume, overwrite=overwrite
+        ) as run:
+            stages.stage(
+                run,
+                _SETTINGS,
+                lambda folder: checkpoint.save_json(folder / f"{_SETTINGS}.json", decided),
+                lambda folder: folder,
+            )
+            return AdaptResult(out, _adapt(run, found, side, mesh=mesh, began=began))
+
+
+def _adapt(
+    run: stages.Run,
+    found: Inputs,
+    side: dict[str, Any],
+    *,
+    mesh: jax.sharding.Mesh | None,
+    began: float,
+) -> dict[str, Any]:
+    """The stages, up to the folder that is published."""
+    problem = found.problem
+    _LOG.info("load %s", found.start.folder.where)
+    parts = start.load(found.start, strength=problem.settings.strength, mesh=mesh)
+    source = None
+    if found.source is not None:
+        _LOG.info("load %s", found.source.where)
+        dtype = jnp.dtype(problem.settings.dtype)
+        _, source = hf.load_folder(found.source, mesh=mesh, dtype=dtype)
+    trainable, constants = training.begin(problem, *parts, source)
+    before = stages.stage(
+        run,
+        "before",
+        lambda folder: _save_scores(folder, found, trainable, constants),
+        _load_scores,
+    )
+    new = training.new_course(problem, trainable)
+    course, events = state.restore(run, new)
+    if course.losses:
+        _LOG.info("resume: %d of %d steps are done", len(course.losses), problem.settings.steps)
+    course, events = _train(run, problem, course, constants, events)
+    plan, trained = training.plan_of(problem), loop.result(course)
+    parts = parts._replace(base=training.base_of(trained, constants, plan=plan))
+    folded = training.params_of(trained, constants, plan=plan)
+    model = stages.stage(
+        run,
+        "model",
+        lambda folder: hf.write_model(
+            folder, folded, cfg=problem.objective.cfg, like=found.start.folder.path
+        ),
+        lambda folder: folder,
+        needs=[state.name_of(course)] if course.losses else [],
+        folder=stages.MODEL,
+    )
+    after = stages.stage(
+        run, "after", lambda folder: _save_written(folder, found, model), _load_scores,
+        needs=["model"],
+    )  # fmt: skip
+    report = _report(found, course, before, after)
+    stages.stage(
+        run,
+        "details",
+        lambda folder: publishing.write(
+            folder, found=found, parts=parts, report=report, events=events, side=side, began=began
+        ),
+        lambda folder: folder,
+        needs=list(run.finished),
+        folder=stages.MODEL,
+    )
+    return report
+
+
+def _train(
+    run: stages.Run, problem: Problem, course: Course, constants: Constants, events: list[str]
+) -> tuple[Course, list[str]]:
+    """The training, with checkpoints, events and progress; ends in a checkpoint."""
+    settings, begun = problem.settings, time.monotonic()
+    size = min(settings.batch_size, len(problem.train.tokens)) * problem.train.tokens.shape[1]
+    first, live = len(course.losses), run.folder / "events.jsonl"
+    live.write_text("".join(events), encoding="utf-8")
+
+    def rate(course: Course) -> float:
+        return (len(course.losses) - first) * size / max(1e-9, time.monotonic() - begun)
+
+    with state.interrupts() as is_wanted:
+
+        def after(course: Course) -> None:
+            nonlocal latest
+            latest, done = course, len(course.losses)
+            is_dev = course.dev[-1][0] == done
+            if done % settings.log_every == 0 or is_dev:
+                events.append(_event(course, rate(course), is_dev=is_dev))
+                with live.open("a", encoding="utf-8") as file:
+                    file.write(events[-1])
+            if done % (settings.save_every or 1) == 0 or is_wanted():
+                state.save(run, course, events)
+            if is_wanted():
+                raise KeyboardInterrupt
+
+        latest = course
+        course = training.train(
+            problem,
+            course,
+            constants,
+            after=after,
+            rescue=lambda course: _rescue(run, course, events),
+            counted=lambda steps: progress.track(
+                steps, "adapt (steps)", note=lambda: _note(latest, rate(latest))
+            ),
+        )
+        if course.losses:
+            state.save(run, course, events)
+    live.unlink()
+    return course, events
+
+
+def _rescue(run: stages.Run, course: Course, events: list[str]) -> None:
+    """Keeps the state before a step that diverged, unless an update has broken it already."""
+    leaves = jax.tree.leaves(course.state.params)
+    if course.losses and all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
+        state.save(run, course, events)
+
+
+def _event(course: Course, rate: float, *, is_dev: bool) -> str:
+    """One line of ``events.jsonl``."""
+    found: dict[str, Any] = {
+        "step": len(course.losses), "loss": course.losses[-1], "gradient_norm": course.norms[-1],
+        "tokens_per_second": round(rate, 1),
+    }  # fmt: skip
+    return json.dumps(found | ({"dev_loss": course.dev[-1][1]} if is_dev else {})) + "\n"
+
+
+def _note(course: Course, rate: float) -> str:
+    """What the progress line says beside the steps."""
+    if not course.losses:
+        return ""
+    return f"loss {course.losses[-1]:.4f}, dev {course.dev[-1][1]:.4f}, {rate:.0f} tokens/s"
+
+
+def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constants) -> None:
+    """Scores of the start on the held-out text, and of its target if it was merged."""
+    plan = training.plan_of(found.problem)
+    models = {"before": lambda: training.params_of(trainable, constants, plan=plan)}
+    if constants.residual:
+        models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
+    scores = (
+        {name: _score(found, make()) for name, make in models.items()} if found.held_out else {}
+    )
+    checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": None}))
+
+
+def _save_written(folder: Path, found: Inputs, model: Path) -> None:
+    """Scores of the files that were written, as they were rounded: the check of the export too."""
+    _, written = hf.load_hf(model, dtype=jnp.float32)
+    dev = training.next_token_loss(written, found.problem)
+    if not np.isfinite(dev):
+        raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
+    scores = {"after": _score(found, written)} if found.held_out else {}
+    checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": dev}))
+
+
+def _score(found: Inputs, params: Any) -> nll.Scores:
+    """Scores on the held-out text."""
+    cfg = found.problem.objective.cfg
+    cut = nll.windows(found.held_out or [], found.tokenizer, max_positions=cfg.max_positions)
+    return nll.score(params, cut, cfg=cfg)
+
+
+def _load_scores(folder: Path) -> tuple[dict[str, nll.Scores], float | None]:
+    """Reads what `_save_scores` or `_save_written` wrote."""
+    found = checkpoint.load_json(folder / "scores.json")
+    scores = {
+        name: nll.Scores(*(np.array(one[field]) for field in nll.Scores._fields))
+        for name, one in found["scores"].items()
+    }
+    return scores, found["dev"]
+
+
+def _report(
+    found: Inputs,
+    course: Course,
+    before: tuple[dict[str, nll.Scores], float | None],
+    after: tuple[dict[str, nll.Scores], float | None],
+) -> dict[str, Any]:
+    """What was found, as JSON values."""
+    settings, seed = found.settings, found.settings.seed
+    scores = before[0] | after[0]
+    evaluation: dict[str, Any] = {name: dict(one.totals) for name, one in scores.items()}
+    change = None
+    if "after" in scores:
+        change = compare.paired_bootstrap(scores["after"], scores["before"], seed=seed)
+        evaluation["after"]["against_before"] = change
+        if "target" in scores:
+            lead = compare.paired_bootstrap(scores["after"], scores["target"], seed=seed)
+            evaluation["after"]["against_target"] = lead
+    best = min(course.dev, key=lambda one: one[1])
+    blocks, pairs = found.problem.train, found.problem.train.pairs
+    return facts.plain(
+        {
+            "verdict": publishing.verdict(change, steps=len(course.losses)),
+            "controls": {},
+            "objective": settings.objective,
+            "steps": len(course.losses),
+            "losses": course.losses,
+            "dev": {
+                "before": course.dev[0][1],
+                "after": after[1],
+                "best_step": best[0],
+                "curve": course.dev,
+            },
+            "evaluation": evaluation,
+            "data": {
+                **found.counts,
+                "blocks": len(blocks.tokens),
+                "tokens_that_count": blocks.count,
+                "dev_blocks": len(found.problem.dev.tokens),
+                "universal_distillation": found.problem.objective.is_universal,
+                "target_matched": pairs and pairs.target_matched,
+                "source_matched": pairs and pairs.source_matched,
+            },
+            "residual": {"merged_at": found.start.merged, "held_at": found.factor},
+            "settings": yaml.safe_load(provenance.public(settings.to_yaml())),
+        }
+    )
+
+
+def _versions() -> dict[str, str]:
+    """What else than settings and inputs decides the numbers."""
+    named = ("ot-merge-jax", "jax", "numpy", "optax", "tokenizers", "transformers")
+    return {name: importlib.metadata.version(name) for name in named}
+
+
+def _refuse_others(out: Path, key: str, decided: Mapping[str, Any]) -> None:
+    """Refuses to resume where only a training with other settings or inputs was interrupted."""
+    folders = sorted(out.resolve().parent.glob(f"{out.name}.partial-*"))
+    if any(folder.name.endswith(f"-{key}") for folder in folders):
+        return
+    for folder in folders:
+        try:
+            was = checkpoint.load_json(folder / "state" / _SETTINGS / f"{_SETTINGS}.json")
+            changes = _changes(was, json.loads(json.dumps(decided)))
+        except (OSError, ValueError, AttributeError):
+            continue
+        raise RecipeError(
+            f"--resume: what was interrupted in {folder.name} differs in {', '.join(changes)}; "
+            "give the same settings and inputs, or leave --resume out to start anew."
+        )
+
+
+def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ, settings with both values."""
+    before, after = was.get("adapt", {}), now["adapt"]
+    found = [
+        f"{key} (was {before.get(key)!r}, now {after.get(key)!r})"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    for part in ("inputs", "texts", "versions"):
+        one, other = was.get(part, {}), now[part]
+        found += [
+            f"{part} {key}"
+            for key in sorted(one.keys() | other.keys())
+            if one.get(key) != other.get(key)
+        ]
+    return found or ["something unknown"]
+
+
+def _check_memory(found: Inputs, limit: int | None) -> None:
+    """Refuses before weights are read what cannot fit: arrays that live together in a step."""
+    s, cfg = found.settings, found.problem.objective.cfg
+    count = specs.count(cfg)
+    trained = count
+    if s.lora is not None:
+        rows = (spec for spec in specs.param_specs(cfg) if spec.weight in s.lora_targets)
+        trained = sum(s.lora * spec.shape[0] * sum(spec.shape[1:]) for spec in rows)
+    is_merge = found.start.merged is not None
+    # base, residual, folded; what trains, its gradient, two moments; the best of early stopping
+    held = 4 * (count * (2 + is_merge) + trained * (4 + (s.patience is not None)))
+    tokens = max(1, s.batch_size // s.accumulate) * found.problem.train.tokens.shape[1]
+    logits = 3 * 4 * (tokens if not s.remat else found.problem.train.tokens.shape[1])
+    held += logits * cfg.vocab_size
+    if found.source is not None:
+        width = jnp.dtype(s.dtype).itemsize
+        held += specs.count(found.source.cfg) * width + logits * found.source.cfg.vocab_size
+    held += memory.PROCESS
+    most = memory.of_machine() if limit is None else limit
+    _LOG.info("memory: at least %s", memory.gib(held))
+    if held > most:
+        raise ResourceError(
+            f"The training needs at least {memory.gib(held)}, and {memory.gib(most)} are allowed; "
+            "use --lora, --accumulate, --remat or a smaller --block, or raise --memory-limit."
+        )
+
+
+def place(text: str | None) -> jax.sharding.Mesh | None:
+    """The mesh of a flag ``data=2,model=4``; None without one."""
+    return sharding.make_mesh(sharding.parse(text)) if text else None

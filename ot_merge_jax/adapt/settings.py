@@ -1,0 +1,142 @@
+"""`Adaptation`: what the user asks of a training run, checked and filled. Imports recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from ot_merge_jax import recipe as recipes
+from ot_merge_jax.errors import RecipeError
+from ot_merge_jax.recipe import Folder, Positive, Text
+from ot_merge_jax.spaces import PROJECTIONS
+
+Count = Annotated[int, pydantic.Field(ge=1)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+#: Tokens of a block where the models' contexts allow it.
+BLOCK = 512
+
+
+class Adaptation(pydantic.BaseModel):
+    """Fully resolved settings of `ot-merge adapt`.
+
+    Attributes:
+        model: What is trained: a folder that `ot-merge run` or `adapt` wrote, whose residual stays
+            frozen, or any other model folder or hub id.
+        target: What the merge was made from, if it is no longer where the run's recipe says.
+        source: The teacher; not used by ``sft``.
+        objective: ``sft``, ``kd`` or ``mix``.
+        kd_weight: Share of the distillation in ``mix``.
+        text: What is learned from; a fifth of its documents is the dev split.
+        evaluation: Held-out text that is reported and chooses nothing.
+        loss_on: Of chats: ``responses`` (what the assistant says) or ``all`` tokens.
+        steps: Optimiser steps; None: one epoch. 0 only folds, which rescales a residual.
+        learning_rate: Peak rate.
+        batch_size: Blocks of a step.
+        accumulate: Parts a batch is computed in, to save memory.
+        block: Tokens of a block; None: `BLOCK`, or the smaller context.
+        schedule: How the rate falls.
+        warmup: Fraction of the steps that warm up.
+        weight_decay: Of what trains; the residual is never decayed.
+        clip: Largest global norm of a gradient.
+        strength: alpha or lambda at which the residual is held; None: as it was merged.
+        lora: Rank of the adapters; None: all parameters train.
+        lora_alpha: The product of the factors counts ``alpha / rank``; None: the rank.
+        lora_targets: Projections that get adapters.
+        dtype: What is computed in; masters are float32. ``auto``: float32 on CPU, else bfloat16.
+        remat: Whether memory is saved by computing layers twice.
+        eval_every: Steps between evaluations on the dev split; None: a tenth of the steps.
+        save_every: Steps between checkpoints; None: a tenth of the steps.
+        log_every: Steps between lines of ``events.jsonl``.
+        patience: Evaluations without a new best that end the training; None: never.
+        seed: Of the order of the data, the dev split and the adapters.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    model: Folder
+    target: Folder | None = None
+    source: Folder | None = None
+    objective: Literal["sft", "kd", "mix"] = "sft"
+    kd_weight: Share = 0.5
+    text: Text
+    evaluation: Text | None = None
+    loss_on: Literal["responses", "all"] = "responses"
+    steps: Annotated[int, pydantic.Field(ge=0)] | None = None
+    learning_rate: Positive = 1e-5
+    batch_size: Count = 8
+    accumulate: Count = 1
+    block: Annotated[int, pydantic.Field(ge=2)] | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Share = 0.05
+    weight_decay: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip: Positive = 1.0
+    strength: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
+    lora: Count | None = None
+    lora_alpha: Positive | None = None
+    lora_targets: Annotated[list[Projection], pydantic.Field(min_length=1)] = list(PROJECTIONS)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: bool = False
+    eval_every: Count | None = None
+    save_every: Count | None = None
+    log_every: Count = 1
+    patience: Count | None = None
+    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> Adaptation:
+        if self.objective != "sft" and self.source is None:
+            raise ValueError(
+                f"objective {self.objective} needs source (--source), the teacher; give it or "
+                "choose --objective sft"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
+            )
+        if len(set(self.lora_targets)) < len(self.lora_targets):
+            raise ValueError("lora_targets names one weight twice")
+        return self
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a teacher is needed."""
+        return self.objective != "sft"
+
+    def to_yaml(self) -> str:
+        """The settings as YAML."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def resolve(settings: Mapping[str, Any], *, where: str = "the command line") -> Adaptation:
+    """Checks settings and fills what was not said.
+
+    Args:
+        settings: What the user said; None values count as unsaid.
+        where: Named in messages.
+
+    Returns:
+        The settings.
+
+    Raises:
+        RecipeError: naming every unknown key or bad value.
+
+    Example:
+        >>> found = resolve({"model": "m", "text": {"path": "t.txt"}, "learning_rate": 1e-4})
+        >>> found.objective, found.warmup, found.clip
+        ('sft', 0.05, 1.0)
+        >>> resolve({"model": "m", "text": {"path": "t.txt"}, "learning_rate": 0})
+        Traceback (most recent call last):
+        ...
+        ot_merge_jax.errors.RecipeError: the command line: learning_rate: Input should be greater
+        than 0 (got 0).
+    """
+    said = {key: value for key, value in settings.items() if value is not None}
+    try:
+        return Adaptation.model_validate(said)
+    except pydantic.ValidationError as error:
+        raise RecipeError(f"{where}: {'; '.join(recipes.sentences(error.errors()))}.") from error

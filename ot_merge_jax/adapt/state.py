@@ -1,0 +1,129 @@
+"""A training run on disk: checkpoints that a killed run continues from, and interrupts that wait.
+
+A checkpoint is a stage of `ot_merge_jax.io.stages`: written by Orbax beside the one before, hashed
+by us (Orbax does not notice a flipped bit), and only then put in its place. It holds what trains,
+the optimiser's state, the best parameters and all losses. The position in the data is the number of
+steps, and nothing is drawn but from the seed, so nothing else has to be kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ot_merge_jax.adapt.loop import Course
+from ot_merge_jax.io import checkpoint, stages
+
+_PREFIX = "step-"
+_EVENTS = "events.jsonl"
+
+
+def save(run: stages.Run, course: Course, events: list[str]) -> None:
+    """Writes a checkpoint and deletes the ones before; until it is whole they stay.
+
+    Args:
+        run: The run folder.
+        course: Where the training stands.
+        events: Lines of ``events.jsonl`` so far.
+
+    Raises:
+        OSError: with the number of a full disk, if there is no room.
+    """
+    name = name_of(course)
+    if name in run.finished:
+        return
+    before = _names(run)
+    arrays = {f"{place:05d}": leaf for place, leaf in enumerate(_leaves(course))}
+    history = {"losses": course.losses, "norms": course.norms, "dev": course.dev}
+
+    def make(folder: Path) -> None:
+        checkpoint.save_tree(folder / "arrays", arrays)
+        checkpoint.save_json(folder / "history.json", history)
+        (folder / _EVENTS).write_text("".join(events), encoding="utf-8")
+
+    stages.stage(run, name, make, lambda folder: folder)
+    stages.drop(run, before)
+
+
+def restore(run: stages.Run, new: Course) -> tuple[Course, list[str]]:
+    """The newest checkpoint of a run, or a new course if there is none.
+
+    Args:
+        run: The run folder; its finished stages have been verified.
+        new: A course before its first step: shapes, dtypes and places of all arrays.
+
+    Returns:
+        The course and its events.
+    """
+    names = _names(run)
+    if not names:
+        return new, []
+    folder = run.folder / "state" / names[-1]
+    found = checkpoint.load_tree(folder / "arrays")
+    history = checkpoint.load_json(folder / "history.json")
+    stored = [found[key] for key in sorted(found)]
+    template = new._replace(best=new.state.params) if len(stored) > len(_leaves(new)) else new
+    treedef = jax.tree.structure((template.state, template.best))
+    placed = [
+        jax.device_put(np.asarray(leaf, like.dtype), like.sharding)
+        for leaf, like in zip(stored, _leaves(template), strict=True)
+    ]
+    state, best = jax.tree.unflatten(treedef, placed)
+    dev = [(step, loss) for step, loss in history["dev"]]
+    course = Course(state, history["losses"], history["norms"], dev, best)
+    return course, (folder / _EVENTS).read_text(encoding="utf-8").splitlines(keepends=True)
+
+
+def name_of(course: Course) -> str:
+    """The stage that holds a course."""
+    return f"{_PREFIX}{len(course.losses):08d}"
+
+
+def _names(run: stages.Run) -> list[str]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(name for name in run.finished if name.startswith(_PREFIX))
+
+
+def _leaves(course: Course) -> list[Any]:
+    """All arrays of a course, in order."""
+    return jax.tree.leaves((course.state, course.best))
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Lets SIGINT and SIGTERM wait for the end of a step, whose old state is already given away.
+
+    A second signal of either kind interrupts at once. Without effect outside the main thread.
+
+    Yields:
+        A function that says whether to stop.
+
+    Example:
+        >>> with interrupts() as is_wanted:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     is_wanted()
+        True
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,288 @@
+"""A training problem without disks: what trains, what is constant, the step, the course.
+
+`train` is what the command, and every arm of a comparison, calls: arms that share a `Problem` see
+the same data in the same order. Imports the rest of adapt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ot_merge_jax import sharding
+from ot_merge_jax.adapt import data, loop, lora, objectives
+from ot_merge_jax.adapt import residual as residuals
+from ot_merge_jax.adapt.loop import Course, Seen, TrainState
+from ot_merge_jax.adapt.objectives import Examples, Objective
+from ot_merge_jax.adapt.settings import Adaptation
+from ot_merge_jax.types import Params
+
+
+class Problem(NamedTuple):
+    """What is to be learned.
+
+    Attributes:
+        settings: Resolved: steps, batch size, dtype and intervals are numbers.
+        objective: What is minimised.
+        train: Blocks to learn from.
+        dev: Blocks that choose.
+    """
+
+    settings: Adaptation
+    objective: Objective
+    train: data.Blocks
+    dev: data.Blocks
+
+
+class Rates(NamedTuple):
+    """Numbers of the optimiser that trace: they sweep under ``vmap`` without a new compilation.
+
+    Attributes:
+        learning_rate: The peak rate.
+        weight_decay: Of what trains.
+        clip: Largest global norm of a gradient.
+    """
+
+    learning_rate: Any
+    weight_decay: Any
+    clip: Any
+
+
+class Constants(NamedTuple):
+    """What the loss needs beside what trains.
+
+    Attributes:
+        base: The model below adapters; None where it trains itself.
+        residual: Path -> what a merge added.
+        factor: Group -> how much of it is held.
+        source: The teacher, in the dtype to compute in; None without one.
+        rates: Of the optimiser.
+    """
+
+    base: Params | None
+    residual: dict[str, jax.Array]
+    factor: dict[str, Any]
+    source: Params | None
+    rates: Rates
+
+
+class Plan(NamedTuple):
+    """What fixes the program of a step; hashable, so static in jit.
+
+    Attributes:
+        objective: What is minimised.
+        dtype: What is computed in.
+        parts: Parts a batch is computed in.
+        lora_scale: How much the product of adapters counts.
+        steps: Length of the schedule.
+        schedule: How the rate falls.
+        warmup: Fraction of the steps that warm up.
+    """
+
+    objective: Objective
+    dtype: str
+    parts: int
+    lora_scale: float
+    steps: int
+    schedule: loop.Schedule
+    warmup: float
+
+
+def plan_of(problem: Problem) -> Plan:
+    """The static part of a problem."""
+    s = problem.settings
+    scale = 1.0 if s.lora is None or s.lora_alpha is None else s.lora_alpha / s.lora
+    return Plan(problem.objective, s.dtype, s.accumulate, scale, s.steps or 0, s.schedule, s.warmup)
+
+
+def begin(
+    problem: Problem,
+    base: Params,
+    residual: dict[str, jax.Array],
+    factor: dict[str, Any],
+    source: Params | None = None,
+) -> tuple[Any, Constants]:
+    """What trains, before the first step, and what stays.
+
+    Args:
+        problem: What is to be learned; with ``lora`` in its settings only adapters train.
+        base: The trainable part of the weights.
+        residual: The frozen part (`residual.between`); empty for a model that is no merge.
+        factor: Group -> strength of the residual.
+        source: The teacher's parameters.
+
+    Returns:
+        (what trains, constants).
+    """
+    rates = rates_of(problem)
+    if problem.settings.lora is None:
+        return base, Constants(None, residual, factor, source, rates)
+    key = jax.random.key(problem.settings.seed)
+    rank, targets = problem.settings.lora, problem.settings.lora_targets
+    factors = lora.init(key, problem.objective.cfg, rank=rank, targets=targets)
+    if (mesh := sharding.mesh_of(base)) is not None:
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        factors = jax.device_put(factors, whole)
+    return factors, Constants(base, residual, factor, source, rates)
+
+
+def base_of(trainable: Any, constants: Constants, *, plan: Plan) -> Params:
+    """The trained part as plain weights: adapters folded, the residual not yet."""
+    if constants.base is None:
+        return trainable
+    return lora.fold(constants.base, trainable, plan.lora_scale)
+
+
+def params_of(trainable: Any, constants: Constants, *, plan: Plan) -> Params:
+    """The plain parameters, float32: everything folded."""
+    base = base_of(trainable, constants, plan=plan)
+    return residuals.fold(base, constants.residual, constants.factor)
+
+
+def loss_of(plan: Plan) -> loop.Loss:
+    """``(what trains, constants, examples) -> loss``, a pure function."""
+
+    def loss(trainable: Any, constants: Constants, examples: Examples) -> jax.Array:
+        params = _cast(params_of(trainable, constants, plan=plan), plan.dtype)
+        return objectives.loss(params, constants.source, examples, objective=plan.objective)
+
+    return loss
+
+
+def rates_of(problem: Problem) -> Rates:
+    """The numbers of the optimiser that the settings say."""
+    s = problem.settings
+    return Rates(s.learning_rate, s.weight_decay, s.clip)
+
+
+def transform_of(plan: Plan, rates: Rates) -> optax.GradientTransformation:
+    """The optimiser of a plan; its state does not depend on the rates."""
+    return loop.optimizer(
+        steps=plan.steps, warmup=plan.warmup, schedule=plan.schedule, **rates._asdict()
+    )
+
+
+def step(
+    state: TrainState, constants: Constants, examples: Examples, *, plan: Plan
+) -> tuple[TrainState, Seen]:
+    """One step of training, a pure function.
+
+    Of its arguments only ``plan`` is static: arms that differ in their start, their teacher's
+    weights, their data or their rates share one program, and rates sweep under ``vmap``.
+
+    Args:
+        state: What trains; of a jitted step it is taken over.
+        constants: What does not.
+        examples: From `data.batch_at`.
+        plan: What fixes the program.
+
+    Returns:
+        The next state, and what was seen.
+    """
+    transform = transform_of(plan, constants.rates)
+    return loop.one_step(loss_of(plan), transform, parts=plan.parts)(state, constants, examples)
+
+
+_step = jax.jit(step, static_argnames="plan", donate_argnums=0)
+_folded = jax.jit(params_of, static_argnames="plan")
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "dtype"))
+def _plain_loss(
+    params: Params, examples: Examples, *, objective: Objective, dtype: str
+) -> jax.Array:
+    """The loss of plain parameters."""
+    return objectives.loss(_cast(params, dtype), None, examples, objective=objective)
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    """Parameters in the dtype to compute in."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def next_token_loss(params: Params, problem: Problem) -> float:
+    """The next-token loss of plain parameters on the dev split, in nats per counted token.
+
+    Whatever the objective of a problem, so that arms compare.
+    """
+    plan = plan_of(problem)
+    objective = Objective("sft", plan.objective.cfg, remat=plan.objective.remat)
+    size = max(1, problem.settings.batch_size // plan.parts)
+    mesh = sharding.mesh_of(params)
+    return sum(
+        float(_plain_loss(params, _placed(one, mesh, 0), objective=objective, dtype=plan.dtype))
+        for one in data.in_order(problem.dev, batch_size=size)
+    )
+
+
+def new_course(problem: Problem, trainable: Any) -> Course:
+    """A course before its first step; the caller keeps what it gave."""
+    transform = transform_of(plan_of(problem), rates_of(problem))
+    return Course(loop.start(trainable, transform), [], [], [])
+
+
+def train(
+    problem: Problem,
+    course: Course,
+    constants: Constants,
+    *,
+    after: Callable[[Course], None] = lambda course: None,
+    rescue: Callable[[Course], None] = lambda course: None,
+    counted: Callable[[range], Any] = lambda steps: steps,
+) -> Course:
+    """Trains to the end, or until early stopping.
+
+    Args:
+        problem: What is to be learned.
+        course: From `new_course`, or taken up again; its arrays are taken over.
+        constants: From `begin`.
+        after: As in `loop.fit`.
+        rescue: As in `loop.fit`.
+        counted: As in `loop.fit`.
+
+    Returns:
+        The course; `loop.result` of it is what trained.
+
+    Raises:
+        DivergedError: naming the step.
+    """
+    s, plan = problem.settings, plan_of(problem)
+    mesh = sharding.mesh_of(course.state.params)
+    lead = int(s.accumulate > 1)
+
+    def batch(index: int) -> Examples:
+        made = data.batch_at(
+            problem.train, index, batch_size=s.batch_size, seed=s.seed, parts=s.accumulate
+        )
+        return _placed(made, mesh, lead)
+
+    return loop.fit(
+        course,
+        functools.partial(_step, plan=plan),
+        constants,
+        batch,
+        steps=plan.steps,
+        dev_loss=lambda trainable: next_token_loss(
+            _folded(trainable, constants, plan=plan), problem
+        ),
+        eval_every=s.eval_every or 1,
+        patience=s.patience,
+        after=after,
+        rescue=rescue,
+        counted=counted,
+    )
+
+
+def _placed(examples: Examples, mesh: jax.sharding.Mesh | None, lead: int) -> Examples:
+    """A batch on its devices, split along the mesh's ``data`` axis."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, examples)
+    axes = (None,) * lead + ("batch", None)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, sharding.leaf_sharding(mesh, axes, x.shape)), examples
+    )

@@ -1,0 +1,152 @@
+"""`ot-merge adapt`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ot_merge_jax.console import (
+    OUT,
+    Encoding,
+    Field,
+    Json,
+    Offline,
+    Overwrite,
+    Quiet,
+    Seed,
+    Verbose,
+    guarded,
+    print_json,
+    say,
+    session,
+)
+
+
+@guarded
+def adapt(
+    model: Annotated[
+        str,
+        typer.Argument(help="Folder of `ot-merge run` (its residual stays frozen), or any model."),
+    ],
+    text: Annotated[
+        str, typer.Option(help="What is learned from: .txt, .jsonl, .parquet, or hub:OWNER/NAME.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    objective: Annotated[
+        str, typer.Option(help="sft (next token), kd (imitate the source) or mix.")
+    ] = "sft",
+    source: Annotated[
+        str | None, typer.Option(help="Teacher of kd and mix; not used by sft.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What MODEL was merged from, if it has moved.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps [one epoch].")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak rate [1e-5].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Blocks of a step [8].")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Parts a batch is computed in, to save memory [1].")
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option(help="Tokens of a block [512, or the context].")
+    ] = None,
+    kd_weight: Annotated[
+        float | None, typer.Option(help="Share of the distillation in mix [0.5].")
+    ] = None,
+    loss_on: Annotated[
+        str | None, typer.Option(help="Of chats: responses (default) or all.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Hold the residual at this alpha or lambda.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine (default), linear or constant.")
+    ] = None,
+    warmup: Annotated[float | None, typer.Option(help="Fraction of the steps [0.05].")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of what trains [0].")] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest gradient norm [1].")] = None,
+    lora: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank instead of all weights.")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Adapters count alpha/rank.")] = None,
+    lora_targets: Annotated[str | None, typer.Option(help="E.g. q,v,up,down [all seven].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="To compute in: float32, bfloat16 [by the device].")
+    ] = None,
+    remat: Annotated[bool, typer.Option(help="Save memory, compute layers twice.")] = False,
+    eval_text: Annotated[str | None, typer.Option(help="Held-out text, only reported.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between dev evaluations.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    log_every: Annotated[
+        int | None, typer.Option(help="Steps between lines of events [1].")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations without a new best.")
+    ] = None,
+    field: Field = None,
+    encoding: Encoding = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the same training where it was interrupted.")
+    ] = False,
+    mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="Memory to stay within, e.g. 8GiB [the machine's].")
+    ] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train a merged model with its residual frozen, or any model, and write a plain folder."""
+    from ot_merge_jax import memory
+    from ot_merge_jax.adapt import run
+    from ot_merge_jax.adapt import settings as adaptations
+
+    of_text = {"field": field, "encoding": encoding}
+    of_text = {key: value for key, value in of_text.items() if value is not None}
+    said: dict[str, Any] = {
+        "model": model, "target": target, "source": source, "objective": objective,
+        "kd_weight": kd_weight, "text": {"path": text, **of_text},
+        "evaluation": {"path": eval_text, **of_text} if eval_text else None, "loss_on": loss_on,
+        "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
+        "accumulate": accumulate, "block": block, "schedule": schedule, "warmup": warmup,
+        "weight_decay": weight_decay, "clip": clip, "strength": strength, "lora": lora,
+        "lora_alpha": lora_alpha,
+        "lora_targets": [x.strip() for x in lora_targets.split(",")] if lora_targets else None,
+        "dtype": dtype, "remat": remat, "eval_every": eval_every, "save_every": save_every,
+        "log_every": log_every, "patience": patience, "seed": seed,
+    }  # fmt: skip
+    settings = adaptations.resolve(said)
+    with session(verbose=verbose, quiet=quiet):
+        found = run.adapt(
+            settings,
+            out,
+            # a resumed run publishes the same bytes, so it is the same command
+            command=shlex.join(["ot-merge", *(w for w in sys.argv[1:] if w != "--resume")]),
+            overwrite=overwrite,
+            resume=resume,
+            offline=offline,
+            mesh=run.place(mesh),
+            memory_limit=memory.parse(memory_limit) if memory_limit else None,
+            show=None if quiet else lambda decided: say(decided.to_yaml()),
+        ).report
+    if as_json:
+        print_json(found)
+        return
+    dev = found["dev"]
+    say(f"dev loss: {dev['before']:.4f} -> {dev['after']:.4f} nats per token after "
+        f"{found['steps']} steps", OUT)  # fmt: skip
+    for name, one in found["evaluation"].items():
+        say(f"held-out, {name}: {one['nll_per_token']:.4f} nats per token, "
+            f"{one['bits_per_byte']:.4f} bits per byte", OUT)  # fmt: skip
+    if found["residual"]["merged_at"] is not None:
+        say(f"residual held at: {json.dumps(found['residual']['held_at'])} of the merge", OUT)
+    say(f"verdict: {found['verdict']}", OUT)
+    say(f"written: {out}", OUT)
