@@ -29,7 +29,7 @@ from ot_merge_jax.adapt.settings import resolve
 from ot_merge_jax.io import hf
 
 _SHAPE = {"hidden": 512, "heads": 8, "kv_heads": 4, "intermediate": 1536, "vocabulary": 4096}
-_ROUNDS, _BATCH, _LENGTH, _RATE, _CLIP = 7, 8, 128, 1e-4, 1.0
+_ROUNDS, _BATCH, _LENGTH, _RATE, _CLIP = 5, 8, 128, 1e-4, 1.0
 
 
 def blocks(vocabulary: int) -> data.Blocks:
@@ -125,7 +125,7 @@ def main() -> None:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        random_checkpoint.write(folder, random_checkpoint.config(layers=8, **_SHAPE), seed=0)
+        random_checkpoint.write(folder, random_checkpoint.config(layers=4, **_SHAPE), seed=0)
         found = {
             "machine": benchmarking.machine("optax", "torch", "transformers"),
             "beside": said.beside,

@@ -100,6 +100,23 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in out]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_plot():
+    """Reports of the tests' runs have one plot: eight take two seconds. The value is all of them."""
+    from ot_merge_jax.report import plots
+
+    makers = plots.MAKERS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "MAKERS", {"norms": makers["norms"]})
+        yield makers
+
+
+@pytest.fixture
+def every_plot(one_plot, monkeypatch):
+    """For tests of the plots themselves."""
+    monkeypatch.setattr("ot_merge_jax.report.plots.MAKERS", one_plot)
+
+
 @pytest.fixture
 def rng(request):
     """A generator that is the same in every run and different in every test."""
