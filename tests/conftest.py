@@ -102,7 +102,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_plot():
-    """Reports of the tests' runs have one plot: eight take two seconds. The value is all of them."""
+    """Runs of the tests draw one plot: eight take two seconds. The value is all of them."""
     from ot_merge_jax.report import plots
 
     makers = plots.MAKERS
