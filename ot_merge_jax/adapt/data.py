@@ -321,7 +321,7 @@ def _predicted(blocks: Blocks) -> np.ndarray:
 
 def _with_predictions(blocks: Blocks) -> Blocks:
     """The blocks in which something counts."""
-    is_used = _predicted(blocks).any(1)
+    is_used = np.asarray(_predicted(blocks).any(1))
     if not is_used.any():
         raise InputError(
             "Nothing in the text counts: it has no words of an assistant to learn from; give chats "
