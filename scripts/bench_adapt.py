@@ -110,11 +110,17 @@ def measure(folder: Path) -> dict[str, Any]:
     return {
         "tokens_per_step": _BATCH * _LENGTH,
         "tokens_per_second": rate,
-        "ours_over": {name: rate["ours"] / rate[name] for name in ways if name != "ours"},
+        "ours_over": {name: ratios(seconds, name) for name in ways if name != "ours"},
         "seconds": seconds,
         "first_step_seconds": compiling,
         "first_loss": first,
     }
+
+
+def ratios(seconds: dict[str, list[float]], other: str) -> dict[str, Any]:
+    """How many times as fast as another ours was, round by round."""
+    found = [b / a for a, b in zip(seconds["ours"], seconds[other], strict=True)]
+    return {"median": statistics.median(found), "rounds": sorted(found)}
 
 
 def main() -> None:
