@@ -112,9 +112,11 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
 
 def _by_group(value: Any, where: Path) -> dict[str, float]:
     """A strength, or one for each group, as numbers of every group."""
-    found: dict[str, Any] = value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
     try:
-        numbers = {group: float(found.get(group, 0.0)) for group in GROUPS}
+        numbers = {
+            group: float(value.get(group, 0.0) if isinstance(value, dict) else value)
+            for group in GROUPS
+        }
         if all(map(np.isfinite, numbers.values())):
             return numbers
     except (TypeError, ValueError):
