@@ -99,9 +99,7 @@ def of_merge(
     if tables := _tables(target, spec):
         # the cross products, their turn, the norm of the turned rows, and the rows that move
         across = matched * target.hidden_size * source.hidden_size
-        turn = source.hidden_size * target.hidden_size * min(
-            source.hidden_size, target.hidden_size
-        )
+        turn = source.hidden_size * target.hidden_size * min(source.hidden_size, target.hidden_size)
         flops["fit and apply the vocabulary map"] = tables * 2 * (3 * across + turn)
     return Work(problems, flops)
 

@@ -181,11 +181,15 @@ def _activations(
     target: ModelConfig | None, source: ModelConfig, data: Calibration, weights: tuple[str, ...]
 ) -> int:
     """Bytes of the rows of all sites that the weights need, float32; without a target its own."""
-    return _FLOAT * data.rows * sum(
-        cfg.num_layers * site_width(site, cfg)
-        for site in sites_of(weights)
-        for cfg in (target, source)
-        if cfg is not None
+    return (
+        _FLOAT
+        * data.rows
+        * sum(
+            cfg.num_layers * site_width(site, cfg)
+            for site in sites_of(weights)
+            for cfg in (target, source)
+            if cfg is not None
+        )
     )
 
 

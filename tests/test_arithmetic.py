@@ -39,7 +39,6 @@ def test_forward_is_what_xla_counts(models, gathered):
     assert work.flops["gather the target"] < counted
 
 
-
 @pytest.mark.parametrize(
     ("layers", "k", "pairs", "kept"), [("top1", None, 2, 40), ("soft", None, 6, 40),
                                        ("top1", 7, 2, 7), ("top1", 1000, 2, 40)]

@@ -100,9 +100,7 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
         list(inspect.signature(one, eval_str=True).parameters.values())
         for one in (recipe_of, command)
     )
-    flags = [
-        one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*asked, *own[1:])
-    ]
+    flags = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*asked, *own[1:])]
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
@@ -110,7 +108,7 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
         command(recipe_of(**said), **given)
 
     # typer reads both
-    wrapped.__signature__ = inspect.Signature(flags)  # pyright: ignore[reportFunctionMemberAccess]
+    wrapped.__signature__ = inspect.Signature(flags)  # pyright: ignore[reportAttributeAccessIssue]
     wrapped.__annotations__ = {one.name: one.annotation for one in flags}
     return wrapped
 

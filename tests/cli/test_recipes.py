@@ -1,4 +1,4 @@
-"""The recipes of the paper in ``configs/``, each as it stands: its settings, its commands, its plan."""
+"""The recipes of the paper in ``configs/``, as they stand: settings, commands, plans."""
 
 import importlib.util
 import json
