@@ -34,7 +34,7 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples
 from ot_merge_jax.evaluate.divergence import divergence
-from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, stages, stored
+from ot_merge_jax.io import details, hf, provenance, publish, stages, stored
 from ot_merge_jax.io.folder import ModelFolder, stop_ids
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.preflight import Inputs
@@ -352,18 +352,12 @@ def _evaluate(
 def _divergence(state: stages.Run, inputs: Inputs, models: staged.Models, merged: Path) -> float:
     """KL(target || merge) on the held-out text, nats per token."""
 
-    def make(place: Path) -> None:
+    def compute() -> float:
         cut = trials.target_windows(inputs, inputs.held_out or [])
         sums = divergence(models("target"), _scored_model("merge", models, merged), cut)
-        checkpoint.save_json(place / "kl.json", float(sums.sum() / cut.tokens.sum()))
+        return float(sums.sum() / cut.tokens.sum())
 
-    return stages.stage(
-        state,
-        "divergence",
-        make,
-        lambda place: checkpoint.load_json(place / "kl.json"),
-        needs=["model"],
-    )
+    return staged.kept(state, "divergence", compute, needs=["model"])
 
 
 def _samples(
@@ -376,20 +370,14 @@ def _samples(
     tokenizer, folder = inputs.tokenizers["target"], inputs.folders["target"]
     prompts = samples.prompts(inputs.held_out[:count], tokenizer)
 
-    def make(place: Path) -> None:
+    def compute() -> list[dict[str, Any]]:
         found = {}
         for role in ("target", "merge"):
             cfg, params = _scored_model(role, models, merged)
             found[role] = samples.sample(params, cfg, tokenizer, prompts, stop=stop_ids(folder))
-        checkpoint.save_json(place / "samples.json", samples.facts(prompts, found))
+        return samples.facts(prompts, found)
 
-    return stages.stage(
-        state,
-        "samples",
-        make,
-        lambda place: checkpoint.load_json(place / "samples.json"),
-        needs=["model"],
-    )
+    return staged.kept(state, "samples", compute, needs=["model"])
 
 
 def _scored_model(role: str, models: staged.Models, merged: Path) -> merge.Model:

@@ -147,13 +147,18 @@ def site_facts(
         needs = ["unseen-target", "unseen-source"]
     if prepared.coupling is not None:
         needs += ["rows-target", "rows-source", "coupling"]
+    return kept(
+        run, "sites", lambda: facts.sites(prepared, held_out, spec=spec, seed=seed), needs=needs
+    )
+
+
+def kept(run: stages.Run, name: str, compute: Callable[[], Any], *, needs: Sequence[str]) -> Any:
+    """A value that JSON can hold, as a stage of its own."""
     return stages.stage(
         run,
-        "sites",
-        lambda folder: checkpoint.save_json(
-            folder / "sites.json", facts.sites(prepared, held_out, spec=spec, seed=seed)
-        ),
-        lambda folder: checkpoint.load_json(folder / "sites.json"),
+        name,
+        lambda folder: checkpoint.save_json(folder / "value.json", facts.plain(compute())),
+        lambda folder: checkpoint.load_json(folder / "value.json"),
         needs=needs,
     )
 
@@ -168,21 +173,13 @@ def strength(
     spec: MergeSpec,
 ) -> sweeps.Sweep:
     """`sweeps.sweep`: every strength tried on the dev split, and the best."""
-
-    def make(folder: Any) -> None:
-        points = sweeps.sweep(models("target"), prepared, dev, hparams, spec=spec).points
-        checkpoint.save_json(folder / "points.json", facts.plain(points))
-
-    points = stages.stage(
+    points = kept(
         run,
         "sweep",
-        make,
-        lambda folder: [
-            sweeps.Point(**one) for one in checkpoint.load_json(folder / "points.json")
-        ],
+        lambda: sweeps.sweep(models("target"), prepared, dev, hparams, spec=spec).points,
         needs=["moved"],
     )
-    return sweeps.chosen(points, hparams)
+    return sweeps.chosen([sweeps.Point(**one) for one in points], hparams)
 
 
 def scores(

@@ -194,7 +194,7 @@ def test_changed_result_is_not_taken_for_the_finished_run(until, out):
 @pytest.mark.parametrize(
     "file",
     ["state/rows-target/up_out.npy", "state/coupling/layer.up_out/0.0",
-     "state/sweep/points.json", "model/model.safetensors"],
+     "state/sweep/value.json", "model/model.safetensors"],
 )  # fmt: skip
 def test_flipped_byte_is_redone_and_never_used(file, state, until, out, straight, caplog):
     content = bytearray((state / file).read_bytes())

@@ -1,1 +1,1 @@
-"""Training: objectives and the optax loop."""
+"""Adaptation: a merge trained with its residual frozen, or any model trained."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from ot_merge_jax import rows as alignment
@@ -126,7 +127,7 @@ def mark(
     ]
     counted = [True] * len(ids)
     ends: dict[alignment.Place, int] = {}
-    if is_masked:
+    if is_masked and isinstance(document, Chat):
         said = [
             span
             for turn, span in zip(document.turns, rendered.contents, strict=True)
@@ -203,7 +204,8 @@ def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
             "text or a smaller --block."
         )
     streams = (ids, np.int32), (mask, bool), (counted, bool)
-    return Blocks(*(loop.pack([stream], length).astype(kind) for stream, kind in streams))
+    tokens, real, counts = (loop.pack([one], length).astype(kind) for one, kind in streams)
+    return Blocks(tokens, real, counts)
 
 
 def pair(
@@ -288,13 +290,14 @@ def _fitting(
 def _shortened(one: Marked, length: int) -> Marked:
     """A document without what is beyond the length."""
     ends = {place: token for place, token in one.ends.items() if token < length}
-    return Marked(*(part[:length] for part in one[:3]), ends)
+    return Marked(one.ids[:length], one.counted[:length], one.is_special[:length], ends)
 
 
 def _filled(bins: Sequence[Sequence[Marked]], length: int) -> Blocks:
     """Each bin as one block, filled up."""
     parts = [_cut(one, length, has_tail=True) for one in bins]
-    return Blocks(*map(np.concatenate, zip(*(one[:3] for one in parts), strict=True)))
+    tokens, mask, counted = map(np.concatenate, zip(*(one[:3] for one in parts), strict=True))
+    return Blocks(tokens, mask, counted)
 
 
 def _places(student: Sequence[Marked], teacher: Sequence[Marked]) -> list[tuple[int, int]]:
@@ -318,16 +321,24 @@ def _predicted(blocks: Blocks) -> np.ndarray:
 
 def _with_predictions(blocks: Blocks) -> Blocks:
     """The blocks in which something counts."""
-    is_used = _predicted(blocks).any(1)
+    is_used = np.asarray(_predicted(blocks).any(1))
     if not is_used.any():
         raise InputError(
             "Nothing in the text counts: it has no words of an assistant to learn from; give chats "
             "with answers, or --loss-on all."
         )
+    return _rows(blocks, is_used)
+
+
+def _rows(blocks: Blocks, chosen: np.ndarray) -> Blocks:
+    """Some of the blocks, by a mask or by their numbers."""
     pairs = blocks.pairs
     if pairs is not None:
-        pairs = PairBlocks(*(one[is_used] for one in pairs[:4]), *pairs[4:])
-    return Blocks(*(one[is_used] for one in blocks[:3]), pairs)
+        tokens, mask, position, source_position = (one[chosen] for one in pairs[:4])
+        pairs = pairs._replace(
+            tokens=tokens, mask=mask, position=position, source_position=source_position
+        )
+    return Blocks(blocks.tokens[chosen], blocks.mask[chosen], blocks.counted[chosen], pairs)
 
 
 def per_epoch(blocks: Blocks, batch_size: int) -> int:
@@ -365,7 +376,7 @@ def batch_at(blocks: Blocks, index: int, *, batch_size: int, seed: int, parts: i
         return made
     if size % parts:
         raise ValueError(f"{parts} parts do not divide a batch of {size} blocks.")
-    return _map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), made)
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), made)
 
 
 def in_order(blocks: Blocks, *, batch_size: int) -> list[Examples]:
@@ -381,33 +392,25 @@ def in_order(blocks: Blocks, *, batch_size: int) -> list[Examples]:
     size = min(batch_size, len(blocks.tokens))
     whole = _examples(blocks, np.arange(len(blocks.tokens)))
     missing = -len(blocks.tokens) % size
-    whole = _map(
+    whole = jax.tree.map(
         lambda leaf: np.concatenate([leaf, np.zeros_like(leaf, shape=(missing, *leaf.shape[1:]))]),
         whole,
     )
     return [
-        _map(lambda leaf, start=start: leaf[start : start + size], whole)
+        jax.tree.map(lambda leaf, start=start: leaf[start : start + size], whole)
         for start in range(0, len(whole.tokens), size)
     ]
 
 
 def _examples(blocks: Blocks, chosen: np.ndarray) -> Examples:
-    """Some blocks with their weights."""
-    predicted = _predicted(Blocks(*(one[chosen] for one in blocks[:3])))
+    """Some blocks with their weights; numpy arrays, for jit to take."""
+    some = _rows(blocks, chosen)
+    predicted = _predicted(some)
     weight = (predicted / max(1, predicted.sum())).astype(np.float32)
     pairs = None
-    if blocks.pairs is not None:
-        tokens, mask, position, source_position = (one[chosen] for one in blocks.pairs[:4])
-        is_there = position >= 0
+    if some.pairs is not None:
+        is_there = some.pairs.position >= 0
         share = (is_there / max(1, is_there.sum())).astype(np.float32)
-        pairs = Pairs(tokens, mask, np.maximum(position, 0), np.maximum(source_position, 0), share)
-    return Examples(blocks.tokens[chosen], blocks.mask[chosen], weight, pairs)  # pyright: ignore[reportArgumentType]
-
-
-def _map(change: Any, examples: Examples) -> Examples:
-    """A function of every array; numpy stays numpy."""
-    pairs = examples.pairs
-    return Examples(
-        *(change(one) for one in examples[:3]),
-        None if pairs is None else Pairs(*map(change, pairs)),
-    )
+        places = (np.maximum(one, 0) for one in (some.pairs.position, some.pairs.source_position))
+        pairs = Pairs._make([some.pairs.tokens, some.pairs.mask, *places, share])
+    return Examples._make([some.tokens, some.mask, weight, pairs])

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import memory, progress, sharding
+from ot_merge_jax import memory, progress
 from ot_merge_jax.adapt import inputs as checking
 from ot_merge_jax.adapt import loop, publishing, start, state, training
 from ot_merge_jax.adapt.inputs import Inputs
@@ -393,8 +393,3 @@ def _check_memory(found: Inputs, limit: int | None) -> None:
             f"The training needs at least {memory.gib(held)}, and {memory.gib(most)} are allowed; "
             "use --lora, --accumulate, --remat or a smaller --block, or raise --memory-limit."
         )
-
-
-def place(text: str | None) -> jax.sharding.Mesh | None:
-    """The mesh of a flag ``data=2,model=4``; None without one."""
-    return sharding.make_mesh(sharding.parse(text)) if text else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
@@ -11,7 +11,6 @@ import yaml
 from ot_merge_jax import recipe as recipes
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.recipe import Folder, Positive, Text
-from ot_merge_jax.spaces import PROJECTIONS
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
@@ -80,7 +79,9 @@ class Adaptation(pydantic.BaseModel):
     strength: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
     lora: Count | None = None
     lora_alpha: Positive | None = None
-    lora_targets: Annotated[list[Projection], pydantic.Field(min_length=1)] = list(PROJECTIONS)
+    lora_targets: Annotated[list[Projection], pydantic.Field(min_length=1)] = [
+        *get_args(Projection)
+    ]
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False
     eval_every: Count | None = None

@@ -112,11 +112,16 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
 
 def _by_group(value: Any, where: Path) -> dict[str, float]:
     """A strength, or one for each group, as numbers of every group."""
-    found = value if isinstance(value, dict) else dict.fromkeys(GROUPS, value)
-    numbers = {group: found.get(group, 0.0) for group in GROUPS}
-    if not all(isinstance(one, int | float) and np.isfinite(one) for one in numbers.values()):
-        raise InputError(f"{where} does not say at what strength was merged; {_REMADE}.")
-    return {group: float(one) for group, one in numbers.items()}
+    try:
+        numbers = {
+            group: float(value.get(group, 0.0) if isinstance(value, dict) else value)
+            for group in GROUPS
+        }
+        if all(map(np.isfinite, numbers.values())):
+            return numbers
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"{where} does not say at what strength was merged; {_REMADE}.")
 
 
 def verify(start: Start, hashes: Mapping[str, Any]) -> None:

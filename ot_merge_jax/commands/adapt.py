@@ -106,7 +106,7 @@ def adapt(
     quiet: Quiet = False,
 ) -> None:
     """Train a merged model with its residual frozen, or any model, and write a plain folder."""
-    from ot_merge_jax import memory
+    from ot_merge_jax import memory, sharding
     from ot_merge_jax.adapt import run
     from ot_merge_jax.adapt import settings as adaptations
 
@@ -134,7 +134,7 @@ def adapt(
             overwrite=overwrite,
             resume=resume,
             offline=offline,
-            mesh=run.place(mesh),
+            mesh=sharding.make_mesh(sharding.parse(mesh)) if mesh else None,
             memory_limit=memory.parse(memory_limit) if memory_limit else None,
             show=None if quiet else lambda decided: say(decided.to_yaml()),
         ).report

@@ -61,7 +61,8 @@ def facts(
         setting: Of the first trial.
 
     Returns:
-        ``seeds``; ``per_seed``: seed, strength and gain over the target; ``controls``: for every
+        ``seeds``; ``pooled``: merge minus target over all of them; ``per_seed``: seed, strength and
+        merge minus target of each; ``controls``: for every
         one that was asked for ``{"not_applicable": why}``, or totals, ``strength`` (of the first
         seed), ``against_target`` (control minus target), ``merge_minus_control`` and ``seeds`` (the
         same of each); of ``unigram`` instead ``gamma`` and ``beyond``: merge and target with a bias
@@ -93,7 +94,8 @@ def facts(
         for one, fact in zip(trials, _by_seed(trials, merge.seeds), strict=True)
     ]
     seeds = [one.seed for one in trials]
-    return {"seeds": seeds, "per_seed": per_seed, "controls": controlled}
+    whole = {**_METRIC, **merge.pooled._asdict()}
+    return {"seeds": seeds, "pooled": whole, "per_seed": per_seed, "controls": controlled}
 
 
 def _by_seed(trials: Sequence[Trial], changes: Sequence[Difference]) -> list[dict[str, Any]]:

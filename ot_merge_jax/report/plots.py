@@ -26,13 +26,9 @@ def draw(report: Report) -> list[drawing.Plot]:
     Returns:
         The plots, in the order of the report.
     """
-    makers: dict[str, Callable[[Figure, Report], bool]] = {
-        "differences": _differences, "strength": _strength, "search": _search, "layers": _layers,
-        "neurons": _neurons, "mass": _mass, "r2": _r2, "norms": _norms,
-    }  # fmt: skip
     found = []
     with drawing.settings():
-        for name, make in makers.items():
+        for name, make in MAKERS.items():
             figure = Figure()
             if make(figure, report):
                 found.append(drawing.rendered(name, figure))
@@ -328,3 +324,10 @@ def _bounded(axes: Axes, own: np.ndarray, every: np.ndarray) -> None:
     span = max(float(np.ptp(own)), 0.02)
     low = min(float(every.min()), float(own.min()))
     axes.set_ylim(low - 0.08 * span, min(float(every.max()), float(own.max()) + span) + 0.08 * span)
+
+
+#: Name of a plot -> what draws it into a figure, if there are numbers for it.
+MAKERS: dict[str, Callable[[Figure, Report], bool]] = {
+    "differences": _differences, "strength": _strength, "search": _search, "layers": _layers,
+    "neurons": _neurons, "mass": _mass, "r2": _r2, "norms": _norms,
+}  # fmt: skip

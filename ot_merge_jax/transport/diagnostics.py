@@ -48,7 +48,7 @@ def mass_curve(plan: Float[np.ndarray, "n m"], ks: tuple[int, ...]) -> Float[np.
     """
     entries = np.abs(plan).ravel()
     starts = [max(0, len(entries) - k) for k in ks]
-    parts = np.partition(entries, [start for start in starts if start])
+    parts = np.partition(entries, starts)
     return np.array([parts[start:].sum(dtype=np.float64) for start in starts]) / entries.sum(
         dtype=np.float64
     )

@@ -17,9 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 from jaxtyping import Array, Float
-from ott.geometry import geometry
-from ott.problems.linear import linear_problem
-from ott.solvers.linear import sinkhorn
 
 from ot_merge_jax.transport import scaling
 from ot_merge_jax.types import Potentials
@@ -215,6 +212,11 @@ def _log_form(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: int
     potentials of what remains are a few epsilon, not a few cost units, and their rounding no longer
     keeps the marginal error above 1e-6.
     """
+    # three seconds of imports for a form that is seldom needed
+    from ott.geometry import geometry  # noqa: PLC0415
+    from ott.problems.linear import linear_problem  # noqa: PLC0415
+    from ott.solvers.linear import sinkhorn  # noqa: PLC0415
+
     row = cost.min(1)
     column = (cost - row[:, None]).min(0)
     reduced = cost - row[:, None] - column

@@ -171,6 +171,21 @@ def test_long_documents_are_cut_and_none_of_them_is_lost(readers, texts):
     assert said == long
 
 
+def test_the_demos_two_families_share_most_ends():
+    """Its stranger as a student of its source, as in `ot-merge adapt --objective kd`."""
+    from ot_merge_jax import assets
+    from ot_merge_jax.texts import read_documents
+
+    documents = list(read_documents(assets.path("calibration.jsonl")))[:60]
+    student, teacher = (
+        calibration.load_tokenizer(assets.path(name)) for name in ("stranger", "source")
+    )
+    made = data.pair(documents, student, teacher, length=128)
+    assert made.pairs.target_matched > 0.6
+    assert made.pairs.source_matched > 0.6
+    assert (made.pairs.position >= 0).sum() > 0.5 * made.count
+
+
 @pytest.fixture
 def words_and_letters(texts):
     """Tokenizers that read whole words and single letters."""

@@ -20,6 +20,8 @@ ACTIVE = {
     "video", "audio", "source", "base", "a", "foreignobject", "animate", "set", "feimage",
 }  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("every_plot")
+
 
 class Page(HTMLParser):
     """Elements, attributes and text of a page."""

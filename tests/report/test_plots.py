@@ -12,6 +12,8 @@ from ot_merge_jax.report.document import Report
 LAYERED = {"layers", "neurons", "mass", "r2", "norms"}
 COMPARED = {"differences", "strength", "search"}
 
+pytestmark = pytest.mark.usefixtures("every_plot")
+
 
 def names(found):
     return {one.name for one in plots.draw(Report.model_validate(found))}

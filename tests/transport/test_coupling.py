@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.transport import cost, solve
+from ot_merge_jax.transport import cost, operator, solve
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.types import Activations, HParams, MergeSpec
+from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec
 
 SITES = ("mlp_in", "up_out")
 #: (target layers, source layers): single layers, and both directions.
@@ -350,3 +350,17 @@ def test_the_second_call_compiles_nothing(rng, caplog):
         again = HParams(1.0, epsilon=0.07, layer_epsilon=0.2, threshold=1e-5)
         couplings.couple(draw(rng, 2, 0, 17), draw(rng, 3, 1, 17), again, spec=spec_of())
         assert compiled() == []
+
+
+def test_layers_that_disagree_completely_still_have_a_weight():
+    """The product of two plans may underflow float32; the roots of each do not."""
+    tiny = 1e-25
+    into = jnp.array([[1.0, tiny, tiny**1.4], [tiny, 1.0, tiny]])
+    out = jnp.array([[tiny, tiny, 1.0], [tiny**1.4, tiny**1.2, 1.0]])
+    coupling = Coupling({"mlp_in": into, "up_out": out}, {}, {}, {})
+    sites = {"in_site": "mlp_in", "out_site": "up_out"}
+    for layers in ("soft", "top1"):
+        spec = MergeSpec(weights=("up",), layers=layers)
+        share = operator.layer_weights(coupling, **sites, spec=spec)
+        np.testing.assert_allclose(share.sum(1), 1.0, rtol=1e-6)
+    assert share.argmax(1).tolist() == [0, 2]
