@@ -11,6 +11,7 @@ from ot_merge_jax.commands.adapt import adapt
 from ot_merge_jax.commands.demo import demo
 from ot_merge_jax.commands.evaluate import evaluate
 from ot_merge_jax.commands.inspect import families, inspect
+from ot_merge_jax.commands.plan import plan
 from ot_merge_jax.commands.report import report
 from ot_merge_jax.commands.run import run
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(run)
+app.command()(plan)
 app.command()(adapt)
 app.command("eval")(evaluate)
 app.command()(report)

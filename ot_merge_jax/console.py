@@ -41,6 +41,9 @@ Field = Annotated[
     str | None,
     typer.Option(help="Field of a record: a text [text], or messages; or PROMPT,RESPONSE."),
 ]
+MemoryLimit = Annotated[
+    str | None, typer.Option(help="Host memory to stay within, e.g. 8GiB [the machine's].")
+]
 Offline = Annotated[bool, typer.Option(help="Never use the network; the hub's cache is used.")]
 
 

@@ -167,11 +167,7 @@ def needed(
     batches = {role: data.target if role == "target" else data.source for role in cfgs}
     sites = sites_of(spec.weights)
     held = {role: 0 if role in on_disk else _weights(cfg) for role, cfg in cfgs.items()}
-    # a tied target has one table, which plays the head too
-    names = {"embed" if x == "head" and target.tie_word_embeddings else x for x in spec.weights}
-    moved = _FLOAT * sum(
-        math.prod(one.shape) for one in specs.param_specs(target) if weight_of(one.path) in names
-    )
+    moved = moved_bytes(target, spec)
     largest = max(_largest(cfg) for cfg in cfgs.values())
     models = sum(held.values())
     stages = {
@@ -212,6 +208,15 @@ def needed(
         stages[f"score the {role}"] = models + held_too + _scoring(cfg, scored)
     stages["check what was written"] = models + moved + 3 * held["target"]
     return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
+
+
+def moved_bytes(target: ModelConfig, spec: MergeSpec) -> int:
+    """Bytes of everything that is carried into a target, in float32."""
+    # a tied target has one table, which plays the head too
+    names = {"embed" if x == "head" and target.tie_word_embeddings else x for x in spec.weights}
+    return _FLOAT * sum(
+        math.prod(one.shape) for one in specs.param_specs(target) if weight_of(one.path) in names
+    )
 
 
 def _maps(target: ModelConfig, source: ModelConfig, spec: MergeSpec) -> int:

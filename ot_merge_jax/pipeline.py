@@ -23,6 +23,7 @@ from ot_merge_jax import (
     fuse,
     memory,
     merge,
+    planning,
     preflight,
     staged,
     texts,
@@ -30,7 +31,7 @@ from ot_merge_jax import (
 )
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.errors import ResourceError, StrictError
+from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples
 from ot_merge_jax.evaluate.divergence import divergence
 from ot_merge_jax.io import details, hf, provenance, publish, stages, stored
@@ -45,7 +46,6 @@ from ot_merge_jax.transport import cost
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, Params
 
 _LOG = logging.getLogger(__name__)
-_FEWEST_ROWS = 1024  # to which max_rows is lowered where memory asks for it
 
 
 class RunResult(NamedTuple):
@@ -110,7 +110,7 @@ def run(
         KeyboardInterrupt: saying how to resume.
     """
     started = time.monotonic()
-    inputs, held = _checked(
+    inputs, held = planning.checked(
         recipe, out, overwrite=overwrite or resume, offline=offline, limit=memory_limit
     )
     recipe = inputs.recipe
@@ -241,37 +241,6 @@ def _merge(
         folder=stages.MODEL,
     )
     return RunResult(out, found, report, warnings, scores)
-
-
-def _checked(
-    recipe: Recipe, out: Path, *, overwrite: bool, offline: bool, limit: int | None
-) -> tuple[Inputs, memory.Plan]:
-    """The checked inputs, and what the run will hold; with fewer rows if it would be too much."""
-    inputs = preflight.check(recipe, out, overwrite=overwrite, offline=offline)
-    try:
-        return inputs, _memory(inputs, limit)
-    except ResourceError:
-        if recipe.max_rows <= _FEWEST_ROWS or inputs.data.rows <= _FEWEST_ROWS:
-            raise
-    fewer = recipe.model_copy(update={"max_rows": max(_FEWEST_ROWS, inputs.data.rows // 2)})
-    _LOG.info("memory: max_rows is lowered to %d", fewer.max_rows)
-    return _checked(fewer, out, overwrite=overwrite, offline=offline, limit=limit)
-
-
-def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
-    """What the run will hold."""
-    cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
-    documents = [*inputs.dev, *(inputs.held_out or [])]
-    both = [inputs.tokenizers[role] for role in ("target", "source")]
-    scored = [
-        max(len(calibration.tokenize(one, document)["input_ids"]) for one in both)
-        for document in documents
-    ]
-    recipe = inputs.recipe
-    return memory.choose(
-        cfgs, inputs.data, spec=recipe.spec(), scored=scored, limit=limit,
-        controls=recipe.controls if inputs.held_out else (),
-    )  # fmt: skip
 
 
 def _versions() -> list[str]:

@@ -54,17 +54,19 @@ class Inputs(NamedTuple):
     vocabulary: VocabularyMatch | None
 
 
-def check(recipe: Recipe, out: Path, *, overwrite: bool, offline: bool = False) -> Inputs:
+def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = False) -> Inputs:
     """Checks folders, tokenizers and texts, and tokenises; reads no weights.
 
     What is named by a hub id is fetched first, weights too; this is all that uses the network.
+    Without ``out`` nothing will be written, and no place for it is checked.
     """
     paths = {"target": recipe.target, "source": recipe.source, "source base": recipe.source_base}
     paths = {role: path for role, path in paths.items() if path is not None}
-    named = [side for path in paths.values() for side in location.split(path) if side]
-    named += [text.path for text in _texts(recipe).values()]
-    local = [path for one in named if (path := Path(one).expanduser()).exists()]
-    publish.check_output(out, inputs=local, overwrite=overwrite)
+    if out is not None:
+        named = [side for path in paths.values() for side in location.split(path) if side]
+        named += [text.path for text in _texts(recipe).values()]
+        local = [path for one in named if (path := Path(one).expanduser()).exists()]
+        publish.check_output(out, inputs=local, overwrite=overwrite)
     sources = {
         name: records.locate(text.path, offline=offline) for name, text in _texts(recipe).items()
     }
@@ -92,7 +94,12 @@ def _calibrated(
     held_out: list[Document] | None,
 ) -> Inputs:
     """Everything that follows from the calibration text and the seed."""
-    documents = _sampled(recipe, sources["calibration"])
+    documents = sampled(
+        recipe.calibration,
+        sources["calibration"],
+        samples=recipe.calibration.samples,
+        seed=recipe.seed,
+    )
     train, dev = texts.split(documents, seed=recipe.seed)
     if not documents:
         raise InputError(f"{recipe.calibration.path} has 0 documents; add text.")
@@ -150,12 +157,11 @@ def _texts(recipe: Recipe) -> dict[str, Text]:
     return said if recipe.evaluation is None else said | {"evaluation": recipe.evaluation}
 
 
-def _sampled(recipe: Recipe, source: records.Source) -> list[Document]:
-    """The seeded sample of the calibration text: rows and dev split together."""
-    text = recipe.calibration
-    count = round(text.samples / (1 - texts.DEV_FRACTION))
+def sampled(text: Text, source: records.Source, *, samples: int, seed: int) -> list[Document]:
+    """A seeded sample of a text: ``samples`` documents, and those of the dev split beside them."""
+    count = round(samples / (1 - texts.DEV_FRACTION))
     documents = texts.read_documents(source, field=text.field, encoding=text.encoding)
-    return texts.sample(documents, count=count, seed=recipe.seed)
+    return texts.sample(documents, count=count, seed=seed)
 
 
 def documents_of(text: Text, source: records.Source) -> list[Document]:

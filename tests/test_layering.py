@@ -28,11 +28,11 @@ STOREYS = (
     ("models", "recipe", "transport"),
     ("io",),
     ("rows", "spelling", "texts"),
-    ("activations", "calibration", "fuse", "adapt"),
+    ("activations", "calibration", "fuse", "adapt", "arithmetic"),
     ("merge",),
     ("sweep", "evaluate", "controls"),
     ("staged", "preflight"),
-    ("trials",),
+    ("trials", "planning"),
     ("pipeline", "evaluation", "adapt.inputs", "adapt.run", "adapt.publishing"),
     ("cli", "demo"),
 )

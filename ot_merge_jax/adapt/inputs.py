@@ -93,7 +93,12 @@ def check(
     if settings.is_distilled and settings.source is not None:
         source = open_folder(settings.source, offline=offline)
     tokenizer = preflight.tokenizer_of(begun.folder)
-    documents = preflight.documents_of(settings.text, sources["text"])
+    if settings.samples is None:
+        documents = preflight.documents_of(settings.text, sources["text"])
+    else:
+        documents = preflight.sampled(
+            settings.text, sources["text"], samples=settings.samples, seed=settings.seed
+        )
     held_out = None
     if settings.evaluation is not None:
         held_out = preflight.documents_of(settings.evaluation, sources["evaluation"])

@@ -31,6 +31,7 @@ class Adaptation(pydantic.BaseModel):
         objective: ``sft``, ``kd`` or ``mix``.
         kd_weight: Share of the distillation in ``mix``.
         text: What is learned from; a fifth of its documents is the dev split.
+        samples: Documents learned from, a seeded sample with the dev split beside it; None: all.
         evaluation: Held-out text that is reported and chooses nothing.
         loss_on: Of chats: ``responses`` (what the assistant says) or ``all`` tokens.
         steps: Optimiser steps; None: one epoch. 0 only folds, which rescales a residual.
@@ -63,6 +64,7 @@ class Adaptation(pydantic.BaseModel):
     objective: Literal["sft", "kd", "mix"] = "sft"
     kd_weight: Share = 0.5
     text: Text
+    samples: Count | None = None
     evaluation: Text | None = None
     loss_on: Literal["responses", "all"] = "responses"
     steps: Annotated[int, pydantic.Field(ge=0)] | None = None

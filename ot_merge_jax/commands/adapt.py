@@ -79,6 +79,7 @@ def adapt(
         str | None, typer.Option(help="To compute in: float32, bfloat16 [by the device].")
     ] = None,
     remat: Annotated[bool, typer.Option(help="Save memory, compute layers twice.")] = False,
+    samples: Annotated[int | None, typer.Option(help="Documents learned from [all].")] = None,
     eval_text: Annotated[str | None, typer.Option(help="Held-out text, only reported.")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between dev evaluations.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
@@ -113,7 +114,7 @@ def adapt(
     of_text = {key: value for key, value in of_text.items() if value is not None}
     said: dict[str, Any] = {
         "model": model, "target": target, "source": source, "objective": objective,
-        "kd_weight": kd_weight, "text": {"path": text, **of_text},
+        "kd_weight": kd_weight, "text": {"path": text, **of_text}, "samples": samples,
         "evaluation": {"path": eval_text, **of_text} if eval_text else None, "loss_on": loss_on,
         "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
         "accumulate": accumulate, "block": block, "schedule": schedule, "warmup": warmup,

@@ -1,0 +1,207 @@
+"""What a run will need, known before weights are read: memory, disk beside OUT, arithmetic.
+
+Everything follows from configurations, headers, texts and shapes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from ot_merge_jax import arithmetic, calibration, memory, preflight
+from ot_merge_jax.calibration import Calibration
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.errors import ResourceError
+from ot_merge_jax.io import safetensors
+from ot_merge_jax.models import specs
+from ot_merge_jax.preflight import Inputs
+from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.spaces import site_width, sites_of
+
+_LOG = logging.getLogger(__name__)
+_FEWEST_ROWS = 1024  # to which max_rows is lowered where memory asks for it
+_FLOAT = 4
+#: Numbers of one transport problem beside its two potentials: the other fields of `Potentials`.
+_FACTS = 6
+
+
+class Needs(NamedTuple):
+    """What a run will need.
+
+    Attributes:
+        inputs: The checked inputs; their recipe has everything decided.
+        memory: Host memory by stage, and which models stay on disk.
+        limit: Bytes of host memory that are allowed.
+        disk: What lies on the disk of the output when the run ends -> bytes.
+        free: Bytes that are free there.
+        place: The existing folder that was asked for them.
+        work: Transport problems and arithmetic of one calibration seed.
+    """
+
+    inputs: Inputs
+    memory: memory.Plan
+    limit: int
+    disk: dict[str, int]
+    free: int
+    place: Path
+    work: arithmetic.Work
+
+
+def needs(
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    overwrite: bool = False,
+    offline: bool = False,
+    limit: int | None = None,
+) -> Needs:
+    """What a run would need; reads configurations, headers and texts, and no weights.
+
+    Args:
+        recipe: The resolved recipe.
+        out: The folder that would be written; None: somewhere in the current folder.
+        overwrite: Whether it may exist.
+        offline: Whether the network is forbidden. Otherwise what is named by a hub id is fetched
+            whole, because headers lie in the files of the weights.
+        limit: Bytes of host memory; None: those of the machine.
+
+    Returns:
+        The needs.
+
+    Raises:
+        ResourceError: if memory or free disk is too small, naming what is needed.
+        OtMergeError: for whatever a run would refuse before it starts.
+    """
+    inputs, held = checked(recipe, out, overwrite=overwrite, offline=offline, limit=limit)
+    place = (out or Path("run")).expanduser().absolute().parent
+    place = next(folder for folder in (place, *place.parents) if folder.exists())
+    cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
+    gathered = [one for one in (inputs.data, inputs.held_out_data) if one is not None]
+    matched = 0 if inputs.vocabulary is None else len(inputs.vocabulary.target_ids)
+    found = Needs(
+        inputs,
+        held,
+        memory.of_machine() if limit is None else limit,
+        disk(inputs),
+        shutil.disk_usage(place).free,
+        place,
+        arithmetic.of_merge(cfgs, gathered, spec=inputs.recipe.spec(), matched=matched),
+    )
+    needed = sum(found.disk.values())
+    if needed > found.free:
+        parts = ", ".join(f"{name} {memory.gib(size)}" for name, size in found.disk.items() if size)
+        raise ResourceError(
+            f"The run needs about {memory.gib(needed)} of disk ({parts}), and "
+            f"{memory.gib(found.free)} are free in {place}; make room, choose another --out, use "
+            "fewer --samples or --max-rows, or move fewer --weights."
+        )
+    return found
+
+
+def checked(
+    recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool, limit: int | None
+) -> tuple[Inputs, memory.Plan]:
+    """The checked inputs, and what the run will hold; with fewer rows if it would be too much.
+
+    Args:
+        recipe: The resolved recipe.
+        out: The folder to be written, or None.
+        overwrite: Whether it may exist.
+        offline: Whether the network is forbidden.
+        limit: Bytes of host memory; None: those of the machine.
+
+    Returns:
+        The inputs and the plan of memory.
+
+    Raises:
+        OtMergeError: from `preflight.check` and `memory.choose`.
+    """
+    inputs = preflight.check(recipe, out, overwrite=overwrite, offline=offline)
+    try:
+        return inputs, _memory(inputs, limit)
+    except ResourceError:
+        if recipe.max_rows <= _FEWEST_ROWS or inputs.data.rows <= _FEWEST_ROWS:
+            raise
+    fewer = recipe.model_copy(update={"max_rows": max(_FEWEST_ROWS, inputs.data.rows // 2)})
+    _LOG.info("memory: max_rows is lowered to %d", fewer.max_rows)
+    return checked(fewer, out, overwrite=overwrite, offline=offline, limit=limit)
+
+
+def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
+    """What the run will hold."""
+    cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
+    documents = [*inputs.dev, *(inputs.held_out or [])]
+    both = [inputs.tokenizers[role] for role in ("target", "source")]
+    scored = [
+        max(len(calibration.tokenize(one, document)["input_ids"]) for one in both)
+        for document in documents
+    ]
+    recipe = inputs.recipe
+    return memory.choose(
+        cfgs, inputs.data, spec=recipe.spec(), scored=scored, limit=limit,
+        controls=recipe.controls if inputs.held_out else (),
+    )  # fmt: skip
+
+
+def disk(inputs: Inputs) -> dict[str, int]:
+    """Bytes that lie beside the output, and in it, when a run has made everything.
+
+    Stages are kept until the output is published, since a run that dies goes on from them. The
+    report and its plots, a few MB, are not counted; nor is what an existing output holds.
+
+    Args:
+        inputs: Checked inputs.
+
+    Returns:
+        What -> bytes, before any compression.
+    """
+    recipe, target = inputs.recipe, inputs.folders["target"]
+    spec, source = recipe.spec(), inputs.folders["source"].cfg
+    # every further calibration seed gathers, couples and moves for itself
+    seeds = recipe.seeds if inputs.held_out is not None else 1
+    unseen = inputs.held_out_data
+    rows = seeds * _activations(target.cfg, source, inputs.data, spec.weights)
+    rows += 0 if unseen is None else _activations(target.cfg, source, unseen, spec.weights)
+    if inputs.held_out is not None and "wrong-source" in recipe.controls:
+        rows += seeds * _activations(None, source, inputs.data, spec.weights)
+    couplings = _coupling(target.cfg, source, spec.weights)
+    names = {name for one in specs.param_specs(target.cfg) for name in one.tensor_names()}
+    return {
+        "activations": rows,
+        "coupling": (seeds + 1) * couplings,  # the stages, and the copy that is published
+        "transported weights": seeds * memory.moved_bytes(target.cfg, spec),
+        "model": sum(_bytes(target.tensors[name]) for name in names),
+    }
+
+
+def _activations(
+    target: ModelConfig | None, source: ModelConfig, data: Calibration, weights: tuple[str, ...]
+) -> int:
+    """Bytes of the rows of all sites that the weights need, float32; without a target its own."""
+    return (
+        _FLOAT
+        * data.rows
+        * sum(
+            cfg.num_layers * site_width(site, cfg)
+            for site in sites_of(weights)
+            for cfg in (target, source)
+            if cfg is not None
+        )
+    )
+
+
+def _coupling(target: ModelConfig, source: ModelConfig, weights: tuple[str, ...]) -> int:
+    """Bytes of the potentials of all pairs, the layer plans and the standard deviations."""
+    pairs, total = target.num_layers * source.num_layers, 0
+    for site in sites_of(weights):
+        n, m = site_width(site, target), site_width(site, source)
+        total += pairs * (n + m + _FACTS + 1) + target.num_layers * n + source.num_layers * m
+    return _FLOAT * total
+
+
+def _bytes(tensor: safetensors.TensorInfo) -> int:
+    """Bytes of a tensor in its file."""
+    return safetensors.DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape)
