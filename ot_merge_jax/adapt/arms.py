@@ -20,6 +20,7 @@ from ot_merge_jax.adapt.loop import Seen, TrainState
 from ot_merge_jax.adapt.objectives import Examples
 from ot_merge_jax.adapt.training import Constants, Plan, Problem, Rates
 from ot_merge_jax.errors import DivergedError
+from ot_merge_jax.models import specs
 
 #: Bytes that rates which train together may hold.
 TOGETHER = 1 << 30
@@ -56,12 +57,17 @@ class Arm(NamedTuple):
     trained: Any
 
 
-def is_small(problem: Problem, trainable: Any, lanes: int) -> bool:
-    """Whether so many rates fit into `TOGETHER`: what trains, gradients, moments, logits."""
+def lane_bytes(problem: Problem, trainable: Any) -> int:
+    """Bytes that one rate holds: what trains, its gradient, moments, folded weights, activations.
+
+    Counted in float32, whatever is computed in.
+    """
+    s, cfg = problem.settings, problem.objective.cfg
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    size, length = problem.settings.batch_size, problem.train.tokens.shape[1]
-    logits = 3 * size // problem.settings.accumulate * length * problem.objective.cfg.vocab_size
-    return lanes * _FLOAT * (6 * trained + logits) <= TOGETHER
+    tokens = s.batch_size // s.accumulate * problem.train.tokens.shape[1]
+    layer = 16 * cfg.hidden_size + 4 * cfg.intermediate_size
+    activations = tokens * (3 * cfg.vocab_size + cfg.num_layers * layer)
+    return _FLOAT * (4 * trained + 2 * specs.count(cfg) + activations)
 
 
 def tune(
@@ -83,8 +89,8 @@ def tune(
         constants: Likewise.
         rates: Peak learning rates.
         name: Shown with the progress.
-        is_together: Whether the rates train under one ``vmap``; None: if they fit (`is_small`), on
-            one device.
+        is_together: Whether the rates train under one ``vmap``; None: if there are several, on one
+            device, and all lanes (`lane_bytes`) fit into `TOGETHER`.
 
     Returns:
         The arm.
@@ -96,7 +102,7 @@ def tune(
         is_together = (
             len(rates) > 1
             and sharding.mesh_of(trainable) is None
-            and is_small(problem, trainable, len(rates))
+            and len(rates) * lane_bytes(problem, trainable) <= TOGETHER
         )
     train = _together if is_together else _one_by_one
     tried, trained = train(problem, trainable, constants, rates, name)

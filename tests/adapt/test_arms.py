@@ -56,11 +56,18 @@ def test_the_lowest_dev_loss_at_the_end_is_taken(tuned):
     assert arm.best.loss == arm.best.dev[-1][1] == min(one.loss for one in arm.tried)
 
 
-def test_small_is_said_in_bytes(student, problem, monkeypatch):
-    task = problem()
-    count = sum(leaf.size for leaf in jax.tree.leaves(student[1]))
-    logits = 3 * 4 * 9 * student[0].vocab_size  # batch, length
-    need = 2 * 4 * (6 * count + logits)
-    for budget, is_small in ((need, True), (need - 1, False)):
+def test_rates_train_together_where_they_fit(student, problem, monkeypatch):
+    task, seen = problem(), []
+    need = arms.lane_bytes(task, student[1])
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(student[1]))
+    assert need > 6 * weights + 4 * 9 * student[0].vocab_size * 4  # batch, length
+    for name in ("_together", "_one_by_one"):
+        found = [arms.Tried(0.1, [], [], 1.0)], None
+        monkeypatch.setattr(
+            arms, name, lambda *_, name=name, found=found: seen.append(name) or found
+        )
+    begun = training.begin(task, student[1], {}, {})
+    for budget, rates in ((2 * need, [0.1, 0.2]), (2 * need - 1, [0.1, 0.2]), (2 * need, [0.1])):
         monkeypatch.setattr(arms, "TOGETHER", budget)
-        assert arms.is_small(task, student[1], 2) is is_small
+        arms.tune(task, *begun, rates)
+    assert seen == ["_together", "_one_by_one", "_one_by_one"]
