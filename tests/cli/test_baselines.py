@@ -80,8 +80,8 @@ def test_every_arm_sees_the_same_batches_in_the_same_order(both, shrunk):
         for place, tokens in found.batches:
             seen.setdefault(place, []).append(tokens)
         assert {index for _, _, index in seen} == {0, 1, 2}
-        for given in seen.values():
-            assert len(given) == 3  # starts; the rates of an arm share their batches
+        for (_, seed, _), given in seen.items():
+            assert len(given) == 3 * (1 if seed else 2)  # starts, rates
             assert len(set(given)) == 1
     assert {kind for (kind, _, _), _ in both.batches} == {"sft", "kd"}
     assert len({tokens for place, tokens in shrunk.batches if place[2] == 0}) == 2  # two seeds
