@@ -101,8 +101,8 @@ def baselines_table(found: Mapping[str, Any]) -> Table:
     seeds = len(found["seeds"])
     title = f"Trained by {found['steps']} steps ({seeds} seed{'s' * (seeds > 1)}), held-out text"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("start")
-    for name in ("rate", "nats/token", "merge minus it, 95 % interval", "steps (*)"):
+    table.add_column("start", no_wrap=True)
+    for name in ("rate", "nats/token", "merge minus it, 95 %", "steps (*)"):
         table.add_column(name, justify="right", no_wrap=True)
     for objective, arms in found["arms"].items():
         for name, one in arms.items():
