@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -43,6 +44,34 @@ def run(
     Returns:
         The results by name.
     """
+    recipes = settings(is_full=is_full, seed=seed)
+    for name in recipes:
+        publish.check_output(out / name, overwrite=overwrite)
+    results: dict[str, pipeline.RunResult] = {}
+    scores: dict[str, nll.Scores] = {}  # folder -> scores, so that no model is scored twice
+    for name, own in recipes.items():
+        resolved = recipe.resolve(own, where="the demo")
+        folders = {"target": resolved.target, "source": resolved.source}
+        results[name] = pipeline.run(
+            resolved,
+            out / name,
+            command=f"ot-merge demo{' --full' * is_full}",
+            overwrite=overwrite,
+            offline=offline,
+            keep=False,  # there is nothing to resume: it takes a minute, and has no such flag
+            known={role: scores[path] for role, path in folders.items() if path in scores},
+        )
+        scores |= {path: results[name].scores[role] for role, path in folders.items()}
+    return results
+
+
+def settings(*, is_full: bool = False, seed: int = 0) -> dict[str, dict[str, Any]]:
+    """The merges of the demo, name -> what `recipe.resolve` takes.
+
+    Args:
+        is_full: Whether three calibration seeds and all controls are run.
+        seed: Of every random choice.
+    """
     text = {name: str(assets.path(f"{name}.jsonl")) for name in ("calibration", "heldout")}
     shared = {
         "source": str(assets.path("source")),
@@ -64,24 +93,7 @@ def run(
         "delta-stranger": {**delta, "target": str(assets.path("stranger"))},
         "paper": {"preset": "paper", "target": str(assets.path("stranger"))},
     }
-    for name in recipes:
-        publish.check_output(out / name, overwrite=overwrite)
-    results: dict[str, pipeline.RunResult] = {}
-    scores: dict[str, nll.Scores] = {}  # folder -> scores, so that no model is scored twice
-    for name, own in recipes.items():
-        resolved = recipe.resolve({**shared, **own}, where="the demo")
-        folders = {"target": resolved.target, "source": resolved.source}
-        results[name] = pipeline.run(
-            resolved,
-            out / name,
-            command=f"ot-merge demo{' --full' * is_full}",
-            overwrite=overwrite,
-            offline=offline,
-            keep=False,  # there is nothing to resume: it takes a minute, and has no such flag
-            known={role: scores[path] for role, path in folders.items() if path in scores},
-        )
-        scores |= {path: results[name].scores[role] for role, path in folders.items()}
-    return results
+    return {name: {**shared, **own} for name, own in recipes.items()}
 
 
 def table(results: Mapping[str, pipeline.RunResult]) -> Table:

@@ -34,7 +34,8 @@ STOREYS = (
     ("staged", "preflight"),
     ("trials", "planning"),
     ("pipeline", "evaluation", "adapt.inputs", "adapt.run", "adapt.publishing"),
-    ("cli", "demo"),
+    ("adapt.baselines",),
+    ("cli", "demo", "demo_adapt"),
 )
 
 #: Files that may import transformers: tokenisation, and the self-check of an export.

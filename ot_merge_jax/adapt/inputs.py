@@ -89,6 +89,13 @@ def check(
     sources = {name: records.locate(text.path, offline=offline) for name, text in said.items()}
     begun = start.open_start(settings.model, target=settings.target, offline=offline)
     start.factor_of(begun, settings.strength)  # refuses one that means nothing
+    if settings.baselines is not None and (begun.target is None or not any(
+        (begun.merged or {}).values()
+    )):  # fmt: skip
+        raise RecipeError(
+            f"--baselines compares starts of a merge with its target, and {settings.model} is no "
+            "folder of `ot-merge run` that moved anything; name one."
+        )
     source = None
     if settings.is_distilled and settings.source is not None:
         source = open_folder(settings.source, offline=offline)

@@ -12,6 +12,7 @@ from ot_merge_jax.adapt.inputs import Inputs
 from ot_merge_jax.adapt.start import Parts
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import checkpoint, details, provenance
+from ot_merge_jax.report import html
 
 
 def write(
@@ -27,7 +28,7 @@ def write(
     """Writes the details of an adaptation into the folder of its model.
 
     Of two runs with the same inputs only the times in ``events.jsonl`` and ``provenance.json``
-    differ, and the peak of memory.
+    differ, and the peak of memory; and the lines of ``report.html`` (of baselines) that show them.
 
     Args:
         folder: Holds the model.
@@ -72,6 +73,8 @@ def write(
         **provenance.environment(),
     }
     checkpoint.save_json(inside / "provenance.json", whole)
+    if "baselines" in report:
+        html.write(inside)
 
 
 def read(folder: Path, run_key: str) -> dict[str, Any] | None:

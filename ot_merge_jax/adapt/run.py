@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from ot_merge_jax.adapt import loop, publishing, start, state, training
 from ot_merge_jax.adapt.inputs import Inputs
 from ot_merge_jax.adapt.loop import Course
 from ot_merge_jax.adapt.settings import Adaptation
+from ot_merge_jax.adapt.start import Parts
 from ot_merge_jax.adapt.training import Constants, Problem
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import compare, nll
@@ -33,6 +34,48 @@ from ot_merge_jax.report import facts
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = "settings"
+
+
+#: Scores by name, and the dev loss of what was written.
+Written = tuple[dict[str, nll.Scores], float | None]
+
+
+class Job(NamedTuple):
+    """An adaptation that is under way.
+
+    Attributes:
+        run: Where its stages are kept.
+        found: Its checked inputs.
+        side: For the provenance.
+        mesh: Where models live.
+        began: ``time.monotonic()`` when this process began.
+    """
+
+    run: stages.Run
+    found: Inputs
+    side: dict[str, Any]
+    mesh: jax.sharding.Mesh | None
+    began: float
+
+
+#: Runs the stages of a job, up to the folder that is published, and returns the report.
+Work = Callable[[Job], dict[str, Any]]
+
+
+class Trained(NamedTuple):
+    """A trained model.
+
+    Attributes:
+        parts: The trained base and the residual that was held.
+        folded: The plain parameters.
+        course: How it was trained.
+        events: Lines of ``events.jsonl``.
+    """
+
+    parts: Parts
+    folded: Any
+    course: Course
+    events: list[str]
 
 
 class AdaptResult(NamedTuple):
@@ -58,6 +101,8 @@ def adapt(
     mesh: jax.sharding.Mesh | None = None,
     memory_limit: int | None = None,
     show: Callable[[Adaptation], None] | None = None,
+    keep: bool = True,
+    work: Work | None = None,
 ) -> AdaptResult:
     """Trains a model, or what a merge left trainable, and publishes the folded folder atomically.
 
@@ -72,6 +117,8 @@ def adapt(
         mesh: Where models and batches live; None: one device.
         memory_limit: Bytes that may be used; None: those of the machine.
         show: Called with the settings once all of them are decided, before weights are read.
+        keep: Whether an interrupted run can be resumed.
+        work: The stages; None: one training.
 
     Returns:
         What was found. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
@@ -102,7 +149,7 @@ def adapt(
         if resume:
             _refuse_others(out, key, decided)
         with stages.run_folder(
-            out, key, command=command, resume=resume, overwrite=overwrite
+            out, key, command=command, resume=resume, overwrite=overwrite, keep=keep
         ) as run:
             stages.stage(
                 run,
@@ -110,33 +157,38 @@ def adapt(
                 lambda folder: checkpoint.save_json(folder / f"{_SETTINGS}.json", decided),
                 lambda folder: folder,
             )
-            return AdaptResult(out, _adapt(run, found, side, mesh=mesh, began=began))
+            job = Job(run, found, side, mesh, began)
+            return AdaptResult(out, (work or _adapt)(job))
 
 
-def _adapt(
-    run: stages.Run,
-    found: Inputs,
-    side: dict[str, Any],
-    *,
-    mesh: jax.sharding.Mesh | None,
-    began: float,
-) -> dict[str, Any]:
-    """The stages, up to the folder that is published."""
-    problem = found.problem
+def load(job: Job) -> tuple[Parts, Any]:
+    """The model taken apart, and the teacher's parameters; None without a teacher."""
+    found, settings = job.found, job.found.settings
     _LOG.info("load %s", found.start.folder.where)
-    parts = start.load(found.start, strength=problem.settings.strength, mesh=mesh)
+    parts = start.load(found.start, strength=settings.strength, mesh=job.mesh)
     source = None
     if found.source is not None:
         _LOG.info("load %s", found.source.where)
-        dtype = jnp.dtype(problem.settings.dtype)
-        _, source = hf.load_folder(found.source, mesh=mesh, dtype=dtype)
-    trainable, constants = training.begin(problem, *parts, source)
-    before = stages.stage(
-        run,
+        _, source = hf.load_folder(found.source, mesh=job.mesh, dtype=jnp.dtype(settings.dtype))
+    return parts, source
+
+
+def scores_before(job: Job, trainable: Any, constants: Constants) -> Written:
+    """Scores of the start on the held-out text, and of its target if it was merged."""
+    return stages.stage(
+        job.run,
         "before",
-        lambda folder: _save_scores(folder, found, trainable, constants),
+        lambda folder: _save_scores(folder, job.found, trainable, constants),
         _load_scores,
     )
+
+
+def _adapt(job: Job) -> dict[str, Any]:
+    """The stages of one training, up to the folder that is published."""
+    run, problem = job.run, job.found.problem
+    parts, source = load(job)
+    trainable, constants = training.begin(problem, *parts, source)
+    before = scores_before(job, trainable, constants)
     new = training.new_course(problem, trainable)
     course, events = state.restore(run, new)
     if course.losses:
@@ -145,6 +197,35 @@ def _adapt(
     plan, trained = training.plan_of(problem), loop.result(course)
     parts = parts._replace(base=training.base_of(trained, constants, plan=plan))
     folded = training.params_of(trained, constants, plan=plan)
+    return finish(
+        job, Trained(parts, folded, course, events), before,
+        needs=[state.name_of(course)] if course.losses else [],
+    )  # fmt: skip
+
+
+def finish(
+    job: Job,
+    trained: Trained,
+    before: Written,
+    *,
+    needs: Sequence[str],
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The stages after training: the model, its check, the details.
+
+    Args:
+        job: What is done.
+        trained: What was trained.
+        before: From `scores_before`.
+        needs: Stages that hold it.
+        more: Of the report, instead of or beside what one training says.
+
+    Returns:
+        The report.
+    """
+    run, found = job.run, job.found
+    parts, folded, course, events = trained
+    problem = found.problem
     model = stages.stage(
         run,
         "model",
@@ -152,19 +233,25 @@ def _adapt(
             folder, folded, cfg=problem.objective.cfg, like=found.start.folder.path
         ),
         lambda folder: folder,
-        needs=[state.name_of(course)] if course.losses else [],
+        needs=needs,
         folder=stages.MODEL,
     )
     after = stages.stage(
         run, "after", lambda folder: _save_written(folder, found, model), _load_scores,
         needs=["model"],
     )  # fmt: skip
-    report = _report(found, course, before, after)
+    report = _report(found, course, before, after) | dict(more or {})
     stages.stage(
         run,
         "details",
         lambda folder: publishing.write(
-            folder, found=found, parts=parts, report=report, events=events, side=side, began=began
+            folder,
+            found=found,
+            parts=parts,
+            report=report,
+            events=events,
+            side=job.side,
+            began=job.began,
         ),
         lambda folder: folder,
         needs=list(run.finished),
@@ -246,9 +333,7 @@ def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constan
     models = {"before": lambda: training.params_of(trainable, constants, plan=plan)}
     if constants.residual:
         models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
-    scores = (
-        {name: _score(found, make()) for name, make in models.items()} if found.held_out else {}
-    )
+    scores = {name: score(found, make()) for name, make in models.items()} if found.held_out else {}
     checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": None}))
 
 
@@ -258,18 +343,18 @@ def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     dev = training.next_token_loss(written, found.problem)
     if not np.isfinite(dev):
         raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
-    scores = {"after": _score(found, written)} if found.held_out else {}
+    scores = {"after": score(found, written)} if found.held_out else {}
     checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": dev}))
 
 
-def _score(found: Inputs, params: Any) -> nll.Scores:
+def score(found: Inputs, params: Any) -> nll.Scores:
     """Scores on the held-out text."""
     cfg = found.problem.objective.cfg
     cut = nll.windows(found.held_out or [], found.tokenizer, max_positions=cfg.max_positions)
     return nll.score(params, cut, cfg=cfg)
 
 
-def _load_scores(folder: Path) -> tuple[dict[str, nll.Scores], float | None]:
+def _load_scores(folder: Path) -> Written:
     """Reads what `_save_scores` or `_save_written` wrote."""
     found = checkpoint.load_json(folder / "scores.json")
     scores = {
@@ -282,8 +367,8 @@ def _load_scores(folder: Path) -> tuple[dict[str, nll.Scores], float | None]:
 def _report(
     found: Inputs,
     course: Course,
-    before: tuple[dict[str, nll.Scores], float | None],
-    after: tuple[dict[str, nll.Scores], float | None],
+    before: Written,
+    after: Written,
 ) -> dict[str, Any]:
     """What was found, as JSON values."""
     settings, seed = found.settings, found.settings.seed
@@ -377,6 +462,7 @@ def _check_memory(found: Inputs, limit: int | None) -> None:
         rows = (spec for spec in specs.param_specs(cfg) if spec.weight in s.lora_targets)
         trained = sum(s.lora * spec.shape[0] * sum(spec.shape[1:]) for spec in rows)
     is_merge = found.start.merged is not None
+    is_merge += s.baselines is not None  # a baseline's residual beside the merge's
     # base, residual, folded; what trains, its gradient, two moments; the best of early stopping
     held = 4 * (count * (2 + is_merge) + trained * (4 + (s.patience is not None)))
     tokens = max(1, s.batch_size // s.accumulate) * found.problem.train.tokens.shape[1]

@@ -15,9 +15,12 @@ from ot_merge_jax.recipe import Folder, Positive, Text
 Count = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Baseline = Literal["base", "shrink", "noise"]
 
 #: Tokens of a block where the models' contexts allow it.
 BLOCK = 512
+#: Multiples of the learning rate that every arm of a comparison tries.
+RATES = (0.3, 1.0, 3.0)
 
 
 class Adaptation(pydantic.BaseModel):
@@ -54,6 +57,11 @@ class Adaptation(pydantic.BaseModel):
         log_every: Steps between lines of ``events.jsonl``.
         patience: Evaluations without a new best that end the training; None: never.
         seed: Of the order of the data, the dev split and the adapters.
+        baselines: Other starts that are trained at equal budget, ``base`` (the target) always among
+            them; None: none.
+        rates: Learning rates that each of them tries; None: `RATES` times ``learning_rate``.
+        seeds: Seeds that each of them is trained with, from ``seed`` on; the rate is chosen with
+            the first.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -89,6 +97,9 @@ class Adaptation(pydantic.BaseModel):
     log_every: Count = 1
     patience: Count | None = None
     seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    baselines: Annotated[list[Baseline], pydantic.Field(min_length=1)] | None = None
+    rates: Annotated[list[Positive], pydantic.Field(min_length=1)] | None = None
+    seeds: Count = 1
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Adaptation:
@@ -103,12 +114,43 @@ class Adaptation(pydantic.BaseModel):
             )
         if len(set(self.lora_targets)) < len(self.lora_targets):
             raise ValueError("lora_targets names one weight twice")
+        if self.baselines is None:
+            if self.rates is not None or self.seeds > 1:
+                raise ValueError(
+                    "rates and seeds are those of baselines (--baselines); leave them out"
+                )
+            return self
+        if self.evaluation is None:
+            raise ValueError(
+                "baselines are compared on held-out text; give evaluation (--eval-text)"
+            )
+        if self.objective != "sft":
+            raise ValueError(
+                "baselines train sft, and kd where source is given; leave objective out"
+            )
+        if self.steps == 0 or self.patience is not None:
+            raise ValueError(
+                "baselines have equal budgets; give at least one step, and leave patience out"
+            )
         return self
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """Everything that is minimised, one after the other."""
+        if self.baselines is None:
+            return (self.objective,)
+        return ("sft",) if self.source is None else ("sft", "kd")
 
     @property
     def is_distilled(self) -> bool:
         """Whether a teacher is needed."""
-        return self.objective != "sft"
+        return self.objectives != ("sft",)
+
+    @property
+    def grid(self) -> list[float]:
+        """The learning rates that are tried, from the lowest."""
+        several = [factor * self.learning_rate for factor in RATES]
+        return sorted(set(several if self.rates is None else self.rates))
 
     def to_yaml(self) -> str:
         """The settings as YAML."""

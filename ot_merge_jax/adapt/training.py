@@ -220,6 +220,20 @@ def next_token_loss(params: Params, problem: Problem) -> float:
     )
 
 
+def dev_loss(trainable: Any, constants: Constants, problem: Problem) -> float:
+    """`next_token_loss` of what trains, folded."""
+    return next_token_loss(_folded(trainable, constants, plan=plan_of(problem)), problem)
+
+
+def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = None) -> Examples:
+    """The batch of a step, by the seed and the number of the step alone, on its devices."""
+    s = problem.settings
+    made = data.batch_at(
+        problem.train, index, batch_size=s.batch_size, seed=s.seed, parts=s.accumulate
+    )
+    return _placed(made, mesh, int(s.accumulate > 1))
+
+
 def new_course(problem: Problem, trainable: Any) -> Course:
     """A course before its first step; the caller keeps what it gave."""
     transform = transform_of(plan_of(problem), rates_of(problem))
@@ -253,23 +267,13 @@ def train(
     """
     s, plan = problem.settings, plan_of(problem)
     mesh = sharding.mesh_of(course.state.params)
-    lead = int(s.accumulate > 1)
-
-    def batch(index: int) -> Examples:
-        made = data.batch_at(
-            problem.train, index, batch_size=s.batch_size, seed=s.seed, parts=s.accumulate
-        )
-        return _placed(made, mesh, lead)
-
     return loop.fit(
         course,
         functools.partial(_step, plan=plan),
         constants,
-        batch,
+        lambda index: batch_of(problem, index, mesh=mesh),
         steps=plan.steps,
-        dev_loss=lambda trainable: next_token_loss(
-            _folded(trainable, constants, plan=plan), problem
-        ),
+        dev_loss=lambda trainable: dev_loss(trainable, constants, problem),
         eval_every=s.eval_every or 1,
         patience=s.patience,
         after=after,

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -89,6 +89,19 @@ def adapt(
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best.")
     ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="Train other starts of a merge at equal budget too: all, or of base,shrink,noise."
+        ),
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(help="Learning rates that each of them tries [0.3, 1 and 3 times the rate]."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds that each of them is trained with [1].")
+    ] = None,
     field: Field = None,
     encoding: Encoding = None,
     seed: Seed = 0,
@@ -107,6 +120,7 @@ def adapt(
 ) -> None:
     """Train a merged model with its residual frozen, or any model, and write a plain folder."""
     from ot_merge_jax import memory, sharding
+    from ot_merge_jax.adapt import baselines as comparison
     from ot_merge_jax.adapt import run
     from ot_merge_jax.adapt import settings as adaptations
 
@@ -123,10 +137,12 @@ def adapt(
         "lora_targets": [x.strip() for x in lora_targets.split(",")] if lora_targets else None,
         "dtype": dtype, "remat": remat, "eval_every": eval_every, "save_every": save_every,
         "log_every": log_every, "patience": patience, "seed": seed,
+        "baselines": _starts(baselines), "rates": _rates(rates), "seeds": seeds,
     }  # fmt: skip
     settings = adaptations.resolve(said)
+    work = run.adapt if settings.baselines is None else comparison.compare
     with session(verbose=verbose, quiet=quiet):
-        found = run.adapt(
+        found = work(
             settings,
             out,
             # a resumed run publishes the same bytes, so it is the same command
@@ -141,6 +157,8 @@ def adapt(
     if as_json:
         print_json(found)
         return
+    if settings.baselines is not None:
+        say_baselines(found)
     dev = found["dev"]
     say(f"dev loss: {dev['before']:.4f} -> {dev['after']:.4f} nats per token after "
         f"{found['steps']} steps", OUT)  # fmt: skip
@@ -151,3 +169,31 @@ def adapt(
         say(f"residual held at: {json.dumps(found['residual']['held_at'])} of the merge", OUT)
     say(f"verdict: {found['verdict']}", OUT)
     say(f"written: {out}", OUT)
+
+
+def say_baselines(found: dict[str, Any]) -> None:
+    """The table of a comparison, what was not run, and its warnings."""
+    from ot_merge_jax.report import tables
+
+    compared = found["baselines"]
+    OUT.print(tables.baselines_table(compared))
+    for name, why in compared["not_applicable"].items():
+        say(f"{name}: not applicable, {why}", OUT)
+    for sentence in compared["not_run"]:
+        say(f"not run: {sentence}", OUT)
+    for sentence in found["warnings"]:
+        say(f"warning: {sentence}", OUT)
+
+
+def _starts(names: str | None) -> list[str] | None:
+    """``all``, or some of the starts."""
+    if names is None:
+        return None
+    from ot_merge_jax.adapt.settings import Baseline
+
+    return list(get_args(Baseline)) if names == "all" else [x.strip() for x in names.split(",")]
+
+
+def _rates(said: str | None) -> list[str] | None:
+    """Numbers between commas; what is none is refused with the settings."""
+    return None if said is None else [x.strip() for x in said.split(",")]

@@ -29,6 +29,10 @@ def demo(
     full: Annotated[
         bool, typer.Option("--full", help="Three calibration seeds and all controls: minutes.")
     ] = False,
+    adapt: Annotated[
+        bool,
+        typer.Option("--adapt", help="Train the merge and its target instead: minutes."),
+    ] = False,
     seed: Seed = 0,
     overwrite: Overwrite = False,
     offline: Offline = False,
@@ -38,9 +42,27 @@ def demo(
 ) -> None:
     """Merge the small models that ship with the package, into a sibling and a stranger."""
     from ot_merge_jax import demo as demos
+    from ot_merge_jax import demo_adapt
+    from ot_merge_jax.commands.adapt import say_baselines
+    from ot_merge_jax.errors import RecipeError
     from ot_merge_jax.report import tables
 
     started = time.monotonic()
+    if full and adapt:
+        raise RecipeError("--full and --adapt are two demos; give one of them.")
+    if adapt:
+        with session(verbose=verbose, quiet=quiet):
+            trained = demo_adapt.run(out, seed=seed, overwrite=overwrite, offline=offline)
+        found = trained.adapted.report
+        if as_json:
+            print_json({"delta": trained.merge.report, "delta-adapted": found})
+            return
+        OUT.print(demos.table({"delta": trained.merge}))
+        say_baselines(found)
+        say(f"delta-adapted: {found['verdict']}", OUT)
+        say(f"written: {trained.merge.out}, {trained.adapted.out} "
+            f"({time.monotonic() - started:.0f} s)", OUT)  # fmt: skip
+        return
     with session(verbose=verbose, quiet=quiet):
         results = demos.run(out, is_full=full, seed=seed, overwrite=overwrite, offline=offline)
     if as_json:

@@ -169,6 +169,49 @@ class Sample(Part):
     continuations: dict[str, Continuation] = {}
 
 
+class Minus(Difference):
+    """The merge minus another start, both trained."""
+
+    seeds: list[Difference] = []
+
+
+class Rate(Part):
+    """One learning rate and the loss on the dev split."""
+
+    rate: Number = None
+    loss: Number = None
+
+
+class Trained(Part):
+    """A start that was trained; ``curve`` has rows of steps done and dev loss."""
+
+    documents: int | None = None
+    nll_per_token: Number = None
+    bits_per_byte: Number = None
+    rate: Number = None
+    tried: list[Rate] = []
+    curve: Grid
+    merge_minus: Minus | None = None
+    merge_steps: int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Trained:
+        if len(self.curve[0]) != 2:
+            raise ValueError("a curve is rows of a step and a loss")
+        return self
+
+
+class Baselines(Part):
+    """A merge and other starts, trained at equal budget: objective -> start."""
+
+    best: str = ""
+    steps: int | None = None
+    seeds: list[int] = []
+    not_run: list[str] = []
+    not_applicable: dict[str, str] = {}
+    arms: dict[str, dict[str, Trained]] = {}
+
+
 class Report(Part):
     """``report.json``."""
 
@@ -186,6 +229,7 @@ class Report(Part):
     sites: dict[str, Site] = {}
     calibration: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+    baselines: Baselines | None = None
 
 
 class Origin(Part):

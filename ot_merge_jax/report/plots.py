@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -309,6 +310,27 @@ def _norms(figure: Figure, report: Report) -> bool:
     return True
 
 
+# ---- what training makes of it ----
+
+
+def _learning(figure: Figure, report: Report, *, objective: str) -> bool:
+    """Dev loss by step of every start."""
+    arms = {} if report.baselines is None else report.baselines.arms.get(objective, {})
+    curves = {name: _sorted(one.curve) for name, one in arms.items()}
+    curves = {name: points for name, points in curves.items() if len(points)}
+    if not curves:
+        return False
+    axes = drawing.panel(figure, 2.6, names=len(curves), columns=4)
+    for place, (name, points) in enumerate(curves.items()):
+        width = 2.2 if name == "merge" else 1.2
+        axes.plot(*points.T, **drawing.look(place, points=len(points)), linewidth=width,
+                  label=drawing.word(name))  # fmt: skip
+    axes.set_xlabel("steps")
+    axes.set_ylabel("dev loss, nats per token")
+    drawing.legend(figure, axes, columns=4)
+    return True
+
+
 def _kind(name: str) -> str:
     """``noise`` of ``noise 3``."""
     return re.sub(r" \d+$", " (seeds)", name)
@@ -330,4 +352,6 @@ def _bounded(axes: Axes, own: np.ndarray, every: np.ndarray) -> None:
 MAKERS: dict[str, Callable[[Figure, Report], bool]] = {
     "differences": _differences, "strength": _strength, "search": _search, "layers": _layers,
     "neurons": _neurons, "mass": _mass, "r2": _r2, "norms": _norms,
+    "learning-sft": functools.partial(_learning, objective="sft"),
+    "learning-kd": functools.partial(_learning, objective="kd"),
 }  # fmt: skip

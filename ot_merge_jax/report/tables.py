@@ -92,6 +92,35 @@ def controls_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+def baselines_table(found: Mapping[str, Any]) -> Table:
+    """One row for each trained start: what it ends with, and the merge minus it.
+
+    Args:
+        found: ``baselines`` of a report.
+    """
+    seeds = len(found["seeds"])
+    title = f"Trained by {found['steps']} steps ({seeds} seed{'s' * (seeds > 1)}), held-out text"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("start", no_wrap=True)
+    for name in ("rate", "nats/token", "merge minus it, 95 %", "steps (*)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for objective, arms in found["arms"].items():
+        for name, one in arms.items():
+            change = one["merge_minus"]
+            amount = "" if change is None else (
+                f"{change['difference']:+.4f} \\[{change['low']:+.4f}, {change['high']:+.4f}]"
+            )  # fmt: skip
+            steps = "never" if one["merge_steps"] is None else str(one["merge_steps"])
+            loss = f"{one['nll_per_token']:.4f}"
+            table.add_row(f"{objective} from {name}", f"{one['rate']:g}", loss, amount,
+                          "" if change is None else steps)  # fmt: skip
+        for name in found["not_applicable"]:
+            table.add_row(f"{objective} from {name}", "", "", "not applicable", "")
+    table.caption = "(*) until the merge's dev loss is at or below this one's last"
+    table.caption_justify = "left"
+    return table
+
+
 def samples(found: Sequence[Mapping[str, Any]]) -> Group:
     """Prompts, and below each what every model wrote, as `evaluate.samples.facts` has them."""
     blocks = []

@@ -116,6 +116,54 @@ def judge(
     )
 
 
+def of_training(
+    compared: Mapping[str, Mapping[str, Compared]],
+    *,
+    best: str,
+    steps: int,
+    missing: Sequence[str],
+) -> Verdict:
+    """The rule of SPEC section 10 for starts that were trained at equal budget.
+
+    Args:
+        compared: Objective -> start -> merge minus it on held-out text, after training; ``base``
+            is always there.
+        best: The objective whose merge is published, which decides.
+        steps: Of every training.
+        missing: Starts that apply and were not trained.
+
+    Returns:
+        The verdict, in nats per token.
+
+    Example:
+        >>> clear = Difference(-0.1, -0.2, -0.05)
+        >>> found = of_training({"sft": {"base": Compared(clear, [clear])}}, best="sft", steps=9,
+        ...                     missing=["noise"])
+        >>> found.outcome
+        'better'
+    """
+    starts = compared[best]
+    others = {name: one for name, one in starts.items() if name != "base"}
+    outcome = judge(starts["base"], others, missing=missing).outcome
+    than = {
+        "improved": "improved: better than from every other start that applies",
+        "better": "better than from the base",
+        "worse": "worse than from the base",
+    }.get(outcome, "no measurable difference from at least one other start")
+    seeds = len(starts["base"].seeds)
+    amounts = [f"{best}, {_minus(starts)}"]
+    amounts += [f"{name}, {_minus(one)}" for name, one in compared.items() if name != best]
+    not_run = [f"not run: {', '.join(missing)}"] if missing else []
+    count = "one seed" if seeds == 1 else f"{seeds} seeds"
+    said_all = "; ".join([*amounts, count, *not_run])
+    return Verdict(outcome, f"trained from the merge by {steps} steps, {than}: {said_all}.")
+
+
+def _minus(starts: Mapping[str, Compared]) -> str:
+    """The merge minus every other start."""
+    return ", ".join(f"merge minus {name} {said(one.pooled)}" for name, one in starts.items())
+
+
 def said(change: Difference) -> str:
     """A difference in words.
 

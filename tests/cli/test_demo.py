@@ -20,6 +20,9 @@ pytestmark = pytest.mark.skipif(
     reason="the demo's models have not been trained yet",
 )
 
+#: Of the tests: the demo computes more than it compiles.
+MINE = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+
 
 class Demo(NamedTuple):
     """The folder and the reports."""
@@ -32,11 +35,7 @@ class Demo(NamedTuple):
 def demo(tmp_path_factory):
     """`Demo`, run once in a process of its own, as a user runs it."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    mine = (
-        "XLA_FLAGS",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS",
-    )  # the demo computes more than it compiles
-    environment = {key: value for key, value in os.environ.items() if key not in mine}
+    environment = {key: value for key, value in os.environ.items() if key not in MINE}
     done = subprocess.run(
         [sys.executable, "-m", "ot_merge_jax.cli", "demo", "--out", str(out), "--json"],
         capture_output=True,
@@ -105,3 +104,29 @@ def test_transformers_loads_every_folder(name, demo):
     tokens = torch.tensor([tokenizer("def main():")["input_ids"]])
     with torch.no_grad():
         assert torch.isfinite(model(tokens).logits).all()
+
+
+@pytest.mark.slow
+def test_training_is_compared_at_equal_budget(tmp_path):
+    """`--adapt`, as a user runs it: the verdict says what the intervals say."""
+    words = [sys.executable, "-m", "ot_merge_jax.cli", "demo", "--adapt", "--json"]
+    environment = {key: value for key, value in os.environ.items() if key not in MINE}
+    done = subprocess.run(
+        [*words, "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=900, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)["delta-adapted"]
+    found = report["baselines"]
+    assert found["seeds"] == [0, 1, 2]
+    changes = [found["arms"][kind]["base"]["merge_minus"] for kind in ("sft", "kd")]
+    assert (report["outcome"] in {"improved", "better"}) == (
+        found["arms"][found["best"]]["base"]["merge_minus"]["high"] < 0
+    )
+    assert all(len(one["seeds"]) == 3 for one in changes)
+
+
+def test_one_demo_at_a_time(cli, tmp_path):
+    called = cli("demo", "--full", "--adapt", "--out", tmp_path / "out")
+    assert called.code == 2
+    assert "two demos; give one of them" in called.err

@@ -114,3 +114,14 @@ def test_lines_stand_out_on_a_light_and_on_a_dark_page(pair):
     light, dark = pair
     assert contrast(light, "#ffffff") >= 3
     assert contrast(dark, "#1b1e23") >= 3
+
+
+def test_learning_curves_of_every_start():
+    curves = {"merge": [[0, 3.0], [5, 2.0]], "base": [[0, 4.0], [5, 2.5]], "noise": [[0, None]]}
+    arms = {name: {"curve": one} for name, one in curves.items()}
+    found = {"verdict": "v.", "baselines": {"arms": {"kd": arms}}}
+    assert names(found) == {"learning-kd"}
+    figure = Figure()
+    plots.MAKERS["learning-kd"](figure, Report.model_validate(found))
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert drawn == {name: curves[name] for name in ("merge", "base")}

@@ -1,0 +1,212 @@
+"""One arm of a comparison: a start trained at several learning rates, the best chosen on dev.
+
+Arms that share a `Problem` see the same batches in the same order. Rates train together under
+``vmap`` where the model is small, otherwise one after the other, with the same results. No disks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ot_merge_jax import progress, sharding
+from ot_merge_jax.adapt import loop, training
+from ot_merge_jax.adapt.loop import Seen, TrainState
+from ot_merge_jax.adapt.objectives import Examples
+from ot_merge_jax.adapt.training import Constants, Plan, Problem, Rates
+from ot_merge_jax.errors import DivergedError
+from ot_merge_jax.models import specs
+
+#: Bytes that rates which train together may hold on an accelerator; none on CPU, where products in
+#: a batch, each with its own weights, are no faster (the demo's sibling, 3 rates: 1.2 times the CPU
+#: time of a loop).
+TOGETHER = 1 << 30
+_FLOAT = 4
+
+
+class Tried(NamedTuple):
+    """One learning rate.
+
+    Attributes:
+        rate: The peak.
+        losses: Of every step, in what is minimised; fewer than there are steps if it diverged.
+        dev: ``(steps done, next-token loss on the dev split)`` of every evaluation.
+        loss: The last of them; infinite if it diverged.
+    """
+
+    rate: float
+    losses: list[float]
+    dev: list[tuple[int, float]]
+    loss: float
+
+
+class Arm(NamedTuple):
+    """A trained start.
+
+    Attributes:
+        tried: Every rate, in order.
+        best: The rate with the lowest dev loss at the end; of equal ones the first.
+        trained: What trains, after training at the best rate.
+    """
+
+    tried: list[Tried]
+    best: Tried
+    trained: Any
+
+
+def budget() -> int:
+    """Bytes that rates which train together may hold on this machine."""
+    return 0 if jax.default_backend() == "cpu" else TOGETHER
+
+
+def lane_bytes(problem: Problem, trainable: Any) -> int:
+    """Bytes that one rate holds: what trains, its gradient, moments, folded weights, activations.
+
+    Counted in float32, whatever is computed in.
+    """
+    s, cfg = problem.settings, problem.objective.cfg
+    trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    tokens = s.batch_size // s.accumulate * problem.train.tokens.shape[1]
+    layer = 16 * cfg.hidden_size + 4 * cfg.intermediate_size
+    activations = tokens * (3 * cfg.vocab_size + cfg.num_layers * layer)
+    return _FLOAT * (4 * trained + 2 * specs.count(cfg) + activations)
+
+
+def tune(
+    problem: Problem,
+    trainable: Any,
+    constants: Constants,
+    rates: Sequence[float],
+    *,
+    name: str = "arm",
+    is_together: bool | None = None,
+) -> Arm:
+    """Trains one start at every rate and takes the best on the dev split.
+
+    A rate that diverges is a bad rate, not the end of the run.
+
+    Args:
+        problem: What is to be learned; its own rate is not used.
+        trainable: What trains, from `training.begin`; kept.
+        constants: Likewise.
+        rates: Peak learning rates.
+        name: Shown with the progress.
+        is_together: Whether the rates train under one ``vmap``; None: if there are several, on one
+            device, and all lanes (`lane_bytes`) fit into `budget`.
+
+    Returns:
+        The arm.
+
+    Raises:
+        DivergedError: if every rate diverged.
+    """
+    if is_together is None:
+        is_together = (
+            len(rates) > 1
+            and sharding.mesh_of(trainable) is None
+            and len(rates) * lane_bytes(problem, trainable) <= budget()
+        )
+    train = _together if is_together else _one_by_one
+    tried, trained = train(problem, trainable, constants, rates, name)
+    best = _best(tried)
+    if not math.isfinite(best.loss):
+        raise DivergedError(
+            f"Every learning rate of {name} ({', '.join(f'{one:g}' for one in rates)}) diverged; "
+            "lower --rates or --learning-rate."
+        )
+    return Arm(tried, best, trained)
+
+
+def _best(tried: Sequence[Tried]) -> Tried:
+    """The lowest dev loss at the end."""
+    return min(tried, key=lambda one: one.loss)
+
+
+def _one_by_one(
+    problem: Problem, trainable: Any, constants: Constants, rates: Sequence[float], name: str
+) -> tuple[list[Tried], Any]:
+    """Every rate with the loop that `ot-merge adapt` has; only the best is held."""
+    tried, trained = [], None
+    for rate in rates:
+        given = constants._replace(rates=constants.rates._replace(learning_rate=rate))
+        course = training.new_course(problem, trainable)
+        loss, result = math.inf, None
+        try:
+            course = training.train(
+                problem, course, given, counted=lambda steps, rate=rate: _shown(steps, name, [rate])
+            )
+            loss, result = _finite(course.dev[-1][1]), loop.result(course)
+        except DivergedError:
+            pass  # its lists hold what was seen until then
+        tried.append(Tried(rate, course.losses, course.dev, loss))
+        if _best(tried) is tried[-1]:
+            trained = result
+    return tried, trained
+
+
+def _together(
+    problem: Problem, trainable: Any, constants: Constants, rates: Sequence[float], name: str
+) -> tuple[list[Tried], Any]:
+    """All rates in one program, a lane for each."""
+    s, plan, lanes = problem.settings, training.plan_of(problem), range(len(rates))
+    states = jax.tree.map(
+        lambda leaf: jnp.stack([leaf] * len(rates)), training.new_course(problem, trainable).state
+    )
+    swept = constants._replace(rates=constants.rates._replace(learning_rate=jnp.array(rates)))
+    losses: list[list[float]] = [[] for _ in lanes]
+    dev: list[list[tuple[int, float]]] = [[] for _ in lanes]
+    alive = set(lanes)
+
+    def evaluate(done: int) -> None:
+        for lane in sorted(alive):
+            found = training.dev_loss(_lane(states.params, lane), constants, problem)
+            dev[lane].append((done, found))
+
+    evaluate(0)
+    for index in _shown(range(plan.steps), name, rates):
+        batch = training.batch_of(problem, index)
+        states, seen = _steps(states, swept, batch, plan=plan)
+        for lane, loss, norm in zip(lanes, *(one.tolist() for one in seen), strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                alive.discard(lane)  # its state has stopped moving
+            elif lane in alive:
+                losses[lane].append(loss)
+        done = index + 1
+        if done % (s.eval_every or 1) == 0 or done == plan.steps:
+            evaluate(done)
+    tried = [
+        Tried(rate, losses[lane], dev[lane], _finite(dev[lane][-1][1] if lane in alive else None))
+        for lane, rate in enumerate(rates)
+    ]
+    return tried, _lane(states.params, tried.index(_best(tried)))
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnums=0)
+def _steps(
+    states: TrainState, constants: Constants, examples: Examples, *, plan: Plan
+) -> tuple[TrainState, Seen]:
+    """One step of every lane; only states and learning rates have lanes."""
+    axes = Constants(None, None, None, None, Rates(0, None, None))  # pyright: ignore[reportArgumentType]
+    step = functools.partial(training.step, plan=plan)
+    return jax.vmap(step, in_axes=(0, axes, None))(states, constants, examples)
+
+
+def _lane(tree: Any, lane: int) -> Any:
+    """What one lane holds."""
+    return jax.tree.map(lambda leaf: leaf[lane], tree)
+
+
+def _finite(loss: float | None) -> float:
+    """A loss, infinite where there is none."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def _shown(steps: range, name: str, rates: Sequence[float]) -> Any:
+    """The steps with their progress."""
+    said = f"rate {rates[0]:g}" if len(rates) == 1 else f"{len(rates)} rates together"
+    return progress.track(steps, f"adapt {name}, {said} (steps)")

@@ -1,0 +1,244 @@
+"""The training baselines of a merge: other starts, the same data, steps and rates to try.
+
+Every arm is a stage, so that a run resumes behind the last one that is finished. Rates are chosen
+on the dev split; the held-out text is scored once for each arm, at its chosen rate.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ot_merge_jax import controls, fuse, trials
+from ot_merge_jax import recipe as recipes
+from ot_merge_jax.adapt import arms, run, training
+from ot_merge_jax.adapt import inputs as checking
+from ot_merge_jax.adapt import residual as residuals
+from ot_merge_jax.adapt.loop import Course
+from ot_merge_jax.adapt.settings import Adaptation
+from ot_merge_jax.adapt.start import Parts, Start
+from ot_merge_jax.adapt.training import Problem
+from ot_merge_jax.evaluate import nll
+from ot_merge_jax.io import checkpoint, stages
+from ot_merge_jax.report import baselines as reporting
+from ot_merge_jax.report import facts
+from ot_merge_jax.report.baselines import Outcome
+from ot_merge_jax.types import MergeSpec, Params
+
+_LOG = logging.getLogger(__name__)
+
+
+def compare(settings: Adaptation, out: Path, **given: Any) -> run.AdaptResult:
+    """Trains a merge and its baselines at equal budget, and publishes the best trained merge.
+
+    Args:
+        settings: With ``baselines``.
+        out: The folder to write.
+        given: As in `run.adapt`.
+
+    Returns:
+        What was found; ``baselines`` of the report says how the arms compare.
+
+    Raises:
+        OtMergeError: as in `run.adapt`.
+    """
+    return run.adapt(settings, out, work=_compare, **given)
+
+
+def why_not(start: Start, name: str) -> str | None:
+    """Why a start does not apply to a merge; None if it does."""
+    spec = MergeSpec(rule=rule_of(start))
+    return controls.why_not(name, spec=spec, source_layers=0) if name == "shrink" else None
+
+
+def rule_of(start: Start) -> Any:
+    """The rule that a merge was made by, as its folder says."""
+    return recipes.load(start.folder.path / "ot_merge" / "recipe.yaml")["rule"]
+
+
+def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, jax.Array]:
+    """What a start adds to the target: path -> array, with the paths of the merge's residual.
+
+    The base adds 0, so that all starts share one program. What noise and shrink add is rounded to
+    the dtypes of the files, as the merge was.
+
+    Args:
+        name: ``merge``, ``base``, ``shrink`` or ``noise``.
+        start: The merge.
+        parts: Its base and residual.
+        seed: Of the noise.
+
+    Returns:
+        For ``noise`` Gaussian numbers with the Frobenius norm of every matrix of the residual,
+        where the merge moved anything; for ``shrink`` what the merge would have added if nothing
+        had been transported.
+
+    Source: SPEC section 10, "with training".
+    """
+    base, added, _ = parts
+    if name == "merge":
+        return added
+    nothing = {path: jnp.zeros_like(leaf) for path, leaf in added.items()}
+    if name == "base":
+        return nothing
+    masks = {path: moved_by(path, leaf) for path, leaf in added.items()}
+    if name == "noise":
+        spec, strength = MergeSpec(rule="delta"), 1.0
+        moved = controls.noise(base, added, masks, spec=spec, seed=seed)
+    else:
+        spec, strength = MergeSpec(rule="interpolate"), start.merged
+        moved = controls.shrink(added)
+    fused = fuse.fuse(base, moved, strength, spec=spec, mask=masks)
+    return nothing | residuals.between(trials.as_stored(fused, start.folder), base)
+
+
+def moved_by(path: str, added: jax.Array) -> jax.Array:
+    """The mask of a residual: rows and columns of every matrix in which anything was added.
+
+    Example:
+        >>> moved_by("lm_head/kernel", jnp.array([[0.0, 1.0], [0.0, 0.0], [0.0, 2.0]])).tolist()
+        [[0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    found = added != 0
+    if not path.endswith("bias"):
+        found = found.any(-1, keepdims=True) & found.any(-2, keepdims=True)
+    return found.astype(jnp.float32)
+
+
+def _compare(job: run.Job) -> dict[str, Any]:
+    """The stages, up to the folder that is published."""
+    settings = job.found.settings
+    parts, source = run.load(job)
+    trainable, constants = training.begin(job.found.problem, *parts, source)
+    before = run.scores_before(job, trainable, constants)
+    applicable = {name: why_not(job.found.start, name) for name in settings.baselines or ()}
+    names = ["merge", *_ordered([one for one, why in applicable.items() if why is None])]
+    problems = _problems(job)
+    found: dict[str, dict[str, list[Outcome]]] = {}
+    for objective in settings.objectives:
+        found[objective] = {name: [] for name in names}
+        for name, outcomes in found[objective].items():
+            for seed, problem in problems.items():
+                rates = [outcomes[0].rate] if outcomes else settings.grid
+                kind = problem.objective._replace(kind=objective)
+                outcomes.append(
+                    _arm(job, problem._replace(objective=kind), name, parts, source, rates)
+                )
+                _LOG.info(
+                    "%s from %s, seed %d: dev loss %.4f at rate %g",
+                    objective, name, seed, outcomes[-1].dev[-1][1], outcomes[-1].rate,
+                )  # fmt: skip
+    best = min(found, key=lambda one: found[one]["merge"][0].dev[-1][1])
+    missing = [one for one in ("shrink", "noise") if one not in applicable]
+    missing = [one for one in missing if why_not(job.found.start, one) is None]
+    more = reporting.facts(
+        found, settings=settings, best=best, missing=missing,
+        not_applicable={name: why for name, why in applicable.items() if why is not None},
+    )  # fmt: skip
+    chosen = found[best]["merge"][0]
+    stage = _name(best, "merge", settings.seed)
+    trained = _trained(job.run.folder / "state" / stage, trainable)
+    plan = training.plan_of(job.found.problem)
+    whole = run.Trained(
+        parts._replace(base=training.base_of(trained, constants, plan=plan)),
+        training.params_of(trained, constants, plan=plan),
+        Course(None, chosen.losses, [], chosen.dev),  # pyright: ignore[reportArgumentType]
+        _events(found),
+    )
+    return run.finish(job, whole, before, needs=[stage], more=facts.plain(more))
+
+
+def _ordered(names: Sequence[str]) -> list[str]:
+    """The base first, and once."""
+    return ["base", *(one for one in ("shrink", "noise") if one in names)]
+
+
+def _problems(job: run.Job) -> dict[int, Problem]:
+    """Seed -> what is to be learned, with its own dev split and order; the same numbers."""
+    settings = job.found.settings
+    found = {settings.seed: job.found.problem}
+    for seed in range(settings.seed + 1, settings.seed + settings.seeds):
+        again = settings.model_copy(update={"seed": seed})
+        found[seed] = checking.check(again, job.run.folder / "unused", offline=True).problem
+    return found
+
+
+def _name(objective: str, name: str, seed: int) -> str:
+    """The stage of an arm."""
+    return f"arm-{objective}-{name}-{seed}"
+
+
+def _arm(
+    job: run.Job,
+    problem: Problem,
+    name: str,
+    parts: Parts,
+    source: Params | None,
+    rates: Sequence[float],
+) -> Outcome:
+    """Trains one arm with one seed, and scores it."""
+    seed, objective = problem.settings.seed, problem.objective.kind
+    teacher = source if objective == "kd" else None
+    is_published = name == "merge" and seed == job.found.settings.seed
+
+    def make(folder: Path) -> None:
+        added = starting(name, job.found.start, parts, seed=seed)
+        trainable, constants = training.begin(problem, parts.base, added, parts.factor, teacher)
+        arm = arms.tune(problem, trainable, constants, rates, name=f"{objective} from {name}")
+        params = training.params_of(arm.trained, constants, plan=training.plan_of(problem))
+        scores = run.score(job.found, trials.as_stored(params, job.found.start.folder))
+        if is_published:
+            leaves = jax.tree.leaves(arm.trained)
+            checkpoint.save_tree(folder / "trained", {_key(i): x for i, x in enumerate(leaves)})
+        best = arm.best._asdict() | {"tried": [(one.rate, one.loss) for one in arm.tried]}
+        checkpoint.save_json(folder / "arm.json", facts.plain(best))
+        checkpoint.save_arrays(folder / "scores", scores._asdict())
+
+    def load(folder: Path) -> Outcome:
+        kept = checkpoint.load_json(folder / "arm.json")
+        scores = nll.Scores(**checkpoint.load_arrays(folder / "scores"))  # pyright: ignore[reportArgumentType]
+        dev = [(step, loss) for step, loss in kept["dev"]]
+        tried = [(rate, loss) for rate, loss in kept["tried"]]
+        return Outcome(seed, kept["rate"], tried, kept["losses"], dev, scores)
+
+    return stages.stage(job.run, _name(objective, name, seed), make, load)
+
+
+def _key(place: int) -> str:
+    """The name of an array."""
+    return f"{place:05d}"
+
+
+def _trained(folder: Path, like: Any) -> Any:
+    """What an arm trained, as `_arm` kept it."""
+    kept = checkpoint.load_tree(folder / "trained")
+    leaves, treedef = jax.tree.flatten(like)
+    return jax.tree.unflatten(
+        treedef,
+        [
+            jax.device_put(np.asarray(kept[_key(place)], leaf.dtype), leaf.sharding)
+            for place, leaf in enumerate(leaves)
+        ],
+    )
+
+
+def _events(found: dict[str, dict[str, list[Outcome]]]) -> list[str]:
+    """Lines of ``events.jsonl``: every step of every arm at its chosen rate."""
+    lines = []
+    for objective, of_name in found.items():
+        for name, outcomes in of_name.items():
+            for one in outcomes:
+                dev = dict(one.dev)
+                shared = {"objective": objective, "start": name, "seed": one.seed}
+                for step, loss in enumerate(one.losses, 1):
+                    seen = {"step": step, "rate": one.rate, "loss": loss}
+                    seen |= {"dev_loss": dev[step]} if step in dev else {}
+                    lines.append(json.dumps(shared | seen) + "\n")
+    return lines

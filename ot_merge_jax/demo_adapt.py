@@ -1,0 +1,61 @@
+"""The demo's training: a merge against its target, taught and tuned with the same budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ot_merge_jax import assets, demo, pipeline, recipe
+from ot_merge_jax.adapt import baselines
+from ot_merge_jax.adapt import settings as adaptations
+from ot_merge_jax.adapt.run import AdaptResult
+from ot_merge_jax.io import publish
+
+#: Of all arms: what three seeds of them take a few minutes for on two CPU cores.
+BUDGET = {"steps": 60, "batch_size": 4, "block": 128, "eval_every": 20}
+#: Tried by every arm with the first seed.
+RATES = [3e-4, 1e-3, 3e-3]
+SEEDS = 3
+
+
+class Trained(NamedTuple):
+    """What was merged, and what training made of it."""
+
+    merge: pipeline.RunResult
+    adapted: AdaptResult
+
+
+def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = False) -> Trained:
+    """Merges into the sibling, then trains the merge and the sibling on the calibration texts.
+
+    Both learn the next token, and from the source as a teacher; the demo's held-out text is only
+    reported.
+
+    Args:
+        out: Folder that will hold ``delta`` and ``delta-adapted``, two model folders.
+        seed: Of every random choice, and the first of the training.
+        overwrite: Whether existing output folders are replaced.
+        offline: Whether the network is forbidden; the demo never uses it.
+
+    Returns:
+        Both results.
+    """
+    merged, adapted = out / "delta", out / "delta-adapted"
+    for folder in (merged, adapted):
+        publish.check_output(folder, overwrite=overwrite)
+    said = demo.settings(seed=seed)["delta"]
+    command = "ot-merge demo --adapt"
+    merge = pipeline.run(
+        recipe.resolve(said, where="the demo"), merged,
+        command=command, overwrite=overwrite, offline=offline, keep=False,
+    )  # fmt: skip
+    settings = adaptations.resolve({
+        "model": str(merged), "target": said["target"], "source": said["source"],
+        "text": {"path": str(assets.path("calibration.jsonl"))},
+        "evaluation": {"path": said["evaluation"]},
+        "baselines": ["base"], "rates": RATES, "seeds": SEEDS, "seed": seed, **BUDGET,
+    }, where="the demo")  # fmt: skip
+    adapting = baselines.compare(
+        settings, adapted, command=command, overwrite=overwrite, offline=offline, keep=False
+    )
+    return Trained(merge, adapting)
