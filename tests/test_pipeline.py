@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ot_merge_jax import calibration, errors, memory, pipeline, preflight, recipe, sharding, texts
+from ot_merge_jax import (
+    calibration,
+    errors,
+    memory,
+    pipeline,
+    planning,
+    preflight,
+    recipe,
+    sharding,
+    texts,
+)
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import details, hf, provenance
 from ot_merge_jax.report import arms, verdict
@@ -414,7 +424,7 @@ def test_run_within_less_memory_gives_the_same_weights(
 
 def test_rows_are_lowered_before_a_run_is_refused(resolved, out, monkeypatch, caplog):
     """As often as needed, down to the fewest; the recipe that is written says how many."""
-    monkeypatch.setattr(pipeline, "_FEWEST_ROWS", 20)
+    monkeypatch.setattr(planning, "_FEWEST_ROWS", 20)
     asked = []
 
     def choose(cfgs, data, **more):
@@ -432,6 +442,6 @@ def test_rows_are_lowered_before_a_run_is_refused(resolved, out, monkeypatch, ca
     assert asked[-1] <= 50 < asked[-2]
     assert shown[0].max_rows == asked[-1]
     assert f"max_rows is lowered to {asked[-1]}" in caplog.text
-    monkeypatch.setattr(pipeline, "_FEWEST_ROWS", 60)
+    monkeypatch.setattr(planning, "_FEWEST_ROWS", 60)
     with pytest.raises(errors.ResourceError, match="Too much"):
         pipeline.run(settings, out, command="test", overwrite=True)
