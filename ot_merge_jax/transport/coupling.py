@@ -187,22 +187,30 @@ def layer_plan(
     if layer_cost not in ("plain", "median"):
         raise ValueError(f"layer_cost is 'plain' or 'median', not {layer_cost!r}.")
     solve.check_epsilon(epsilon)
-    costs, epsilon = _scaled(costs, epsilon, layer_cost=layer_cost)
-    found = solve.solve(costs, epsilon=epsilon, max_iterations=LAYER_ITERATIONS, threshold=1e-6)
-    return _plan(costs, found)
+    plan, _ = solve.in_both_forms(
+        lambda may_be_log: _layer_plan(
+            costs, epsilon, layer_cost=layer_cost, may_be_log=may_be_log
+        ),
+        lambda found: found[1],
+    )
+    return plan
 
 
-_plan = jax.jit(solve.plan)
-
-
-@functools.partial(jax.jit, static_argnames=("layer_cost",))
-def _scaled(costs: jax.Array, epsilon: Any, *, layer_cost: str) -> tuple[jax.Array, jax.Array]:
-    """Layer costs and their epsilon in the units that `layer_plan` names."""
+@functools.partial(jax.jit, static_argnames=("layer_cost", "may_be_log"))
+def _layer_plan(
+    costs: jax.Array, epsilon: Any, *, layer_cost: str, may_be_log: bool
+) -> tuple[jax.Array, jax.Array]:
+    """`layer_plan` as one program, and whether the problem needs the log form."""
     if layer_cost == "median":
         shifted = costs - costs.min()
         middle = jnp.median(shifted)
         costs = shifted / jnp.where(middle > 0, middle, 1.0)
-    return costs, jnp.asarray(epsilon) * jnp.maximum(1.0, costs.max() / 1000)
+    epsilon = jnp.asarray(epsilon, jnp.float32) * jnp.maximum(1.0, costs.max() / 1000)
+    found = solve.solve_batch(
+        costs[None], epsilon[None], 1e-6, max_iterations=LAYER_ITERATIONS, may_be_log=may_be_log
+    )
+    one = jax.tree.map(lambda leaf: leaf[0], found)
+    return solve.plan(costs, one), one.is_log
 
 
 def plan(

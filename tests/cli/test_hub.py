@@ -14,6 +14,9 @@ import pytest
 import yaml
 from hub_cache import COMMIT, contents, fill, jsonl
 
+from ot_merge_jax import assets
+
+SIBLING = str(assets.path("sibling"))
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
 
@@ -115,7 +118,7 @@ def test_a_directory_wins(cli, cache, models, tmp_path, monkeypatch):
         (["inspect", "./o/other@main"], "There is no directory o/other@main"),
         (["inspect", "o/other@../main"], "There is no directory"),
         (["inspect", "o/o--ther@main"], "cannot have the model o/o--ther"),
-        (["eval", "o/other@main", "--text", "hub:o/texts", "--offline"], "dataset o/texts at"),
+        (["eval", SIBLING, "--text", "hub:o/texts", "--offline"], "dataset o/texts at"),
         (["inspect", f"https://me:{TOKEN}@huggingface.co/o/n"], "There is no directory"),
     ],
 )

@@ -79,7 +79,6 @@ def test_sentence_is_one_line_on_a_narrow_screen(desk, cli):
         "run --epsilon small",
         "run --seed -1",
         "eval",
-        "eval model",
         "no-such-command",
     ],
 )
