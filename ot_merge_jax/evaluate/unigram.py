@@ -119,6 +119,6 @@ def chosen(params: Params, bias: jax.Array, dev: nll.Windows, *, cfg: ModelConfi
     return Unigram(gamma * bias, gamma)
 
 
-def fitted(params: Params, train: nll.Windows, dev: nll.Windows, *, cfg: Any) -> Unigram:
+def fitted(params: Params, train: nll.Windows, dev: nll.Windows, *, cfg: ModelConfig) -> Unigram:
     """`fit` on one text, `chosen` on another."""
     return chosen(params, fit(params, train, cfg=cfg), dev, cfg=cfg)

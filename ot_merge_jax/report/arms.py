@@ -62,11 +62,10 @@ def facts(
 
     Returns:
         ``seeds``; ``pooled``: merge minus target over all of them; ``per_seed``: seed, strength and
-        merge minus target of each; ``controls``: for every
-        one that was asked for ``{"not_applicable": why}``, or totals, ``strength`` (of the first
-        seed), ``against_target`` (control minus target), ``merge_minus_control`` and ``seeds`` (the
-        same of each); of ``unigram`` instead ``gamma`` and ``beyond``: merge and target with a bias
-        each.
+        merge minus target of each; ``controls``: for every one that was asked for
+        ``{"not_applicable": why}``, or totals, ``strength`` (of the first seed), ``against_target``
+        (control minus target), ``merge_minus_control`` and ``seeds`` (the same of each); of
+        ``unigram`` instead ``gamma`` and ``beyond``: merge and target with a bias each.
     """
     recipe = setting.inputs.recipe
     every = every_seed(trials)
