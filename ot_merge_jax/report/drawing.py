@@ -22,7 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 #: Lines and areas as (light, dark): the hues of Okabe and Ito, which colour-blind readers can tell
 #: apart, as dark or as light as 3:1 on the page asks for. Markers differ as well.
@@ -35,6 +35,7 @@ INK = "#010203"  # stands for the colour of the text around an SVG
 WIDTH = 4.6  # inches of 72 units: the width of a phone, so that a font is as large as it says
 _CROWD = 24  # layers on an axis from which on each is not marked
 _LEVELS = 24  # colours of a heat map
+_FINE_STEPS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # of a short logarithmic axis
 _PNG_DPI = 120
 #: Larger numbers are not drawn: an axis of such numbers would show nothing else.
 _LARGEST = 1e9
@@ -189,10 +190,22 @@ def layer_axis(axes: Axes) -> None:
 
 
 def logarithmic(axis: Axis) -> None:
-    """A logarithmic axis whose few numbers are plain: matplotlib's own are formulas."""
+    """A logarithmic axis of a few plain numbers: matplotlib's own are formulas.
+
+    An upright one ends at two of them, so that values that are all but equal stand together, not
+    far apart.
+    """
     low, high = axis.get_data_interval()
-    steps = (1.0,) if 0 < 30 * low < high else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(subs=steps, numticks=7))
+    steps = (1.0,) if high > 30 * low else (1.0, 2.0, 5.0) if high > 6 * low else _FINE_STEPS
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    first, last = low, high
+    if axis.axis_name == "y":
+        first = max(tick for tick in ticks if tick < low / 1.03)
+        last = min(tick for tick in ticks if tick > high * 1.03)
+        axis.axes.set_ylim(first, last)
+    ticks = [tick for tick in ticks if first <= tick <= last]
+    axis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 8)]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

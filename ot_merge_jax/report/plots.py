@@ -16,6 +16,7 @@ from ot_merge_jax.report import drawing
 from ot_merge_jax.report.document import Difference, Report, Tried
 
 _LOWEST_R2 = -1.5
+_LEAST_RATIO = 1e-30
 
 
 def draw(report: Report) -> list[drawing.Plot]:
@@ -70,6 +71,9 @@ def _differences(figure: Figure, report: Report) -> bool:
     axes.set_yticks(range(len(rows)), [drawing.word(name) for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("merge minus the one named, nats per token\n(left of 0: the merge is better)")
+    # below the whole figure: names of controls may leave the axes narrower than it
+    height = axes.get_position().y0 - 0.3 / figure.get_figheight()
+    axes.xaxis.set_label_coords(0.5, height, transform=figure.transFigure)
     return True
 
 
@@ -287,7 +291,7 @@ def _norms(figure: Figure, report: Report) -> bool:
     for place, (name, one) in enumerate(report.weights.items()):
         for axes, values in zip(panels, (one.ratio_transported, one.ratio_change), strict=True):
             ratio = drawing.values(values)
-            ratio = np.where(ratio > 0, ratio, np.nan)  # 0 has no place on a logarithmic axis
+            ratio = np.where(ratio > _LEAST_RATIO, ratio, np.nan)  # 0 has no place on the axis
             look, label = drawing.look(place, points=len(ratio)), drawing.word(name)
             if not one.is_by_token:
                 axes.plot(ratio, **look, label=label)

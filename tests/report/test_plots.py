@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import reported
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -114,6 +115,49 @@ def test_lines_stand_out_on_a_light_and_on_a_dark_page(pair):
     light, dark = pair
     assert contrast(light, "#ffffff") >= 3
     assert contrast(dark, "#1b1e23") >= 3
+
+
+def drawn(found):
+    """Name -> figure of every plot there is."""
+    report, figures = Report.model_validate(found), {}
+    with drawing.settings():
+        for name, make in plots.MAKERS.items():
+            figure = Figure()
+            FigureCanvasAgg(figure)
+            if make(figure, report):
+                figures[name] = figure
+    return figures
+
+
+def nearly_equal(found):
+    """Ratios as of preset paper: small ones of what is carried, and a change that is shrinkage."""
+    for one in found["weights"].values():
+        count = len(one["ratio_change"])
+        one["ratio_transported"] = (2e-6 * np.arange(1, count + 1)).tolist()
+        one["ratio_change"] = (0.1 - 1e-7 * np.arange(count)).tolist()
+    return found
+
+
+@pytest.mark.parametrize("change", [dict, nearly_equal], ids=["random", "nearly equal"])
+def test_nothing_is_cut_off(change):
+    """Every label lies inside its figure."""
+    for name, figure in drawn(change(reported.report())).items():
+        with drawing.settings():
+            box = figure.get_tightbbox(figure.canvas.get_renderer())
+        assert box.x0 >= -0.02, name
+        assert box.y0 >= -0.02, name
+        assert box.x1 <= figure.get_figwidth() + 0.02, name
+        assert box.y1 <= figure.get_figheight() + 0.02, name
+
+
+def test_ratios_stand_between_plain_numbers():
+    figures = [drawn(change(reported.report()))["norms"] for change in (dict, nearly_equal)]
+    for axis in [one.yaxis for figure in figures for one in figure.axes]:
+        ticks, (low, high) = axis.get_majorticklocs(), axis.get_view_interval()
+        assert 2 <= len(ticks) <= 8
+        assert low == ticks[0]
+        assert low < axis.get_data_interval()[0] <= axis.get_data_interval()[1] < high
+        assert high / low >= 1.4  # what is all but equal looks so
 
 
 def test_learning_curves_of_every_start():
