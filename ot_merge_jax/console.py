@@ -21,12 +21,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.text import Text as Words
 
 from ot_merge_jax import progress
 from ot_merge_jax.errors import OtMergeError, is_out_of_memory
-from ot_merge_jax.redaction import redacted
+from ot_merge_jax.redaction import redacted, visible
 
 OUT = Console()
 ERR = Console(stderr=True)
@@ -81,16 +80,16 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def say(sentence: str, console: Console = ERR) -> None:
-    """One plain line, never wrapped."""
+    """One plain line, never wrapped; without secrets, because paths and names are the user's."""
     console.print(Words(redacted(sentence)), soft_wrap=True)
 
 
-class _Redacting(logging.Formatter):
-    """The message of a log record without secrets: paths and names are the user's."""
+class _Lines(logging.Handler):
+    """Log records on stderr, above the progress: the time and the message, one line each."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The message."""
-        return redacted(super().format(record))
+    def emit(self, record: logging.LogRecord) -> None:
+        """Says a record."""
+        say(visible(self.format(record)))
 
 
 def print_json(value: Any) -> None:
@@ -102,10 +101,8 @@ def print_json(value: Any) -> None:
 def session(*, verbose: bool, quiet: bool) -> Iterator[None]:
     """Logging and progress on stderr."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
-    handler = RichHandler(
-        console=ERR, show_path=False, show_level=False, markup=False, log_time_format="[%X]"
-    )
-    handler.setFormatter(_Redacting("%(message)s"))
+    handler = _Lines()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "[%X]"))
     logger = logging.getLogger("ot_merge_jax")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Secrets that must not be shown or saved. Imports nothing of the package."""
+"""What must not be shown: secrets, and characters that act. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def redacted(text: str) -> str:
         if len(token) >= 8:  # shorter ones are words
             text = text.replace(token, _MASK)
     return _USERINFO.sub(f"{_MASK}@", _TOKENS.sub(_MASK, text))
+
+
+def visible(text: str) -> str:
+    r"""A text on one line, its control characters written out: none of them reaches a terminal.
+
+    Example:
+        >>> print(visible("red: \x1b[31m"))
+        red: \x1b[31m
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

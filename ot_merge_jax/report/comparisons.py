@@ -26,6 +26,11 @@ def parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     """
     if any(found["models"].values()):
         yield _losses(found["models"])
+    if any(pair["metric"] == "bits_per_byte" for pair in found["pairs"]):
+        yield (
+            "Models with other tokens are compared in bits per byte alone: "
+            "their nats per token count other things."
+        )
     for pair in found["pairs"]:
         yield _difference(pair, _UNITS[pair["metric"]])
     for name, one in found["models"].items():

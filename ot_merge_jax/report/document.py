@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.report.tables import visible
+from ot_merge_jax.redaction import visible
 
 _MAX_BYTES = 200_000_000
 _T = TypeVar("_T", bound="Part")

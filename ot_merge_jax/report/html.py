@@ -19,9 +19,9 @@ import numpy as np
 from markupsafe import Markup
 
 from ot_merge_jax.errors import InputError
+from ot_merge_jax.redaction import visible
 from ot_merge_jax.report import document
 from ot_merge_jax.report.document import Difference, Entry, Report, Run, Strength, Weight
-from ot_merge_jax.report.tables import visible
 
 FILE = "report.html"
 PLOTS = "plots"
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: Of the model or control.
-        note: What it is.
+        note: What it is, and how far it goes.
         entry: Its numbers.
         merge_minus: The merge minus this one.
         has_own_tokens: Whether its loss per token cannot be compared with the target's.
@@ -166,16 +166,26 @@ def _rows(report: Report) -> list[Row]:
             continue
         kind = name.removesuffix(" 1")  # of several seeds the first says what they are
         change = one.against_target
+        notes = [_ROLES.get(name) or _CONTROLS.get(kind, ""), _choice(name, one, report)]
         rows.append(
             Row(
                 name,
-                _ROLES.get(name) or _CONTROLS.get(kind, ""),
+                "; ".join(filter(None, notes)),
                 one,
                 _gain(report) if name == "target" else one.merge_minus_control,
                 change is not None and change.metric == "bits_per_byte",
             )
         )
     return rows
+
+
+def _choice(name: str, entry: Entry, report: Report) -> str:
+    """What a model or control chose on its dev split, as the merge did."""
+    if entry.gamma is not None:
+        return f"{entry.gamma:g} of the bias"
+    chosen = report.strength if name == "merge" else entry.strength
+    said = _strengths(chosen.chosen) if chosen else ""
+    return f"strength {said}" if said else ""
 
 
 def _gain(report: Report) -> Difference | None:

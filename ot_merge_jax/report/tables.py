@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ot_merge_jax.redaction import visible
 from ot_merge_jax.types import MergeReport
 
 
@@ -52,10 +53,11 @@ def evaluation_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
         table.add_column(name, justify="right")
     for name, one in evaluation.items():
         change = one.get("against_target")
-        unit = "" if change is None or change["metric"] == "nll_per_token" else " bits/byte"
+        has_own_tokens = change is not None and change["metric"] == "bits_per_byte"
+        unit = " bits/byte" if has_own_tokens else ""
         table.add_row(
             Text(name),
-            f"{one['nll_per_token']:.4f}",
+            "other tokens" if has_own_tokens else f"{one['nll_per_token']:.4f}",
             f"{one['bits_per_byte']:.4f}",
             "" if change is None else f"{change['difference']:+.4f}{unit}",
             ""
@@ -73,11 +75,13 @@ def controls_table(report: Mapping[str, Any]) -> Table:
     table.add_column("control")
     for name in ("nats/token", "minus target", "merge minus control, 95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
+    notes = []
     for name, one in report["controls"].items():
         if name in ("target", "source"):
             continue  # they stand among the models
         if "not_applicable" in one:
             table.add_row(name, "", "", "not applicable")
+            notes.append(f"{name}: {one['not_applicable']}")
             continue
         change = one.get("merge_minus_control") or one["beyond"]
         table.add_row(
@@ -86,9 +90,9 @@ def controls_table(report: Mapping[str, Any]) -> Table:
             f"{one['against_target']['difference']:+.4f}",
             f"{change['difference']:+.4f} \\[{change['low']:+.4f}, {change['high']:+.4f}]",
         )
-    if "unigram" in report["controls"]:
-        table.caption = "(*) compared with a bias per token fitted to each of the two"
-        table.caption_justify = "left"
+        if name == "unigram":
+            notes.append("(*) compared with a bias per token fitted to each of the two")
+    table.caption, table.caption_justify = "\n".join(notes), "left"
     return table
 
 
@@ -132,13 +136,3 @@ def samples(found: Sequence[Mapping[str, Any]]) -> Group:
             text = Text(visible(continuation["text"]) + end, overflow="fold")
             blocks += [Padding(name, (0, 0, 0, 3)), Padding(text, (0, 0, 0, 6))]
     return Group(*blocks)
-
-
-def visible(text: str) -> str:
-    r"""A text on one line, its control characters written out: none of them reaches a terminal.
-
-    Example:
-        >>> print(visible("red: \x1b[31m"))
-        red: \x1b[31m
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -76,12 +76,14 @@ def test_report_says_what_the_run_found(tmp_path):
         "improved -0.1500 [-0.1600, -0.1400] nats per token merge minus target on held-out text, "
         "2 calibration seeds together",
         "not applicable: it equals the base",
-        "wrong-layer the same plans, source layers shuffled "
+        "wrong-layer the same plans, source layers shuffled; strength 0.4 "
         "-0.0030 [-0.0130, +0.0070] no difference "
         "-0.0100 [-0.0200, +0.0000] no difference 4.2000 2.1000 -",
         "source the ceiling -0.7000 [-0.7100, -0.6900] bits per byte better other tokens 2.2000 -",
         "beyond unigram merge and target, each with a bias of its own per token "
         "-0.0500 [-0.0600, -0.0400] better",
+        "merge the result; strength projections 0.8, vocabulary 1.2 ",
+        "unigram no merge: one bias per token of the vocabulary; 0.5 of the bias ",
         "Strength: projections 0.8, vocabulary 1.2",
         "2 calibration documents (20%, seed 0), apart from the 8 that gave rows",
         "target (before) a time",
