@@ -115,6 +115,11 @@ def evaluate(
     def is_one(a: str, b: str) -> bool:
         return calibration.is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
 
+    if len(names) > 1 and 0 < len(read.documents) < compare.FEWEST:
+        _LOG.warning(
+            "the text has %d of at least %d documents, so no interval of a difference says "
+            "anything: add documents, one a line", len(read.documents), compare.FEWEST,
+        )  # fmt: skip
     first = names[0] if base is None else base
     near = {name for name in names if name != first and read.documents and is_one(first, name)}
     for name in names if base is not None else ():

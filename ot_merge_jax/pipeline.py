@@ -184,6 +184,8 @@ def _merge(
     unconverged = _unconverged(report)
     silent = _silent(prepared, spec)
     warnings = [*silent, *unconverged, *sweeps.at_the_edge(points, hparams)]
+    if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
+        warnings.append(f"No interval says anything: {too_few}; add documents.")
     scores, evaluation = _evaluate(state, inputs, models, model, known)
     measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {"controls": {}}
     if inputs.held_out is not None:
@@ -198,7 +200,7 @@ def _merge(
     verdict = verdicts.of_merge(
         measured, report, hparams, spec, against, is_auto=recipe.strength == "auto"
     )
-    if strict and (unconverged or (against and against.pooled.low > 0)):
+    if strict and (unconverged or measured.outcome == "worse"):
         raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
     found = facts.plain(
         {

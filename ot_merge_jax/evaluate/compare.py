@@ -14,6 +14,9 @@ from scipy import special
 
 from ot_merge_jax.evaluate.nll import Scores
 
+#: Documents below which no interval can be trusted: all of fewer ones agree in sign by chance in
+#: more than 5 % of studies, ``2^(1-n)``.
+FEWEST = 6
 _DRAWS = 10_000
 _DRAWS_AT_ONCE = 500
 Metric = Literal["nll_per_token", "bits_per_byte"]

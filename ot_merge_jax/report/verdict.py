@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ot_merge_jax import fuse
-from ot_merge_jax.evaluate.compare import Difference
+from ot_merge_jax.evaluate.compare import FEWEST, Difference
 from ot_merge_jax.merge import NOTHING, is_nothing_transferred
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec
 
@@ -42,10 +42,12 @@ class Compared(NamedTuple):
     Attributes:
         pooled: Over all calibration seeds, by the mean loss of each document.
         seeds: Of each seed.
+        documents: How many both were scored on; None: enough.
     """
 
     pooled: Difference
     seeds: Sequence[Difference]
+    documents: int | None = None
 
     @property
     def is_better(self) -> bool:
@@ -84,12 +86,15 @@ def judge(
         return Verdict("not evaluated", "merged; not evaluated (no held-out text was given).")
     amount = said(against.pooled)
     count = len(against.seeds)
-    seeds = "one calibration seed" if count == 1 else f"{count} calibration seeds agree"
+    one = "; one calibration seed" if count == 1 else ""
+    seeds = one or f"; {count} calibration seeds agree"
+    if too_few := few(against.documents):
+        return Verdict("no measurable difference", f"no measurable difference: {too_few}{one}.")
     if against.pooled.low > 0:
-        return Verdict("worse", f"worse than the target on held-out text: {amount}.")
+        return Verdict("worse", f"worse than the target on held-out text: {amount}{one}.")
     if against.pooled.high >= 0:
         where = "no measurable difference from the target on held-out text"
-        return Verdict("no measurable difference", f"{where}: {amount}.")
+        return Verdict("no measurable difference", f"{where}: {amount}{one}.")
     if not against.is_better:
         signs = ", ".join(f"{one.difference:+.4f}" for one in against.seeds)
         return Verdict(
@@ -104,15 +109,15 @@ def judge(
         others = f" (likewise {', '.join(name for name, _ in failed[1:])})" if failed[1:] else ""
         return Verdict(
             "no measurable difference",
-            f"no measurable {than}: {said(change)}{others}; {better}.",
+            f"no measurable {than}: {said(change)}{others}; {better}{one}.",
         )
     beyond = controls.get("unigram")
     gain = f"; beyond unigram {said(beyond.pooled)}" if beyond else ""
     if missing:
         ran = "no controls were run" if not controls else f"not run: {', '.join(missing)}"
-        return Verdict("better", f"{better}{gain}; {seeds}; {ran}.")
+        return Verdict("better", f"{better}{gain}{seeds}; {ran}.")
     return Verdict(
-        "improved", f"improved: {better}, and than every control that applies{gain}; {seeds}."
+        "improved", f"improved: {better}, and than every control that applies{gain}{seeds}."
     )
 
 
@@ -155,13 +160,27 @@ def of_training(
     amounts += [f"{name}, {_minus(one)}" for name, one in compared.items() if name != best]
     not_run = [f"not run: {', '.join(missing)}"] if missing else []
     count = "one seed" if seeds == 1 else f"{seeds} seeds"
-    said_all = "; ".join([*amounts, count, *not_run])
+    too_few = [why] if (why := few(starts["base"].documents)) else []
+    said_all = "; ".join([*amounts, *too_few, count, *not_run])
     return Verdict(outcome, f"trained from the merge by {steps} steps, {than}: {said_all}.")
 
 
 def _minus(starts: Mapping[str, Compared]) -> str:
     """The merge minus every other start."""
     return ", ".join(f"merge minus {name} {said(one.pooled)}" for name, one in starts.items())
+
+
+def few(documents: int | None) -> str:
+    """Why so few documents show nothing; empty if they are enough, or nobody counted them.
+
+    Example:
+        >>> few(1)
+        'the held-out text has 1 document, and fewer than 6 agree by chance too often'
+    """
+    if documents is None or documents >= FEWEST:
+        return ""
+    many = f"{documents} document{'s' * (documents != 1)}"
+    return f"the held-out text has {many}, and fewer than {FEWEST} agree by chance too often"
 
 
 def said(change: Difference) -> str:

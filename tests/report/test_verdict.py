@@ -1,10 +1,17 @@
 """The rule of SPEC section 10, case by case."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from ot_merge_jax import controls
 from ot_merge_jax.evaluate.compare import Difference
-from ot_merge_jax.report.verdict import Compared, judge, of_merge
+from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.recipe import CONTROLS
+from ot_merge_jax.report import arms
+from ot_merge_jax.report.verdict import Compared, judge, of_merge, of_training
+from ot_merge_jax.trials import Arm, Biased, Setting, Trial
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, WeightReport
 
 LESS, MORE, UNCLEAR = (
@@ -29,6 +36,9 @@ def compared(change, seeds=None):
         (LESS, {"unigram": UNCLEAR}, [], "no measurable difference", "beyond unigram"),
         (UNCLEAR, {"unigram": LESS}, [], "no measurable difference", "from the target"),
         (MORE, {"unigram": LESS}, [], "worse", "worse than the target"),
+        (MORE, {}, [], "worse", "one calibration seed"),
+        (UNCLEAR, {}, [], "no measurable difference", "one calibration seed"),
+        (LESS, {"unigram": UNCLEAR}, [], "no measurable difference", "one calibration seed"),
     ],
 )
 def test_one_seed(against, controls, missing, outcome, words):
@@ -46,6 +56,44 @@ def test_every_seed_must_agree_in_sign():
     assert "2 calibration seeds agree" in judge(agree, {}, missing=[]).sentence
     assert judge(differ, {}, missing=[]).outcome == "no measurable difference"
     assert judge(agree, {"permuted": differ}, missing=[]).outcome == "no measurable difference"
+
+
+@pytest.mark.parametrize("change", [LESS, MORE])
+@pytest.mark.parametrize(("documents", "is_enough"), [(1, False), (5, False), (6, True)])
+def test_few_documents_show_nothing(documents, is_enough, change):
+    """However clear the interval looks: of five documents all agree by chance in 1 of 16 texts."""
+    against = Compared(change, [change], documents)
+    found = judge(against, {"unigram": compared(LESS)}, missing=[])
+    assert (found.outcome == "no measurable difference") is not is_enough
+    assert (f"has {documents} document" in found.sentence) is not is_enough
+    of_start = of_training({"sft": {"base": against}}, best="sft", steps=9, missing=[])
+    assert (of_start.outcome == "no measurable difference") is not is_enough
+    assert (f"has {documents} document" in of_start.sentence) is not is_enough
+
+
+def test_without_a_dev_split_nothing_is_known_beyond_unigram():
+    """So it is not `improved`, though every control that applies has been beaten."""
+    count = np.full(8, 10)
+    target, merge = (Scores(np.full(8, nats), count, count) for nats in (30.0, 20.0))
+    arms_of = {name: Arm(1.0, [], target) for name in controls.BROKEN if name != "shrink"}
+    trial = Trial(0, {"merge": Arm(1.0, [], merge), **arms_of}, {})
+    recipe = SimpleNamespace(controls=CONTROLS, seed=0)
+    inputs = SimpleNamespace(
+        recipe=recipe, folders={"source": SimpleNamespace(cfg=SimpleNamespace(num_layers=3))}
+    )
+    spec = MergeSpec(weights=("up",), rule="delta")
+    setting = Setting(None, None, inputs, None, None, spec, None, None, target)
+    verdict, against, found = arms.outcome([trial], setting)
+    assert against.documents == 8
+    assert verdict.outcome == "better", verdict.sentence
+    assert "not run: unigram" in verdict.sentence
+    assert found["controls"]["unigram"] == {
+        "not_applicable": "there is no dev split to choose its share on"
+    }
+    with_bias = {"target": Biased(1.0, target), "merge": Biased(1.0, merge)}
+    has_dev = setting._replace(dev=object())
+    verdict, _, _ = arms.outcome([trial._replace(biased=with_bias)], has_dev)
+    assert verdict.outcome == "improved", verdict.sentence
 
 
 def test_nothing_was_evaluated():
