@@ -84,7 +84,9 @@ def of_units(
 
 def correlation_of_units(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, "n m"]:
     """Correlation of columns that `standardise` has made."""
-    return jnp.clip(jnp.matmul(x.T, y, precision=jax.lax.Precision.HIGHEST), -1.0, 1.0)
+    # really transposed: on CPU a product over the leading axes of both takes 1.2 times as long
+    rows = jax.lax.optimization_barrier(x.T)
+    return jnp.clip(jnp.matmul(rows, y, precision=jax.lax.Precision.HIGHEST), -1.0, 1.0)
 
 
 def correlation(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, "n m"]:
