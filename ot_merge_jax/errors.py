@@ -42,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class DivergedError(NonFiniteError):
-    """Training met NaN or infinity; the state before that step is kept (exit code 5)."""
+    """Training met NaN or infinity; the last good state is kept (exit code 5)."""
 
 
 class StrictError(OtMergeError):

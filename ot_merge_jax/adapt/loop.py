@@ -130,7 +130,8 @@ def optimizer(
         learning_rate: Peak rate. It, ``weight_decay`` and ``clip`` may be traced, so that they
             sweep under ``vmap``.
         steps: Length of the schedule.
-        warmup: Fraction of the steps that warm up, at least one step.
+        warmup: Fraction of the steps that warm up, rounded up; never all of them, so that one step
+            trains.
         weight_decay: Decoupled weight decay, on every parameter.
         clip: Largest global gradient norm.
         schedule: How the rate falls after the warm-up.
@@ -145,14 +146,15 @@ def optimizer(
         >>> float(updates)  # the first step of the warm-up has rate 0
         -0.0
     """
-    rise = max(1, math.ceil(warmup * steps))
-    fall = max(steps, rise + 1) - rise
+    rise = max(0, min(math.ceil(warmup * steps), steps - 1))
+    fall = max(1, steps - rise)
     after = {
         "cosine": optax.cosine_decay_schedule(1.0, fall),
         "linear": optax.linear_schedule(1.0, 0.0, fall),
         "constant": optax.constant_schedule(1.0),
     }
-    shape = optax.join_schedules([optax.linear_schedule(0.0, 1.0, rise), after[schedule]], [rise])
+    up = optax.linear_schedule(0.0, 1.0, max(1, rise))
+    shape = optax.join_schedules([up, after[schedule]], [rise])
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.adamw(lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay),
@@ -265,14 +267,15 @@ def fit(
             are kept; None: never.
         after: Called with the course after every step and evaluation: events, checkpoints. What it
             raises ends the training.
-        rescue: Called with the course before a step that diverged, before the error.
+        rescue: Called with the course before a step that diverged, before the error. What it holds
+            may be broken already, by the update before.
         counted: Wraps the numbers of the steps to come, to show progress.
 
     Returns:
         The finished course; `result` takes the parameters out of it.
 
     Raises:
-        DivergedError: naming the step, if a loss or gradient is not finite.
+        DivergedError: naming the step, if a loss, also on dev, or a gradient is not finite.
 
     Example:
         >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
@@ -291,6 +294,11 @@ def fit(
         found = dev_loss(course.state.params)
         is_best = all(found < loss for _, loss in course.dev)
         course.dev.append((done, found))
+        if not np.isfinite(found):
+            when, rest = "before training", "use --dtype float32"
+            if done:
+                when, rest = f"after training step {done}", "lower the learning rate"
+            raise DivergedError(f"The dev loss is {found} {when}; {rest}.")
         if patience is None or not is_best:
             return course
         # a copy: the next step takes the state over

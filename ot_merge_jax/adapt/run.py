@@ -282,10 +282,18 @@ def _train(
                 events.append(_event(course, rate(course), is_dev=is_dev))
                 with live.open("a", encoding="utf-8") as file:
                     file.write(events[-1])
-            if done % (settings.save_every or 1) == 0 or is_wanted():
+            is_last = is_wanted()  # asked once: a signal that comes while saving waits a step
+            if done % (settings.save_every or 1) == 0 or is_last:
                 state.save(run, course, events)
-            if is_wanted():
+            if is_last:
                 raise KeyboardInterrupt
+
+        def rescue(course: Course) -> None:
+            dev = training.dev_loss(course.state.params, constants, problem)
+            if not np.isfinite(dev):
+                state.drop(run, course)  # the update before has broken it
+            elif course.losses:
+                state.save(run, course, events)
 
         latest = course
         course = training.train(
@@ -293,22 +301,17 @@ def _train(
             course,
             constants,
             after=after,
-            rescue=lambda course: _rescue(run, course, events),
+            rescue=rescue,
             counted=lambda steps: progress.track(
                 steps, "adapt (steps)", note=lambda: _note(latest, rate(latest))
             ),
         )
         if course.losses:
             state.save(run, course, events)
+        if is_wanted():
+            raise KeyboardInterrupt
     live.unlink()
     return course, events
-
-
-def _rescue(run: stages.Run, course: Course, events: list[str]) -> None:
-    """Keeps the state before a step that diverged, unless an update has broken it already."""
-    leaves = jax.tree.leaves(course.state.params)
-    if course.losses and all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
-        state.save(run, course, events)
 
 
 def _event(course: Course, rate: float, *, is_dev: bool) -> str:

@@ -26,7 +26,7 @@ _EVENTS = "events.jsonl"
 
 
 def save(run: stages.Run, course: Course, events: list[str]) -> None:
-    """Writes a checkpoint and deletes the ones before; until it is whole they stay.
+    """Writes a checkpoint and keeps the one before: whether weights are good, the next step tells.
 
     Args:
         run: The run folder.
@@ -39,7 +39,7 @@ def save(run: stages.Run, course: Course, events: list[str]) -> None:
     name = name_of(course)
     if name in run.finished:
         return
-    before = _names(run)
+    stages.drop(run, _names(run)[:-1])
     arrays = {f"{place:05d}": leaf for place, leaf in enumerate(_leaves(course))}
     history = {"losses": course.losses, "norms": course.norms, "dev": course.dev}
 
@@ -49,7 +49,11 @@ def save(run: stages.Run, course: Course, events: list[str]) -> None:
         (folder / _EVENTS).write_text("".join(events), encoding="utf-8")
 
     stages.stage(run, name, make, lambda folder: folder)
-    stages.drop(run, before)
+
+
+def drop(run: stages.Run, course: Course) -> None:
+    """Deletes the checkpoint of a course, if there is one; the one before stays."""
+    stages.drop(run, [name for name in _names(run) if name == name_of(course)])
 
 
 def restore(run: stages.Run, new: Course) -> tuple[Course, list[str]]:

@@ -148,6 +148,8 @@ def drop(run: Run, names: Sequence[str]) -> None:
         >>> place.exists(), list(run.finished)
         (False, [])
     """
+    if not names:
+        return
     dropped = [run.finished.pop(name) for name in names]
     _write_manifest(run.folder, list(run.finished.values()))
     for file in (file for entry in dropped for file in entry.files):
@@ -233,7 +235,7 @@ def run_folder(
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted; {left}") from error
         if has_diverged and is_kept:  # the same settings would diverge again
-            kept = f"the state before that step is kept in {folder.name}"
+            kept = f"what was good before is kept in {folder.name}"
             raise DivergedError(f"{str(error).rstrip('.')}; {kept}.") from error
         raise
     clear(out, run_key)

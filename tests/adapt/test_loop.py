@@ -79,7 +79,7 @@ def test_batches_follow_their_seed(blocks):
 
 def schedule(learning_rate, steps, warmup):
     """Rate of each step: from 0 up to the peak, then half a cosine down to 0."""
-    rise = max(1, int(np.ceil(warmup * steps)))
+    rise = min(int(np.ceil(warmup * steps)), steps - 1)
     return [
         learning_rate * step / rise
         if step < rise
@@ -88,7 +88,9 @@ def schedule(learning_rate, steps, warmup):
     ]
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(20, 0.25), (20, 0.0), (7, 0.5)])
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(20, 0.25), (20, 0.0), (7, 0.5), (4, 1.0), (2, 0.05), (1, 0.05)]
+)
 def test_the_rate_rises_and_falls(steps, warmup):
     """A constant gradient of one makes Adam step by the rate itself."""
     transform = loop.optimizer(learning_rate=0.1, steps=steps, warmup=warmup, clip=1e9)
@@ -98,6 +100,7 @@ def test_the_rate_rises_and_falls(steps, warmup):
         update, state = transform.update(gradient, state, params)
         rates.append(-float(update))
     np.testing.assert_allclose(rates, schedule(0.1, steps, warmup), atol=1e-6)
+    assert max(rates) == pytest.approx(0.1)  # so a training of one step trains
 
 
 @pytest.mark.torch

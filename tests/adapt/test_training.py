@@ -203,10 +203,27 @@ def test_early_stopping_keeps_the_best(student, problem, trained):
 
 def test_what_diverges_keeps_the_state_before(student, problem, trained):
     """The first step of the warm-up has rate 0; the second leaves numbers that overflow."""
-    task = problem(learning_rate=1e38, clip=1e30)
+    task = problem(learning_rate=1e38, clip=1e30, eval_every=4)
     seen = []
     with pytest.raises(DivergedError, match=r"at training step 3; lower the learning rate"):
         trained(task, student[1], rescue=seen.append)
     [course] = seen
     assert len(course.losses) == 2
     assert int(course.state.step) == 2
+
+
+def test_what_diverges_at_the_last_step_is_noticed(student, problem, trained):
+    """The last update breaks the weights, and no loss of a batch comes behind it."""
+    task = problem(learning_rate=1e38, clip=1e30, steps=2)
+    seen = []
+    with pytest.raises(DivergedError, match=r"dev loss is \w+ after training step 2; lower the le"):
+        trained(task, student[1], after=lambda course: seen.append(len(course.losses)))
+    assert seen == [1]
+
+
+def test_a_start_that_is_broken_is_not_trained(student, problem, trained):
+    broken = student[1] | {"norm": {"scale": student[1]["norm"]["scale"] * np.inf}}
+    with pytest.raises(
+        DivergedError, match=r"dev loss is \w+ before training; use --dtype float32"
+    ):
+        trained(problem(), broken)

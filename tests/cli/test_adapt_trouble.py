@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from published import tensors
 
-from ot_merge_jax.adapt import run, state
+from ot_merge_jax.adapt import run, state, training
+from ot_merge_jax.io import checkpoint
 
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 4, "--learning-rate", 0.01)
 #: What no two runs share.
@@ -75,17 +76,53 @@ def test_text_that_is_empty_or_too_short_is_refused(text, sentence, words, desk,
     assert not list(desk.folder.glob("out*"))
 
 
-def test_a_loss_that_is_not_finite_ends_at_its_step_and_keeps_the_state(words, desk, cli):
-    rising = ("--learning-rate", 1e38, "--clip", 1e30, "--warmup", 0.25, "--steps", 40)
-    called = cli(*words(*rising, "--save-every", 1, "--schedule", "constant"))
-    assert called.code == 5
-    [sentence] = [line for line in called.err.splitlines() if line.startswith("error: ")]
-    found = json.loads(
-        next(desk.folder.glob("out.partial-*/state/step-*/history.json")).read_text()
-    )
-    step = len(found["losses"]) + 1
-    assert f"at training step {step}; lower the learning rate; the state before that" in sentence
+def diverged(called, desk):
+    """The sentence, and the losses of the one checkpoint that is kept."""
+    assert called.code == 5, called.err
     assert not desk.out.exists()
+    [sentence] = [line for line in called.err.splitlines() if line.startswith("error: ")]
+    [kept] = desk.folder.glob("out.partial-*/state/step-*")
+    assert f"lower the learning rate; what was good before is kept in {kept.parents[1].name}." in (
+        sentence
+    )
+    assert all(np.isfinite(one).all() for one in checkpoint.load_tree(kept / "arrays").values()), (
+        "no number of the state is broken"
+    )
+    return sentence, len(json.loads((kept / "history.json").read_text())["losses"])
+
+
+#: The first step of the warm-up has rate 0, the second one breaks the weights.
+RISING = ("--learning-rate", 1e38, "--clip", 1e30, "--warmup", 0.1, "--steps", 10, "-q")
+
+
+def test_a_loss_that_is_not_finite_ends_at_its_step_and_keeps_the_good_state(words, desk, cli):
+    """Not the weights that gave it, though every one of them is finite."""
+    called = cli(*words(*RISING, "--save-every", 1, "--eval-every", 10))
+    sentence, kept = diverged(called, desk)
+    assert "at training step 3;" in sentence
+    assert kept == 1
+
+
+def test_a_gradient_that_is_not_finite_keeps_the_state_before_it(words, desk, cli, monkeypatch):
+    """Between checkpoints: the weights give finite losses, so they are saved."""
+    real = training._step
+
+    def step(state, *given, **more):
+        place = int(state.step)
+        state, seen = real(state, *given, **more)
+        return state, seen._replace(norm=np.inf) if place == 2 else seen
+
+    monkeypatch.setattr(training, "_step", step)
+    sentence, kept = diverged(cli(*words("--save-every", 100, "-q")), desk)
+    assert "The gradient's norm is inf at training step 3;" in sentence
+    assert kept == 2
+
+
+def test_weights_that_the_last_step_breaks_are_not_published(words, desk, cli):
+    called = cli(*words(*RISING, "--steps", 2, "--save-every", 1))
+    sentence, kept = diverged(called, desk)
+    assert "after training step 2;" in sentence
+    assert kept == 1
 
 
 # ---- runs that survive ----
@@ -108,6 +145,30 @@ def published(folder):
 def long(words):
     """A run long enough to be killed."""
     return words("--steps", 120, "--save-every", 25, "--eval-every", 60, "-q")
+
+
+#: The command, killed as it is about to rename a file of this name, the so-manieth time.
+DIES = """
+import os, signal, sys
+from ot_merge_jax import cli
+name, left = sys.argv.pop(1), [int(sys.argv.pop(1))]
+def hear(event, given):
+    if event == "os.rename" and name in str(given[0]):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hear)
+cli.main()
+"""
+
+
+def killed_in_a_save(words, name, number):
+    """The command in a process of its own, ended by SIGKILL before its so-manieth renaming."""
+    given = [sys.executable, "-c", DIES, name, number, *words]
+    done = subprocess.run(
+        [*map(str, given)], capture_output=True, text=True, check=False, timeout=120
+    )
+    return done.returncode, done.stderr
 
 
 def killed_at(words, desk, step):
@@ -134,15 +195,36 @@ def in_place_of(words, desk, out):
 def test_a_killed_run_gives_the_bytes_of_a_straight_one(long, desk, cli, tmp_path):
     straight = tmp_path / "straight"
     assert cli(*in_place_of(long, desk, straight)).code == 0
-    step = random.Random(os.getpid()).randrange(1, 100)
+    step = random.Random(os.getpid()).randrange(1, 50)
     code, err = killed_at(long, desk, step)
     assert code == -signal.SIGKILL, err
+    code, err = killed_in_a_save((*long, "--resume"), "orbax-checkpoint-tmp", 2)
+    assert code == -signal.SIGKILL, err
+    assert list(desk.folder.glob("out.partial-*/state/step-*/*.orbax-checkpoint-tmp*"))
     called = cli(*long, "--resume")
     assert called.code == 0, called.err
     assert published(desk.out) == published(straight), step
     assert not list(desk.folder.glob("out.*"))
     again = cli(*long, "--resume", "--json")
     assert again.json == json.loads((desk.out / "ot_merge" / "report.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["orbax-checkpoint-tmp", "manifest.json.new"])
+def test_kills_in_every_save(name, long, desk, cli, tmp_path):
+    """Before a checkpoint has its name, and before the manifest knows it or forgets the old one."""
+    straight = tmp_path / "straight"
+    assert cli(*in_place_of(long, desk, straight)).code == 0
+    kills = 0
+    for number in range(1, 40):
+        code, err = killed_in_a_save((*long, "--resume"), name, number)
+        assert code in (0, -signal.SIGKILL), err
+        if code == 0:
+            break
+        kills += 1
+        shutil.rmtree(next(desk.folder.glob("out.partial-*"))) if number % 3 == 0 else None
+    assert kills >= 3
+    assert published(desk.out) == published(straight)
 
 
 @pytest.mark.slow
@@ -201,6 +283,26 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(state, "save", save)
 
 
+#: What else a checkpoint has to hold.
+WAYS = {
+    "the best weights": ("--patience", 3, "--eval-every", 1, "--learning-rate", 0.3),
+    "adapters": ("--lora", 3, "--lora-targets", "q,down", "--weight-decay", 0.1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_resumes_to_the_same_bytes(way, words, desk, cli, monkeypatch, tmp_path):
+    given = words("--save-every", 1, *WAYS[way])
+    assert cli(*in_place_of(given, desk, tmp_path / "straight")).code == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        assert cli(*given).code == 130
+    called = cli(*given, "--resume")
+    assert called.code == 0, called.err
+    assert "2 of 4 steps are done" in called.err
+    assert published(desk.out) == published(tmp_path / "straight")
+
+
 def test_resume_with_other_settings_is_refused_by_name(words, desk, cli, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
@@ -223,14 +325,16 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(words, desk, cli, monkeypatch,
     with monkeypatch.context() as patch:
         interrupt(patch, 2)
         assert cli(*words("--save-every", 1)).code == 130
-    [folder] = desk.folder.glob("out.partial-*/state/step-*/arrays")
+    [folder] = desk.folder.glob("out.partial-*/state/step-00000002/arrays")
     file = max((one for one in folder.rglob("*") if one.is_file()), key=lambda x: x.stat().st_size)
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
     called = cli(*words("--save-every", 1, "--resume"))
     assert called.code == 0
-    assert "not what was written; done again: step-" in " ".join(called.err.split())
+    said = " ".join(called.err.split())
+    assert "not what was written; done again: step-00000002" in said
+    assert "resume: 1 of 4 steps are done" in said  # from the checkpoint before
     assert tensors(desk.out).keys() == tensors(tmp_path / "straight").keys()
     for name, (_, one) in tensors(tmp_path / "straight").items():
         np.testing.assert_array_equal(tensors(desk.out)[name][1], one)

@@ -28,6 +28,42 @@ REFERENCE = {
     "finance": (0.03, 0.03, 1e-6),
     "medical": (0.03, 0.005, 3e-7),
 }
+#: Target, source and data.
+SOURCE = "unsloth/Llama-3.1-8B-Instruct"
+NAMES = {
+    "malay": ("mesolitica/Malaysian-Llama-3.2-1B-Instruct", SOURCE, "mesolitica/Malaysian-SFT"),
+    "indonesian": (
+        "digo-prayudha/Llama-3.2-1B-Indonesian-lora", SOURCE, "izzulgod/indonesian-conversation"
+    ),
+    "cantonese": (
+        "unsloth/Llama-3.2-1B-Instruct", "FlagAlpha/Llama3-Chinese-8B-Instruct",
+        "stvlynn/Cantonese-Dialogue",
+    ),
+    "thai": (
+        "scb10x/llama3.2-typhoon2-1b-instruct", SOURCE, "ChavyvAkvar/fineweb-2-1M-Sample-Thai"
+    ),
+    "finance": (
+        "unsloth/Llama-3.2-1B-Instruct", "Qwen/Qwen2.5-7B-Instruct",
+        "Josephgflowers/Finance-Instruct-500k",
+    ),
+    "medical": (
+        "PathFinderKR/Llama-3-1B-Medical-Instruct", SOURCE,
+        "Shekswess/medical_llama3_instruct_dataset",
+    ),
+}  # fmt: skip
+GENERAL = {"arc_easy", "commonsense_qa", "piqa", "social_iqa", "winogrande"}
+FINANCE = ("business_ethics", "high_school_microeconomics", "professional_accounting")
+#: Of lm-eval, beside the general ones.
+TASKS = {
+    "malay": set(),
+    "cantonese": set(),
+    "indonesian": {"arc_id", "belebele_ind_Latn", "truthfulqa_id_mc1", "truthfulqa_id_mc2",
+                   "xcopa_id"},
+    "thai": {"mmlu_prox_lite_th_other", "mgsm_native_cot_th", "xcopa_th"},
+    "finance": {f"global_mmlu_full_en_{one}" for one in FINANCE},
+    "medical": {"mmlu_anatomy", "mmlu_medical_genetics", "mmlu_professional_medicine",
+                "medqa_4options", "medmcqa"},
+}  # fmt: skip
 each = pytest.mark.parametrize("name", REFERENCE)
 
 
@@ -80,7 +116,17 @@ def test_settings_are_those_of_the_reference_runs(name):
     assert (found.preset, found.k, found.epsilon, found.strength) == ("paper", 128, 0.1, fused)
     assert found.calibration.samples == 2000
     assert hub.model_id(found.target)[1] == hub.model_id(found.source)[1] == "main"
-    assert hub.dataset_id(found.calibration.path) is not None
+    models = (hub.model_id(one)[0] for one in (found.target, found.source))
+    assert (*models, hub.dataset_id(found.calibration.path).repo) == NAMES[name]
+    tasks = [
+        task
+        for words in commands(name)
+        if words[0] == "eval"
+        for task in (parsed(words)["tasks"] or "").split(",")
+        if task
+    ]
+    assert len(tasks) == len(set(tasks))
+    assert set(tasks) == TASKS[name] | GENERAL
 
 
 @each
