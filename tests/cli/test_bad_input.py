@@ -416,7 +416,8 @@ def test_bomb_costs_little_to_refuse(name, desk, cli):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert called.code == code
-    assert time.process_time() - start < 20
+    # a bomb that unfolds does not end; imports under tracemalloc alone can take 20 s of CPU
+    assert time.process_time() - start < 120
     assert peak < 100e6
 
 
