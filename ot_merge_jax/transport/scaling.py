@@ -193,7 +193,8 @@ def _joined(parts: jax.Array, n: int) -> jax.Array:
 def _kernel(reduced: _Reduced, f: jax.Array, g: jax.Array) -> jax.Array:
     """``exp((f + g - C) / epsilon)`` in blocks, ``C`` reduced: the kernel of some potentials."""
     # all blocks in one pass: a loop over them, which XLA fuses less well, took twice as long
-    f = _of_rows(f, reduced.blocks)
+    # the barrier keeps XLA from holding the reduced cost beside the cost through the outer loop
+    reduced, f = jax.lax.optimization_barrier((reduced, _of_rows(f, reduced.blocks)))
     # what is near 0 is subtracted first, exactly
     cost = reduced.row[..., None] + reduced.column[:, None, :] - reduced.blocks
     return jnp.exp((cost + (f[..., None] + g[:, None, :])) / reduced.epsilon[:, None, None])
