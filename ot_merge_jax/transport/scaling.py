@@ -5,9 +5,8 @@ of rows is read, its row scalings follow, and its share of the column sums is ad
 still in cache: one read of the kernel for both. Two things more cut the iterations and make float32
 enough:
 
-- **over-relaxation** (Thibault et al. 2021; Lehmann et al. 2022): near the solution the step is
-  lengthened by a factor estimated from how fast the error falls, which leaves about the square root
-  of the iterations;
+- **Anderson acceleration** (Anderson 1965; Walker and Ni 2011) of the logarithm of the column
+  scalings: the step is the one that would have made the last residuals' combination smallest;
 - **absorption** (Schmitzer 2019): scalings that leave the range of float32 are moved into the
   potentials, and the kernel is built anew around them.
 
@@ -28,45 +27,63 @@ from jaxtyping import Array, Float
 from ot_merge_jax.types import Potentials
 
 #: Entries of a block of rows on CPU (4 MiB, which the last cache holds); other devices take all
-#: rows at once, because a loop over blocks would leave them idle.
+#: rows at once, because one block after the other would leave them idle.
 BLOCK = 1 << 20
+#: Blocks at most, because each is a piece of the program. Larger ones are read twice.
+_MOST_BLOCKS = 32
 #: Scalings beyond exp(+-this) are absorbed.
 _DRIFT = 20.0
-#: How often the relaxation is adjusted, from the error's fall over the second half of the stretch.
-_STRETCH = 10
-_MOST_RELAXED = 1.97
-#: The error, a share of the mass, below which a step is lengthened.
-_NEAR = 0.3
-#: A relaxed error that falls more slowly than this per iteration starts again without relaxation.
-_STALLED = 0.99
+#: Differences between iterations that a step combines.
+_WINDOW = 5
+#: An error that grows by this factor in one iteration makes its problem forget the differences.
+_WORSE = 2.0
+#: Added to the correlations of the differences, whose rounding it must exceed.
+_RIDGE = 1e-5
+
+
+class _History(NamedTuple):
+    """What a step is made from: the last few iterations, the newest overwriting the oldest.
+
+    Attributes:
+        moved: The last change of ``log v`` ``[b, m]``.
+        residual: The last change an unaccelerated step would have made ``[b, m]``.
+        residuals: Differences between neighbouring residuals ``[window, b, m]``.
+        targets: Differences between where unaccelerated steps would have led ``[window, b, m]``.
+        is_known: Which differences there are ``[window, b]``.
+    """
+
+    moved: jax.Array
+    residual: jax.Array
+    residuals: jax.Array
+    targets: jax.Array
+    is_known: jax.Array
 
 
 class _State(NamedTuple):
-    """One batch between two iterations.
+    """One batch between two iterations; a problem that has stopped keeps ``u`` made from ``v``.
 
     Attributes:
         u: Row scalings ``[b, n]`` of the kernel at hand.
         v: Column scalings ``[b, m]``.
-        relaxation: ``[b]``, in [1, 2).
-        error: Marginal error ``[b]`` before the last update.
-        middle: The error half a stretch ago ``[b]``.
+        history: Of the last iterations.
+        error: Marginal error ``[b]`` of ``u`` and the ``v`` it was made from.
         iterations: ``[b]``.
         step: Iterations of the batch, a scalar.
     """
 
     u: jax.Array
     v: jax.Array
-    relaxation: jax.Array
+    history: _History
     error: jax.Array
-    middle: jax.Array
     iterations: jax.Array
     step: jax.Array
 
 
-#: Row sums ``[b, n]``, column sums ``[b, m]`` and transport cost ``[b]`` of a plan.
-_Measured = tuple[jax.Array, jax.Array, jax.Array]
-#: Potentials of the reduced cost, the state, and what was measured at its end.
-_Carry = tuple[jax.Array, jax.Array, _State, _Measured]
+#: Rows of the kernel, one array ``[b, rows, m]`` for each block: XLA would copy a block out of one
+#: large array before it multiplies with it.
+_Kernel = tuple[jax.Array, ...]
+#: Potentials of the reduced cost, the state, and the transport cost ``[b]`` at its end.
+_Carry = tuple[jax.Array, jax.Array, _State, jax.Array]
 
 
 def solve(
@@ -78,10 +95,9 @@ def solve(
 ) -> Potentials:
     r"""Solves a batch of problems with uniform marginals; each stops when it has converged.
 
-    With :math:`K_{ij} = e^{(f_i + g_j - C_{ij}) / \epsilon}` an iteration is
+    With :math:`K_{ij} = e^{(f_i + g_j - C_{ij}) / \epsilon}` an unaccelerated iteration is
 
-    .. math:: u \leftarrow u^{1-\omega} \Big(\frac{1/n}{K v}\Big)^{\omega}, \qquad
-        v \leftarrow v^{1-\omega} \Big(\frac{1/m}{K^\top u}\Big)^{\omega}
+    .. math:: u \leftarrow \frac{1/n}{K v}, \qquad v \leftarrow \frac{1/m}{K^\top u}
 
     Args:
         cost: Target by source, float32.
@@ -91,16 +107,15 @@ def solve(
 
     Returns:
         Potentials, the batch axis leading; a problem whose cost is not finite does not converge.
-        The error is taken before the potentials of the reduced cost are rounded to those of the
-        cost.
+        The rows' marginals are exact but for rounding, so the error is that of the columns. It is
+        taken before the potentials of the reduced cost are rounded to those of the cost.
 
     Example:
         >>> cost = jnp.array([[[0.0, 1.0], [1.0, 0.0]]])
         >>> solve(cost, jnp.array([0.1]), 1e-6, max_iterations=100).cost.round(3).tolist()
         [0.0]
 
-    Source: Transport and Merge, eq. 8; Thibault, Chizat, Dossal, Papadakis 2021 (relaxation);
-    Lehmann, von Renesse, Sambale, Uschmajew 2022 (its best value from the rate of convergence);
+    Source: Transport and Merge, eq. 8; Anderson 1965, Walker and Ni 2011, eq. 2.2 (acceleration);
     Schmitzer 2019 (absorption).
     """
     b, n, m = cost.shape
@@ -109,11 +124,17 @@ def solve(
     # epsilon, not a few cost units, so their rounding does not keep the error above 1e-6
     row = cost.min(2)
     column = (cost - row[:, :, None]).min(1)
-    blocks = _blocks(cost)
-    reduced = _Reduced(blocks, _of_rows(row, blocks), column, epsilon)
-    zero, far = jnp.zeros((b,), jnp.int32), jnp.full((b,), jnp.inf)
     start = _State(
-        jnp.ones((b, n)), jnp.ones((b, m)), jnp.ones((b,)), far, far, zero, jnp.zeros((), jnp.int32)
+        u=jnp.ones((b, n)),
+        v=jnp.ones((b, m)),
+        history=_History(
+            *jnp.zeros((2, b, m)),
+            *jnp.zeros((2, _WINDOW, b, m)),
+            is_known=jnp.zeros((_WINDOW, b), bool),
+        ),
+        error=jnp.full((b,), jnp.inf),
+        iterations=jnp.zeros((b,), jnp.int32),
+        step=jnp.zeros((), jnp.int32),
     )
 
     def is_active(state: _State) -> jax.Array:
@@ -121,83 +142,62 @@ def solve(
 
     def absorb(carry: _Carry) -> _Carry:
         f, g, state, _ = carry
-        kernel = _kernel(reduced, f, g)
+        # the barrier keeps XLA from holding the reduced cost beside the cost through this loop
+        kernel = _kernel(*jax.lax.optimization_barrier((cost, row, column, f, g)), epsilon)
         state = state._replace(u=jnp.ones_like(state.u), v=jnp.ones_like(state.v))
         state = jax.lax.while_loop(
             lambda state: is_active(state).any() & _in_range(state),
-            lambda state: _iterate(kernel, state, is_active(state), threshold),
+            lambda state: _iterate(kernel, state, threshold, max_iterations),
             state,
         )
         f = f + epsilon[:, None] * jnp.log(state.u)
         g = g + epsilon[:, None] * jnp.log(state.v)
         # here, where the kernel still stands, it takes no exponentials
-        return f, g, state, _measure(kernel, blocks, state)
+        return f, g, state, _transported(kernel, cost, state)
 
-    f, g, state, (rows, columns, total) = jax.lax.while_loop(
+    f, g, state, total = jax.lax.while_loop(
         lambda carry: is_active(carry[2]).any(),
         absorb,
-        (jnp.zeros((b, n)), jnp.zeros((b, m)), start, (start.u, start.v, start.error)),
+        (jnp.zeros((b, n)), jnp.zeros((b, m)), start, start.error),
     )
-    error = jnp.maximum(jnp.abs(rows - 1 / n).sum(1), jnp.abs(columns - 1 / m).sum(1))
+    is_finite = jnp.isfinite(state.error) & jnp.isfinite(total)
     return Potentials(
         f=f + row,
         g=g + column,
         epsilon=epsilon,
         cost=total,
-        error=error,
+        error=state.error,
         iterations=state.iterations,
-        converged=(state.error <= threshold) & jnp.isfinite(error) & jnp.isfinite(total),
+        converged=(state.error <= threshold) & is_finite,
         is_log=jnp.zeros((b,), bool),
     )
 
 
-class _Reduced(NamedTuple):
-    """A batch of costs, and the minima that are taken out of them wherever they are read.
-
-    Attributes:
-        blocks: The costs ``[blocks, b, rows, m]``.
-        row: Row minima ``[blocks, b, rows]``.
-        column: Column minima of what remains ``[b, m]``.
-        epsilon: ``[b]``.
-    """
-
-    blocks: jax.Array
-    row: jax.Array
-    column: jax.Array
-    epsilon: jax.Array
+def _rows(b: int, n: int, m: int) -> list[slice]:
+    """The rows of each block, the last one perhaps shorter."""
+    if jax.default_backend() != "cpu":
+        return [slice(0, n)]
+    rows = max(1, BLOCK // (b * m), math.ceil(n / _MOST_BLOCKS))
+    return [slice(first, min(n, first + rows)) for first in range(0, n, rows)]
 
 
-def _blocks(cost: jax.Array) -> jax.Array:
-    """``[blocks, b, rows, m]``, padded with rows of infinite cost, whose kernel is 0."""
-    b, n, m = cost.shape
-    rows = min(n, max(1, BLOCK // (b * m))) if jax.default_backend() == "cpu" else n
-    count = math.ceil(n / rows)
-    if count * rows > n:
-        added = ((0, 0), (0, count * rows - n), (0, 0))
-        cost = jnp.pad(cost, added, constant_values=jnp.inf)
-    return jnp.moveaxis(cost.reshape(b, count, rows, m), 1, 0)
+def _kernel(
+    cost: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    f: jax.Array,
+    g: jax.Array,
+    epsilon: jax.Array,
+) -> _Kernel:
+    """``exp((f + g - C) / epsilon)``, ``C`` less its minima: the kernel of some potentials."""
 
+    def block(rows: slice) -> jax.Array:
+        # what is near 0 is subtracted first, exactly
+        reduced = row[:, rows, None] + column[:, None, :] - cost[:, rows]
+        potentials = f[:, rows, None] + g[:, None, :]
+        return jnp.exp((reduced + potentials) / epsilon[:, None, None])
 
-def _of_rows(vector: jax.Array, blocks: jax.Array) -> jax.Array:
-    """A vector of rows ``[b, n]`` cut like the blocks: ``[blocks, b, rows]``."""
-    count, b, rows, _ = blocks.shape
-    vector = jnp.pad(vector, ((0, 0), (0, count * rows - vector.shape[1])))
-    return jnp.moveaxis(vector.reshape(b, count, rows), 1, 0)
-
-
-def _joined(parts: jax.Array, n: int) -> jax.Array:
-    """The inverse of `_of_rows`."""
-    return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1)[:, :n]
-
-
-def _kernel(reduced: _Reduced, f: jax.Array, g: jax.Array) -> jax.Array:
-    """``exp((f + g - C) / epsilon)`` in blocks, ``C`` reduced: the kernel of some potentials."""
-    # all blocks in one pass: a loop over them, which XLA fuses less well, took twice as long
-    # the barrier keeps XLA from holding the reduced cost beside the cost through the outer loop
-    reduced, f = jax.lax.optimization_barrier((reduced, _of_rows(f, reduced.blocks)))
-    # what is near 0 is subtracted first, exactly
-    cost = reduced.row[..., None] + reduced.column[:, None, :] - reduced.blocks
-    return jnp.exp((cost + (f[..., None] + g[:, None, :])) / reduced.epsilon[:, None, None])
+    return tuple(block(rows) for rows in _rows(*cost.shape))
 
 
 def _in_range(state: _State) -> jax.Array:
@@ -210,73 +210,85 @@ def _in_range(state: _State) -> jax.Array:
     return within(state.u) & within(state.v)
 
 
-def _iterate(kernel: jax.Array, state: _State, is_active: jax.Array, threshold: Any) -> _State:
+def _scaled(kernel: _Kernel, v: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+    """Row scalings ``[b, n]`` that make the rows' marginals exact, and then ``K^T u`` ``[b, m]``."""
+    b, m = v.shape
+    places = _rows(b, n, m)
+
+    def block(index: int, u: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = jnp.einsum("brm,bm->br", kernel[index], v)
+        part = jnp.where(rows > 0, 1 / n / rows, 0.0)
+        columns = columns + jnp.einsum("brm,br->bm", kernel[index], part)
+        return u.at[:, places[index]].set(part), columns
+
+    # one after the other: XLA would run the products of all blocks side by side, and each block
+    # would have left the cache before its second product
+    branches = [lambda carry, index=index: block(index, *carry) for index in range(len(kernel))]
+    return jax.lax.fori_loop(
+        0,
+        len(kernel),
+        lambda index, carry: jax.lax.switch(index, branches, carry),
+        (jnp.zeros((b, n)), jnp.zeros_like(v)),
+    )
+
+
+def _iterate(kernel: _Kernel, state: _State, threshold: Any, max_iterations: int) -> _State:
     """One update of both scalings of the problems that have not stopped."""
     n, m = state.u.shape[1], state.v.shape[1]
-    omega = state.relaxation[:, None]
-
-    def block(columns: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple]:
-        part, u = one
-        row = u * jnp.einsum("brm,bm->br", part, state.v)
-        u = jnp.where(row > 0, u * (1 / n / row) ** omega, 0.0)
-        return columns + jnp.einsum("brm,br->bm", part, u), (u, row)
-
-    columns, (u, rows) = jax.lax.scan(
-        block, jnp.zeros_like(state.v), (kernel, _of_rows(state.u, kernel))
-    )
-    u, rows = _joined(u, n), _joined(rows, n)
+    is_active = (state.error > threshold) & (state.iterations < max_iterations)
+    u, columns = _scaled(kernel, state.v, n)
     columns = state.v * columns
-    v = state.v * (1 / m / columns) ** omega
-    # after an unrelaxed update of the rows their marginals are exact
-    of_rows = jnp.where(state.relaxation > 1, jnp.abs(rows - 1 / n).sum(1), 0.0)
-    error = jnp.abs(columns - 1 / m).sum(1) + of_rows
-    goes_on = is_active & (error > threshold)
-    step = state.step + 1
-    at_half, at_end = step % _STRETCH == _STRETCH // 2, step % _STRETCH == 0
+    error = jnp.abs(columns - 1 / m).sum(1)
+    is_worse = error > _WORSE * state.error
+    moved, history = _accelerated(columns, state.history, state.step, is_worse)
+    iterations = state.iterations + is_active
+    goes_on = is_active & (error > threshold) & (iterations < max_iterations)
     return _State(
         u=jnp.where(is_active[:, None], u, state.u),
-        v=jnp.where(goes_on[:, None], v, state.v),
-        relaxation=jnp.where(
-            at_end, _relaxation(state.relaxation, state.middle, error), state.relaxation
-        ),
+        v=jnp.where(goes_on[:, None], state.v * jnp.exp(moved), state.v),
+        history=history,
         error=jnp.where(is_active, error, state.error),
-        middle=jnp.where(at_half, error, state.middle),
-        iterations=state.iterations + is_active,
-        step=step,
+        iterations=iterations,
+        step=state.step + 1,
     )
 
 
-def _relaxation(omega: jax.Array, before: jax.Array, now: jax.Array) -> jax.Array:
-    r"""The next relaxation, from the error's fall.
+def _accelerated(
+    columns: jax.Array, history: _History, step: jax.Array, is_worse: jax.Array
+) -> tuple[jax.Array, _History]:
+    r"""The next change of ``log v`` ``[b, m]``, from the columns' marginals before it.
 
-    With the observed rate :math:`\lambda` per iteration the unrelaxed rate is
-    :math:`\mu = (\lambda + \omega - 1)^2 / (\lambda \omega^2)` and the best relaxation
-    :math:`2 / (1 + \sqrt{1 - \mu})` (Young; Lehmann et al. 2022, section 3).
+    With the residual :math:`r = \log(1/m) - \log(v K^\top u)`, which is the unaccelerated change,
+    the change is :math:`r - \sum_k \gamma_k (\Delta x_k + \Delta r_k)`, where :math:`\gamma`
+    minimises :math:`\lVert r - \sum_k \gamma_k \Delta r_k \rVert` over the last differences of
+    ``x = log v`` and of ``r`` (Walker and Ni 2011, eq. 2.2). Differs: columns count by their mass,
+    which is the norm in which Sinkhorn's own linearisation is symmetric.
     """
-    rate = (now / before) ** (2 / _STRETCH)
-    unrelaxed = jnp.clip((rate + omega - 1) ** 2 / (rate * omega**2), 0.0, 1.0)
-    best = jnp.clip(2 / (1 + jnp.sqrt(1 - unrelaxed)), omega, _MOST_RELAXED)
-    # the rate says something only near the solution; and one below omega - 1 cannot come from the
-    # relaxed slowest mode
-    is_telling = (now < _NEAR) & (rate > omega - 1) & (rate < 1)
-    longer = jnp.where(is_telling, best, omega)
-    return jnp.where((omega > 1) & ~(rate < _STALLED), 1.0, longer)
+    residual = jnp.log(1 / columns.shape[1] / columns)
+    newest = residual - history.residual
+    slot = step % _WINDOW
+    residuals = history.residuals.at[slot].set(newest)
+    targets = history.targets.at[slot].set(history.moved + newest)
+    is_known = history.is_known.at[slot].set(step > 0) & ~is_worse
+    weighted = jnp.where(is_known[..., None], residuals * jnp.sqrt(columns), 0.0)
+    gram = jnp.einsum("wbm,xbm->bwx", weighted, weighted)
+    right = jnp.einsum("wbm,bm->bw", weighted, residual * jnp.sqrt(columns))
+    # as correlations, whose size does not fall with the error
+    length = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
+    length = jnp.where(length > 0, length, 1.0)
+    gram = gram / (length[:, :, None] * length[:, None, :]) + _RIDGE * jnp.eye(_WINDOW)
+    gram = gram + (~is_known.T)[..., None] * jnp.eye(_WINDOW)
+    share = jnp.linalg.solve(gram, (right / length)[..., None])[..., 0] / length
+    moved = residual - jnp.einsum("bw,wbm->bm", share, jnp.where(is_known[..., None], targets, 0.0))
+    return moved, _History(moved, residual, residuals, targets, is_known)
 
 
-def _measure(kernel: jax.Array, blocks: jax.Array, state: _State) -> _Measured:
-    """Row sums, column sums and transport cost of the plan ``u K v``."""
-
-    def block(
-        carry: tuple[jax.Array, jax.Array], one: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        columns, total = carry
-        part, cost, u = one
-        mass = u[:, :, None] * part * state.v[:, None, :]
-        total = total + jnp.where(part > 0, mass * cost, 0.0).sum((1, 2))  # padded: 0 * inf
-        columns = columns + jnp.einsum("brm,br->bm", part, u)
-        return (columns, total), u * jnp.einsum("brm,bm->br", part, state.v)
-
-    zero = jnp.zeros_like(state.v), jnp.zeros_like(state.error)
-    u = _of_rows(state.u, blocks)
-    (columns, total), rows = jax.lax.scan(block, zero, (kernel, blocks, u))
-    return _joined(rows, state.u.shape[1]), state.v * columns, total
+def _transported(kernel: _Kernel, cost: jax.Array, state: _State) -> jax.Array:
+    """The transport cost ``[b]`` of the plan ``u K v``."""
+    b, n, m = cost.shape
+    total = jnp.zeros((b,))
+    for part, rows in zip(kernel, _rows(b, n, m), strict=True):
+        # an infinite cost has no mass
+        of_rows = jnp.einsum("brm,bm->br", jnp.where(part > 0, part * cost[:, rows], 0.0), state.v)
+        total = total + (state.u[:, rows] * of_rows).sum(1)
+    return total
