@@ -183,7 +183,8 @@ def solve_batch(
         Potentials, the batch axis leading.
     """
     cost = cost.astype(jnp.float32)
-    is_log = cost.max((1, 2)) - cost.min((1, 2)) > WIDEST * epsilon
+    # the minima of rows are needed again
+    is_log = cost.max((1, 2)) - cost.min(2).min(1) > WIDEST * epsilon
     # a problem for the log form counts as solved here
     in_kernel_form = scaling.solve(
         cost, epsilon, jnp.where(is_log, jnp.inf, threshold), max_iterations=max_iterations

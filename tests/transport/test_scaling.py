@@ -6,7 +6,7 @@ import numpy as np
 import ot as pot
 import pytest
 
-from ot_merge_jax.transport import scaling, solve
+from ot_merge_jax.transport import anderson, scaling, solve
 
 N, M = 33, 21
 THRESHOLD = 1e-6
@@ -52,33 +52,63 @@ def test_plans_are_those_of_pot(rng, epsilon):
         close(ours, theirs, 2e-4 if epsilon < 0.01 else 2e-5)
 
 
-def test_relaxation_saves_most_iterations(rng, monkeypatch):
+def unaccelerated(columns, history, *, error, before):
+    """The textbook's change of the column scalings, in the place of `anderson.step`."""
+    del error, before
+    return jnp.log(1 / columns.shape[1] / columns), history
+
+
+def test_acceleration_saves_most_iterations(rng, monkeypatch):
     costs = costs_of(rng, 4)
-    relaxed = run(costs, 0.01)
-    monkeypatch.setattr(scaling, "_MOST_RELAXED", 1.0)
+    accelerated = run(costs, 0.01)
+    monkeypatch.setattr(anderson, "step", unaccelerated)
     plain = run(costs, 0.01, max_iterations=20_000)
-    assert relaxed.converged.all()
+    assert accelerated.converged.all()
     assert plain.converged.all()
-    assert (2 * relaxed.iterations < plain.iterations).all()
-    close(plans(costs, relaxed, 0.01), plans(costs, plain, 0.01), 1e-3)
+    assert (3 * accelerated.iterations < plain.iterations).all()
+    close(plans(costs, accelerated, 0.01), plans(costs, plain, 0.01), 1e-3)
 
 
-def test_a_step_without_relaxation_is_the_textbook_one(rng, monkeypatch):
-    """Three updates, in float64: of the rows, then of the columns."""
-    monkeypatch.setattr(scaling, "_MOST_RELAXED", 1.0)
+def test_a_step_without_acceleration_is_the_textbook_one(rng, monkeypatch):
+    """Three updates of the rows and two of the columns between them, in float64."""
+    monkeypatch.setattr(anderson, "step", unaccelerated)
     costs = costs_of(rng, 1)
     found = run(costs, 0.1, max_iterations=3, threshold=0.0)
     cost = np.asarray(costs[0], np.float64)
     row = cost.min(1)
     column = (cost - row[:, None]).min(0)
     kernel, v = np.exp(-(cost - row[:, None] - column) / 0.1), np.ones(M)
-    for _ in range(3):
-        u = 1 / N / (kernel @ v)
+    u = 1 / N / (kernel @ v)
+    for _ in range(2):
         v = 1 / M / (kernel.T @ u)
+        u = 1 / N / (kernel @ v)
     close(found.f[0], row + 0.1 * np.log(u), 1e-5)
     close(found.g[0], column + 0.1 * np.log(v), 1e-5)
+    error = np.abs(v * (kernel.T @ u) - 1 / M).sum()
+    np.testing.assert_allclose(found.error, error, rtol=1e-3)
     assert found.iterations.tolist() == [3]
     assert not found.converged.any()
+
+
+@pytest.mark.parametrize("epsilon", [0.3, 0.1, 0.03, 0.01])
+@pytest.mark.parametrize("kind", ["random", "planted", "twins", "steep"])
+def test_any_cost_converges_in_fewer_iterations(rng, monkeypatch, kind, epsilon):
+    """Acceleration has no guarantee of its own: it must not cost iterations where it is no use."""
+    n, m = 40, 64
+    cost = {
+        "random": rng.uniform(0, 2, (n, m)),
+        "planted": np.where(rng.permutation(m)[:n, None] == np.arange(m), 0.05, 1.0)
+        + 0.02 * rng.random((n, m)),
+        "twins": np.repeat(np.repeat(rng.uniform(0, 2, (n // 4, m // 4)), 4, 0), 4, 1),
+        "steep": rng.uniform(0, 1, (n, m)) * np.linspace(0.1, 2, m),
+    }[kind]
+    costs = jnp.asarray(cost[None], jnp.float32)
+    accelerated = run(costs, epsilon)
+    monkeypatch.setattr(anderson, "step", unaccelerated)
+    plain = run(costs, epsilon, max_iterations=20_000)
+    assert accelerated.converged.all()
+    assert accelerated.iterations[0] <= plain.iterations[0] + 2
+    close(plans(costs, accelerated, epsilon), plans(costs, plain, epsilon), 1e-3)
 
 
 @pytest.mark.parametrize("epsilon", [0.003, 0.001])
@@ -102,6 +132,7 @@ def test_blocks_do_not_matter(rng, monkeypatch, entries):
     costs = costs_of(rng, 2)
     expected = run(costs, 0.05)
     monkeypatch.setattr(scaling, "BLOCK", 2 * entries)
+    monkeypatch.setattr(scaling, "_MOST_BLOCKS", N)
     found = run(costs, 0.05)
     assert np.abs(found.iterations - expected.iterations).max() <= 1  # sums in another order
     np.testing.assert_allclose(found.f, expected.f, atol=EXACT)
@@ -110,10 +141,10 @@ def test_blocks_do_not_matter(rng, monkeypatch, entries):
 
 def test_a_problem_does_not_depend_on_its_batch(rng):
     costs = jnp.concatenate([costs_of(rng, 2), jnp.ones((1, N, M)), costs_of(rng, 2) * 3])
-    together = run(costs, 0.02)
+    # rounding decides the path, so only what the threshold pins down can be compared
+    together = run(costs, 0.02, threshold=2e-7)
     for index in range(len(costs)):
-        alone = run(costs[index : index + 1], 0.02)
-        assert abs(alone.iterations[0] - together.iterations[index]) <= 1
+        alone = run(costs[index : index + 1], 0.02, threshold=2e-7)
         np.testing.assert_allclose(alone.f[0], together.f[index], atol=EXACT)
         np.testing.assert_allclose(alone.g[0], together.g[index], atol=EXACT)
 
