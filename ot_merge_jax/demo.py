@@ -77,7 +77,7 @@ def settings(*, is_full: bool = False, seed: int = 0) -> dict[str, dict[str, Any
         "source": str(assets.path("source")),
         # a tenth of the time of the defaults: few documents of one shape of batch, and plans
         # that stop earlier
-        "calibration": {"path": text["calibration"], "samples": 68},
+        "calibration": {"path": text["calibration"], "samples": 64},
         "max_rows": 2048,
         "threshold": 1e-4,
         "max_length": 128,
