@@ -12,7 +12,7 @@ from ot_merge_jax.adapt.run import AdaptResult
 from ot_merge_jax.io import publish
 
 #: Of all arms: what three seeds of them take a few minutes for on two CPU cores.
-BUDGET = {"steps": 60, "batch_size": 4, "block": 128, "eval_every": 20}
+BUDGET = {"steps": 48, "batch_size": 4, "block": 128, "eval_every": 16}
 #: Tried by every arm with the first seed.
 RATES = [3e-4, 1e-3, 3e-3]
 SEEDS = 3
