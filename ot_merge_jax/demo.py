@@ -76,7 +76,7 @@ def settings(*, is_full: bool = False, seed: int = 0) -> dict[str, dict[str, Any
     shared = {
         "source": str(assets.path("source")),
         # a tenth of the time of the defaults: few documents of one shape of batch, and plans
-        # that stop earlier
+        # that stop earlier; 64 leave 16 for the dev split, which is one of its batches
         "calibration": {"path": text["calibration"], "samples": 64},
         "max_rows": 2048,
         "threshold": 1e-4,

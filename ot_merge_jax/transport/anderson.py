@@ -144,9 +144,8 @@ def _combined(history: History, mass: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
         norm = jnp.where(norm > 0, norm, 1.0)
         added = _RIDGE + (1 - history.is_known.T)  # an unknown difference has no share
-        gram = gram / (norm[:, :, None] * norm[:, None, :]) + added[..., None] * jnp.eye(
-            len(is_known)
-        )
+        diagonal = added[..., None] * jnp.eye(len(is_known))
+        gram = gram / (norm[:, :, None] * norm[:, None, :]) + diagonal
         share = jnp.linalg.solve(gram, (right / norm)[..., None])[..., 0] / norm
         targets = jnp.where(is_known, history.targets, 0.0)
         return history.residual - jnp.einsum("bw,wbm->bm", share, targets)

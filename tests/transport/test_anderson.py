@@ -11,7 +11,7 @@ NEAR = jnp.zeros((B,))  # an error at which every difference counts
 
 
 def history_of(rng, window, count):
-    """Random differences, all known but one, and a last move that lowered the residual."""
+    """A random past, of which one problem does not know one difference."""
     residual = 0.1 * rng.normal(size=(B, M))
     moved = 0.1 * rng.normal(size=(B, M))
     residuals, targets = rng.normal(size=(2, window, B, M))
