@@ -178,7 +178,8 @@ def needed(
     rows = [data.rows * site_width(site, cfg) for site in sites for cfg in (target, source)]
     pairs = [(site_width(site, target), site_width(site, source)) for site in sites]
     if sites:
-        # cost, reduced cost and kernel of the pairs solved, beside the rows of a block of layers
+        # cost and kernel of the pairs solved, in log form a reduced cost too, beside the rows of a
+        # block of layers
         solving = max(3 * n * m * pairs_at_once(n, m) for n, m in pairs)
         blocks = max(
             min(source.num_layers * data.rows * m, max(ROWS_AT_ONCE, data.rows * m)) + data.rows * n
