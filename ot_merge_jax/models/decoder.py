@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.models.layers import MLP, Attention, Cache, Sites, norm
+from ot_merge_jax.models.layers import MLP, Attention, Cache, Sites, norm, rows_times
 from ot_merge_jax.models.rotary import rope_tables
 from ot_merge_jax.models.specs import NORMS
 from ot_merge_jax.types import Batch, Params
@@ -157,7 +157,7 @@ def head(params: Params, x: Float[Array, "b s d"], *, cfg: ModelConfig) -> Float
         )
         if x.dtype == jnp.float16:  # XLA's CPU has no product of float16 that sums in float32
             x, table = x.astype(jnp.float32), table.astype(jnp.float32)
-        logits = jnp.matmul(x, table, preferred_element_type=jnp.float32)
+        logits = rows_times(x, table, jnp.float32)
         style = cfg.style
         logits = logits if style.logit_scale == 1 else logits * style.logit_scale
         if style.logit_softcap is None:

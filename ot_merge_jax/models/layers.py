@@ -35,6 +35,18 @@ class Cache(NamedTuple):
     length: Any
 
 
+def rows_times(
+    x: Float[Array, "*rows d_in"], kernel: Float[Array, "d_in d_out"], dtype: Any = None
+) -> Float[Array, "*rows d_out"]:
+    """``x @ kernel`` with all rows in one axis, summed in ``dtype``.
+
+    The kernel's gradient then sums over one axis. Over two, XLA's CPU transposes both factors
+    first, which took a sixth of a step of training.
+    """
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
 class Linear(nnx.Module):
     """``y = x @ kernel (+ bias)``."""
 
@@ -46,7 +58,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows d_in"]) -> Float[Array, "*rows d_out"]:
         """Applies the map."""
-        y = x @ self.kernel[...]
+        y = rows_times(x, self.kernel[...])
         return y + jnp.broadcast_to(self.bias[...], y.shape) if hasattr(self, "bias") else y
 
 

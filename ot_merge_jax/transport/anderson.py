@@ -137,15 +137,15 @@ def _combined(history: History, mass: jax.Array) -> jax.Array:
     """The step of least squares ``[b, m]``, where differences are known, of columns with masses."""
     is_known, root = history.is_known[..., None], jnp.sqrt(mass)
     residuals = jnp.where(is_known, history.residuals * root, 0.0)
+    norm = jnp.sqrt((residuals**2).sum(-1))
+    norm = jnp.where(norm > 0, norm, 1.0)
+    # of length 1: correlations, whose size does not fall with the error; an unknown one has none
+    units = residuals / norm[..., None]
     with jax.default_matmul_precision("highest"):
-        gram = jnp.einsum("wbm,xbm->bwx", residuals, residuals)
-        right = jnp.einsum("wbm,bm->bw", residuals, history.residual * root)
-        # as correlations, whose size does not fall with the error
-        norm = jnp.sqrt(jnp.diagonal(gram, axis1=1, axis2=2))
-        norm = jnp.where(norm > 0, norm, 1.0)
-        added = _RIDGE + (1 - history.is_known.T)  # an unknown difference has no share
-        diagonal = added[..., None] * jnp.eye(len(is_known))
-        gram = gram / (norm[:, :, None] * norm[:, None, :]) + diagonal
-        share = jnp.linalg.solve(gram, (right / norm)[..., None])[..., 0] / norm
+        gram = jnp.einsum("wbm,xbm->bwx", units, units)
+        right = jnp.einsum("wbm,bm->bw", units, history.residual * root)
+        gram = jnp.where(jnp.eye(len(is_known), dtype=bool), 1 + _RIDGE, gram)
+        lower = jnp.linalg.cholesky(gram, symmetrize_input=False)
+        share = jax.scipy.linalg.cho_solve((lower, True), right[..., None])[..., 0].T / norm
         targets = jnp.where(is_known, history.targets, 0.0)
-        return history.residual - jnp.einsum("bw,wbm->bm", share, targets)
+        return history.residual - jnp.einsum("wb,wbm->bm", share, targets)
