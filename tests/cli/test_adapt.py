@@ -10,7 +10,7 @@ import pytest
 import yaml
 from published import tensors
 
-from ot_merge_jax import load_hf
+from ot_merge_jax import assets, load_hf
 from ot_merge_jax.adapt import residual, start
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.models import specs
@@ -226,6 +226,27 @@ def test_a_teacher_with_another_vocabulary_distils_universally(adapted, models):
     assert 0.3 < found["data"]["target_matched"] <= 1
     assert found["losses"][-1] < found["losses"][0]
     assert found["dev"]["after"] < found["dev"]["before"]
+
+
+def test_the_demos_source_teaches_its_stranger(cli, tmp_path):
+    """Of another family and another vocabulary; both were trained."""
+    files = {}
+    for name, count in {"calibration": 48, "heldout": 16}.items():
+        lines = assets.path(f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    called = cli(
+        "adapt", assets.path("stranger"), "--objective", "kd", "--source", assets.path("source"),
+        "--text", files["calibration"], "--block", 64, "--batch-size", 4, "--steps", 24,
+        "--learning-rate", 0.0003, "--eval-text", files["heldout"], "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert called.code == 0, called.err
+    found = called.json
+    assert found["data"]["universal_distillation"] is True
+    assert min(found["data"]["target_matched"], found["data"]["source_matched"]) > 0.6
+    assert found["dev"]["after"] < found["dev"]["before"]
+    losses = {name: found["evaluation"][name]["nll_per_token"] for name in ("before", "after")}
+    assert losses["after"] < losses["before"]
 
 
 def test_adapters_change_their_targets_alone_and_are_folded(adapted, models):

@@ -271,6 +271,30 @@ def test_a_signal_waits_for_the_step_saves_and_says_how_to_resume(
     assert published(desk.out) == published(straight)
 
 
+@pytest.mark.parametrize(("step", "done"), [(2, 3), (4, 4)])
+def test_a_signal_while_saving_waits_a_step_and_is_heeded_at_the_end(
+    step, done, words, desk, cli, monkeypatch, tmp_path
+):
+    given, saved, sent = words("--save-every", 1), state.save, []
+
+    def save(folder, course, events):
+        if len(course.losses) == step and not sent:
+            sent.append(step)
+            signal.raise_signal(signal.SIGTERM)
+        saved(folder, course, events)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save", save)
+        assert cli(*given).code == 130
+    assert sent
+    assert not desk.out.exists()
+    resumed = cli(*given, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert f"{done} of 4 steps are done" in resumed.err
+    assert cli(*in_place_of(given, desk, tmp_path / "straight")).code == 0
+    assert published(desk.out) == published(tmp_path / "straight")
+
+
 def interrupt(monkeypatch, step):
     """Lets training be interrupted behind a step, in this process."""
     saved = state.save
