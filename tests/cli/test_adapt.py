@@ -235,10 +235,11 @@ def test_the_demos_source_teaches_its_stranger(cli, tmp_path):
         lines = assets.path(f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
         files[name] = tmp_path / f"{name}.jsonl"
         files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+    teacher = ("--objective", "kd", "--source", assets.path("source"))
+    budget = ("--block", 64, "--batch-size", 4, "--steps", 24, "--learning-rate", 0.0003)
     called = cli(
-        "adapt", assets.path("stranger"), "--objective", "kd", "--source", assets.path("source"),
-        "--text", files["calibration"], "--block", 64, "--batch-size", 4, "--steps", 24,
-        "--learning-rate", 0.0003, "--eval-text", files["heldout"], "--out", tmp_path / "out", "--json",
+        "adapt", assets.path("stranger"), *teacher, *budget, "--text", files["calibration"],
+        "--eval-text", files["heldout"], "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert called.code == 0, called.err
     found = called.json
