@@ -151,3 +151,38 @@ def test_the_split_and_the_continuations_are_in_the_report(reports):
     assert (split["train_documents"], split["dev_documents"], split["seed"]) == (48, 12, 0)
     [sample] = report["samples"]
     assert list(sample["continuations"]) == ["target", "merge"]
+
+
+@pytest.fixture(scope="module")
+def of_neurons(target, walks, tiny_checkpoint, tmp_path_factory):
+    """Report of neurons that moved at a given strength, to which every control applies."""
+    settings = {
+        "preset": "barycentric",
+        "weights": ["down", "o"],
+        "target": str(target),
+        "source": str(tiny_checkpoint("llama", seed=2, **SIZES | {"layers": 3})),
+        **walks(0.85),
+        "strength": 0.5,
+        "controls": "all",
+        "continuations": 0,
+        "seeds": 2,
+    }
+    out = tmp_path_factory.mktemp("out") / "neurons"
+    pipeline.run(recipe.resolve(settings), out, command="test")
+    return json.loads((out / "ot_merge" / "report.json").read_text())
+
+
+def test_every_control_of_neurons_is_another_model(of_neurons):
+    """Another than the merge and than every other control, with every calibration seed."""
+    found = of_neurons["controls"]
+    assert not [name for name, one in found.items() if "not_applicable" in one]
+    assert of_neurons["seeds"] == [0, 1]
+    broken = ["shrink", "noise 1", "permuted", "wrong-layer", "wrong-source"]
+    losses = [found[name]["nll_per_token"] for name in broken]
+    losses.append(of_neurons["evaluation"]["merge"]["nll_per_token"])
+    assert len({round(loss, 6) for loss in losses}) == len(losses)
+    for name in broken:
+        seeds = found[name]["seeds"]
+        assert [one["seed"] for one in seeds] == [0, 1]
+        assert all(one["difference"] != 0 for one in seeds)
+        assert found[name]["strength"]["chosen"] == of_neurons["strength"]["chosen"]

@@ -6,6 +6,7 @@ on the dev split; the held-out text is scored once for each arm, at its chosen r
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from ot_merge_jax.adapt.loop import Course
 from ot_merge_jax.adapt.settings import Adaptation
 from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.adapt.training import Problem
+from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, stages
 from ot_merge_jax.report import baselines as reporting
@@ -183,15 +185,32 @@ def _arm(
     source: Params | None,
     rates: Sequence[float],
 ) -> Outcome:
-    """Trains one arm with one seed, and scores it."""
+    """Trains one arm with one seed, and scores it.
+
+    A rate that was best with the first seed and diverges with a later one is no end of the run:
+    that seed then tries them all.
+    """
     seed, objective = problem.settings.seed, problem.objective.kind
     teacher = source if objective == "kd" else None
+    grid = job.found.settings.grid
     is_published = name == "merge" and seed == job.found.settings.seed
 
     def make(folder: Path) -> None:
         added = starting(name, job.found.start, parts, seed=seed)
         trainable, constants = training.begin(problem, parts.base, added, parts.factor, teacher)
-        arm = arms.tune(problem, trainable, constants, rates, name=f"{objective} from {name}")
+        tune = functools.partial(
+            arms.tune, problem, trainable, constants, name=f"{objective} from {name}"
+        )
+        try:
+            arm = tune(rates)
+        except DivergedError:
+            if len(rates) == len(grid):
+                raise
+            _LOG.warning(
+                "%s from %s: the first seed's rate %g diverged with seed %d; all are tried.",
+                objective, name, *rates, seed,
+            )  # fmt: skip
+            arm = tune(grid)
         params = training.params_of(arm.trained, constants, plan=training.plan_of(problem))
         scores = run.score(job.found, trials.as_stored(params, job.found.start.folder))
         if is_published:

@@ -28,7 +28,7 @@ def write(
     """Writes the details of an adaptation into the folder of its model.
 
     Of two runs with the same inputs only the times in ``events.jsonl`` and ``provenance.json``
-    differ, and the peak of memory; and the lines of ``report.html`` (of baselines) that show them.
+    differ, and the peak of memory; and the lines of ``report.html`` that show them.
 
     Args:
         folder: Holds the model.
@@ -52,10 +52,7 @@ def write(
             name=found.start.folder.name,
             models={role: (one.path, one.origin) for role, one in found.folders.items()},
             verdict=report["verdict"],
-            evaluation=[
-                (name, one["nll_per_token"], one["bits_per_byte"])
-                for name, one in report["evaluation"].items()
-            ],
+            evaluation=provenance.losses(report["evaluation"]),
             command=command,
             recipe=text,
             relation="finetune",
@@ -73,8 +70,7 @@ def write(
         **provenance.environment(),
     }
     checkpoint.save_json(inside / "provenance.json", whole)
-    if "baselines" in report:
-        html.write(inside)
+    html.write(inside)
 
 
 def read(folder: Path, run_key: str) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ Everything is checked that can be checked without reading weights before any wei
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import json
 import logging
@@ -423,7 +424,7 @@ def _versions() -> dict[str, str]:
 
 def _refuse_others(out: Path, key: str, decided: Mapping[str, Any]) -> None:
     """Refuses to resume where only a training with other settings or inputs was interrupted."""
-    folders = sorted(out.resolve().parent.glob(f"{out.name}.partial-*"))
+    folders = sorted(out.resolve().parent.glob(f"{glob.escape(out.name)}.partial-*"))
     if any(folder.name.endswith(f"-{key}") for folder in folders):
         return
     for folder in folders:

@@ -137,15 +137,24 @@ def verify(start: Start, hashes: Mapping[str, Any]) -> None:
     if start.target is None:
         return
     side = location.read_json(start.folder.path / "ot_merge" / "provenance.json")
-    was = side.get("inputs", {}).get("target", {})
-    known = was.get("files", {}) | ((was.get("adapter") or {}).get("files", {}))
-    now = hashes["files"] | ((hashes.get("adapter") or {}).get("files", {}))
+    known, now = _files(_object(side.get("inputs")).get("target")), _files(hashes)
     weights = {name for name in known.keys() | now.keys() if name.endswith(".safetensors")}
     if not weights or any(known.get(name) != now.get(name) for name in weights):
         raise InputError(
             f"The weights of {start.target.where} are not those that {start.folder.name} was "
             "merged from; name the unchanged target with --target."
         )
+
+
+def _files(model: Any) -> dict[str, Any]:
+    """File name -> hash of a model and its adapter, as far as an entry of the provenance says."""
+    said = _object(model)
+    return {**_object(said.get("files")), **_object(_object(said.get("adapter")).get("files"))}
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """A JSON object; an empty one where a damaged file holds something else."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def factor_of(start: Start, strength: float | None) -> dict[str, float]:

@@ -93,10 +93,7 @@ def write(
             name=" + ".join(folders[role].name for role in ("target", "source")),
             models=_by_role(folders),
             verdict=found["verdict"],
-            evaluation=[
-                (name, one["nll_per_token"], one["bits_per_byte"])
-                for name, one in found["evaluation"].items()
-            ],
+            evaluation=provenance.losses(found["evaluation"]),
             command=command,
             recipe=text,
         ),

@@ -85,12 +85,38 @@ def fenced(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
+def losses(
+    evaluation: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[str, float | None, float]]:
+    """(model, nats per token, bits per byte) of the models of a report, for the card.
+
+    Where a model has other tokens than the target its loss per token compares with nothing, and is
+    None.
+
+    Example:
+        >>> other = {"nll_per_token": 3.0, "bits_per_byte": 1.0,
+        ...          "against_target": {"metric": "bits_per_byte"}}
+        >>> losses({"target": {"nll_per_token": 4.0, "bits_per_byte": 2.0}, "source": other})
+        [('target', 4.0, 2.0), ('source', None, 1.0)]
+    """
+    return [
+        (
+            name,
+            one["nll_per_token"]
+            if (one.get("against_target") or {}).get("metric") != "bits_per_byte"
+            else None,
+            one["bits_per_byte"],
+        )
+        for name, one in evaluation.items()
+    ]
+
+
 def model_card(
     *,
     name: str,
     models: Mapping[str, tuple[Path, hub.Origin | None]],
     verdict: str,
-    evaluation: Sequence[tuple[str, float, float]],
+    evaluation: Sequence[tuple[str, float | None, float]],
     command: str,
     recipe: str,
     relation: Literal["merge", "finetune"] = "merge",
@@ -102,7 +128,7 @@ def model_card(
         models: Role (``target``, ``source``, ``source base``) -> folder, and where on the hub it
             was fetched from.
         verdict: One sentence.
-        evaluation: (model, nats per token, bits per byte) on the held-out text.
+        evaluation: From `losses`.
         command: The exact command.
         recipe: The resolved recipe.
         relation: What was done to the models, in the words of the hub.
@@ -142,7 +168,10 @@ def model_card(
     if evaluation:
         lines += ["", "Held-out text (see `ot_merge/report.json`):", ""]
         lines += ["| model | nats per token | bits per byte |", "|---|---|---|"]
-        lines += [f"| {_plain(who)} | {loss:.4f} | {bits:.4f} |" for who, loss, bits in evaluation]
+        lines += [
+            f"| {_plain(who)} | {'other tokens' if loss is None else f'{loss:.4f}'} | {bits:.4f} |"
+            for who, loss, bits in evaluation
+        ]
     lines += [
         "",
         f"{_DONE[relation]} with `ot_merge_jax`, after Transport and Merge "

@@ -109,6 +109,7 @@ class Entry(Part):
     gamma: Number = None
     strength: Strength | None = None
     against_target: Difference | None = None
+    against_before: Difference | None = None
     merge_minus_control: Difference | None = None
     seeds: list[Difference] = []
     beyond: Beyond | None = None
@@ -182,23 +183,35 @@ class Rate(Part):
     loss: Number = None
 
 
-class Trained(Part):
-    """A start that was trained; ``curve`` has rows of steps done and dev loss."""
+class Learning(Part):
+    """A training; ``curve`` has rows of steps done and dev loss."""
+
+    curve: Grid
+
+    @model_validator(mode="after")
+    def _check(self) -> Learning:
+        if len(self.curve[0]) != 2:
+            raise ValueError("a curve is rows of a step and a loss")
+        return self
+
+
+class Dev(Learning):
+    """The dev loss of a training; ``after`` is that of the files it wrote."""
+
+    before: Number = None
+    after: Number = None
+
+
+class Trained(Learning):
+    """A start that was trained, and its held-out loss."""
 
     documents: int | None = None
     nll_per_token: Number = None
     bits_per_byte: Number = None
     rate: Number = None
     tried: list[Rate] = []
-    curve: Grid
     merge_minus: Minus | None = None
     merge_steps: int | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Trained:
-        if len(self.curve[0]) != 2:
-            raise ValueError("a curve is rows of a step and a loss")
-        return self
 
 
 class Baselines(Part):
@@ -229,7 +242,16 @@ class Report(Part):
     sites: dict[str, Site] = {}
     calibration: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+    objective: str = ""
+    steps: int | None = None
+    dev: Dev | None = None
+    data: dict[str, Any] = {}
     baselines: Baselines | None = None
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it is that of an adaptation, with or without baselines."""
+        return self.dev is not None or self.baselines is not None
 
 
 class Origin(Part):

@@ -27,7 +27,10 @@ FILE = "report.html"
 PLOTS = "plots"
 _TEMPLATE = "report.html.jinja"
 _METRICS = {"nll_per_token": "nats per token", "bits_per_byte": "bits per byte"}
-_ROLES = {"target": "the base, untouched", "source": "the ceiling", "merge": "the result"}
+_ROLES = {
+    "target": "the base, untouched", "source": "the ceiling", "merge": "the result",
+    "before": "where training began", "after": "the result",
+}  # fmt: skip
 #: What each control changes (SPEC section 10).
 _CONTROLS = {
     "shrink": "nothing is carried; the weights only shrink",
@@ -108,14 +111,15 @@ def render(run: Run, drawn: Mapping[str, str], *, style: str) -> str:
     names = {role: one.name for role, one in run.provenance.inputs.items()}
     rows = _rows(report)
     return _template().render(
-        title=" into ".join(names[role] for role in ("source", "target") if role in names),
+        title=_title(report, names),
+        subject=_subject(report),
         report=report,
         made=run.provenance,
         recipe=run.recipe,
         merge=_gain(report),
         headline=_headline(report),
         rows=rows,
-        documents=report.evaluation.get("target", Entry()).documents,
+        documents=report.evaluation.get(_subject(report), Entry()).documents,
         has_kl=any(one.entry.kl_to_base is not None for one in rows),
         has_controls=bool(report.controls.keys() - {"target", "source"}),
         beyond=next((one.beyond for one in report.controls.values() if one.beyond), None),
@@ -158,8 +162,10 @@ def _seen(value: Any) -> Any:
 
 def _rows(report: Report) -> list[Row]:
     """Target, source, merge, and the controls in their order."""
-    entries = {"target": Entry(), "source": Entry(), "merge": Entry()}
+    entries = {name: Entry() for name in ("target", "source", "merge", "before", "after")}
     entries = {**entries, **report.controls, **report.evaluation}
+    result = entries[_subject(report)]
+    of_training = {"target": result.against_target, "before": result.against_before}
     rows = []
     for name, one in entries.items():
         if one == Entry():
@@ -172,11 +178,27 @@ def _rows(report: Report) -> list[Row]:
                 name,
                 "; ".join(filter(None, notes)),
                 one,
-                _gain(report) if name == "target" else one.merge_minus_control,
+                of_training.get(name)
+                if report.is_training
+                else _gain(report)
+                if name == "target"
+                else one.merge_minus_control,
                 change is not None and change.metric == "bits_per_byte",
             )
         )
     return rows
+
+
+def _title(report: Report, names: Mapping[str, str]) -> str:
+    """What was made of what."""
+    if report.is_training and "model" in names:
+        return f"{names['model']}, trained"
+    return " into ".join(names[role] for role in ("source", "target") if role in names)
+
+
+def _subject(report: Report) -> str:
+    """The model that the others are compared with."""
+    return "after" if report.is_training else "merge"
 
 
 def _choice(name: str, entry: Entry, report: Report) -> str:
@@ -189,13 +211,21 @@ def _choice(name: str, entry: Entry, report: Report) -> str:
 
 
 def _gain(report: Report) -> Difference | None:
-    """The merge minus the target: over all calibration seeds, where that is known."""
+    """The merge minus the target: over all calibration seeds, where that is known.
+
+    Of a training without baselines what it changed.
+    """
+    if report.is_training:
+        after = report.evaluation.get("after", Entry())
+        return None if report.baselines else after.against_before
     return report.pooled or report.evaluation.get("merge", Entry()).against_target
 
 
 def _headline(report: Report) -> str:
     """What `_gain` is."""
     seeds = len(report.seeds)
+    if report.is_training:
+        return "after minus before training, on held-out text"
     if seeds < 2:
         return "merge minus target on held-out text"
     if report.pooled is not None:

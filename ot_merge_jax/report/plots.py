@@ -317,10 +317,15 @@ def _norms(figure: Figure, report: Report) -> bool:
 # ---- what training makes of it ----
 
 
-def _learning(figure: Figure, report: Report, *, objective: str) -> bool:
-    """Dev loss by step of every start."""
-    arms = {} if report.baselines is None else report.baselines.arms.get(objective, {})
-    curves = {name: _sorted(one.curve) for name, one in arms.items()}
+def _learning(figure: Figure, report: Report, *, objective: str | None = None) -> bool:
+    """Dev loss by step: of every start for an objective, or of a training without baselines."""
+    if report.baselines is not None:
+        arms = report.baselines.arms.get(objective or "", {})
+        curves = {name: _sorted(one.curve) for name, one in arms.items()}
+    elif report.dev is not None and objective is None:
+        curves = {"dev split": _sorted(report.dev.curve)}
+    else:
+        curves = {}
     curves = {name: points for name, points in curves.items() if len(points)}
     if not curves:
         return False
@@ -356,6 +361,7 @@ def _bounded(axes: Axes, own: np.ndarray, every: np.ndarray) -> None:
 MAKERS: dict[str, Callable[[Figure, Report], bool]] = {
     "differences": _differences, "strength": _strength, "search": _search, "layers": _layers,
     "neurons": _neurons, "mass": _mass, "r2": _r2, "norms": _norms,
+    "learning": _learning,
     "learning-sft": functools.partial(_learning, objective="sft"),
     "learning-kd": functools.partial(_learning, objective="kd"),
 }  # fmt: skip

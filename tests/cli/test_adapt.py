@@ -1,6 +1,7 @@
 """`ot-merge adapt`: a merge with its residual frozen, teachers, adapters."""
 
 import json
+import re
 import shutil
 
 import jax.numpy as jnp
@@ -73,7 +74,9 @@ def test_it_is_a_plain_folder_of_the_merge_s_form(of_a_merge, merge, models):
         kept = folders._replace(target=models["llama-target"])
         check(kept)
     inside = {path.name for path in (of_a_merge.out / "ot_merge").iterdir()}
-    assert inside == {"recipe.yaml", "report.json", "provenance.json", "events.jsonl", "residual"}
+    assert inside == {
+        "recipe.yaml", "report.json", "report.html", "provenance.json", "events.jsonl", "residual"
+    }  # fmt: skip
     assert not list(of_a_merge.out.parent.glob("out.*"))
 
 
@@ -115,6 +118,30 @@ def test_the_report_says_what_happened(of_a_merge):
     assert change["low"] < change["difference"] < change["high"]
     assert found["verdict"] in " ".join(of_a_merge.called.out.split("\n"))
     assert found["data"]["universal_distillation"] is False
+
+
+def test_the_page_speaks_of_the_training_and_of_no_merge(of_a_merge, every_plot, cli, tmp_path):
+    page = tmp_path / "report.html"
+    assert cli("report", of_a_merge.out, "--out", page).code == 0
+    said = re.sub(r"<svg.*?</svg>|<style>.*?</style>|<[^>]+>", " ", page.read_text(), flags=re.S)
+    said = " ".join(said.split())
+    found = of_a_merge.report
+    assert "after minus before training, on held-out text" in said
+    assert f"{found['evaluation']['after']['against_before']['difference']:+.4f} [" in said
+    assert f"is {found['dev']['after']:.4f} of what was written" in said
+    assert "Loss while training" in said
+    for other in ("transported", "How far it went", "calibration seed", "No controls"):
+        assert other not in said
+
+
+def test_a_damaged_provenance_of_a_merge_is_refused(merge, text_files, cli, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(merge.out, copy)
+    for damage in ('{"inputs": null}', '{"inputs": {"target": null}}', '{"inputs": {"target": 3}}'):
+        (copy / "ot_merge" / "provenance.json").write_text(damage)
+        called = cli("adapt", copy, "--text", text_files[0], *COMMON, "--out", tmp_path / "out")
+        assert called.code == 3, called.err
+        assert "are not those that copy was merged from" in " ".join(called.err.split())
 
 
 def test_held_out_losses_are_those_of_eval(of_a_merge, merge, text_files, cli):

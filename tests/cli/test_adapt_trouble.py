@@ -19,6 +19,8 @@ from published import tensors
 from ot_merge_jax.adapt import run, state, training
 from ot_merge_jax.io import checkpoint
 
+#: A process that is killed draws them.
+pytestmark = pytest.mark.usefixtures("every_plot")
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 4, "--learning-rate", 0.01)
 #: What no two runs share.
 OF_THE_PROCESS = ("wall_seconds", "peak_memory_bytes", "command", "run")
@@ -133,7 +135,7 @@ def published(folder):
     found = {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("events.jsonl", "README.md")
+        if path.is_file() and path.name not in ("events.jsonl", "README.md", "report.html")
     }
     side = json.loads(found["ot_merge/provenance.json"])
     side["output"].pop("README.md")
@@ -311,12 +313,21 @@ def interrupt(monkeypatch, step):
 WAYS = {
     "the best weights": ("--patience", 3, "--eval-every", 1, "--learning-rate", 0.3),
     "adapters": ("--lora", 3, "--lora-targets", "q,down", "--weight-decay", 0.1),
+    "a merge, taught in parts": ("--objective", "mix", "--accumulate", 2),
+    "a teacher of other tokens": ("--objective", "kd"),
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_resumes_to_the_same_bytes(way, words, desk, cli, monkeypatch, tmp_path):
-    given = words("--save-every", 1, *WAYS[way])
+def test_every_way_to_train_resumes_to_the_same_bytes(
+    way, words, desk, models, merged, cli, monkeypatch, tmp_path
+):
+    given = list(words("--save-every", 1, *WAYS[way]))
+    if way == "a merge, taught in parts":
+        given[1] = merged("delta llama<-llama").out
+        given += ["--source", models["llama-source"]]
+    if way == "a teacher of other tokens":
+        given += ["--source", models["qwen2-source"]]
     assert cli(*in_place_of(given, desk, tmp_path / "straight")).code == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 2)

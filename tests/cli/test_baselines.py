@@ -7,6 +7,7 @@ import pytest
 from published import tensors
 
 from ot_merge_jax.adapt import arms, baselines, start, training
+from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.models import specs
 
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 3, "--rates", "0.003,0.03")
@@ -282,3 +283,31 @@ def test_what_is_no_merge_has_no_baselines(both, models, flags, text_files, cli,
         called = cli("adapt", model, *words)
         assert (called.code, called.out) == (2, "")
         assert "is no folder of `ot-merge run` that moved anything; name one" in called.err
+
+
+def test_a_teacher_of_other_tokens_teaches_every_start(compare, merge, models, text_files):
+    """By universal distillation; both objectives read the same blocks."""
+    more = ("--baselines", "base", "--source", models["qwen2-source"], "--steps", 1)
+    found = compare(merge.out, *more, "--rates", 0.01, "--eval-text", text_files[1])
+    assert found.report["data"]["universal_distillation"] is True
+    assert {kind: list(arms) for kind, arms in found.arms.items()} == {
+        "sft": ["merge", "base"], "kd": ["merge", "base"],
+    }  # fmt: skip
+    assert len({tokens for _, tokens in found.batches}) == 1
+
+
+def test_a_rate_that_diverges_with_a_later_seed_is_not_the_end(
+    compare, merge, text_files, monkeypatch
+):
+    real = arms.tune
+
+    def tune(problem, trainable, constants, rates, **given):
+        if problem.settings.seed == 1 and len(rates) == 1:
+            raise DivergedError("The loss is nan at training step 1; lower the learning rate.")
+        return real(problem, trainable, constants, rates, **given)
+
+    monkeypatch.setattr(arms, "tune", tune)
+    more = ("--baselines", "base", "--seeds", 2, "--steps", 1, "--eval-text", text_files[1])
+    found = compare(merge.out, *more)
+    assert "diverged with seed 1; all are tried" in " ".join(found.called.err.split())
+    assert found.report["baselines"]["seeds"] == [0, 1]

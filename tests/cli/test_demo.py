@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_scores_are_shared_between_merges(demo):
     assert len({one["source"]["nll_per_token"] for one in evaluations.values()}) == 1
 
 
+def test_the_card_says_no_loss_of_other_tokens(demo):
+    """Of a source with another vocabulary a loss per token compares with nothing."""
+    cards = {name: (demo.out / name / "README.md").read_text() for name in demo.reports}
+    lines = {
+        name: next(line for line in card.splitlines() if re.match(r"\| source \| [o\d]", line))
+        for name, card in cards.items()
+    }
+    assert lines["delta-stranger"].startswith("| source | other tokens | ")
+    assert re.match(r"\| source \| \d\.\d{4} \| ", lines["delta"])
+
+
 def test_paper_says_that_nothing_was_transferred(demo):
     verdict = demo.reports["paper"]["verdict"]
     assert verdict.startswith("nothing of the source was transferred")
@@ -120,10 +132,31 @@ def test_training_is_compared_at_equal_budget(tmp_path):
     found = report["baselines"]
     assert found["seeds"] == [0, 1, 2]
     changes = [found["arms"][kind]["base"]["merge_minus"] for kind in ("sft", "kd")]
-    assert (report["outcome"] in {"improved", "better"}) == (
-        found["arms"][found["best"]]["base"]["merge_minus"]["high"] < 0
-    )
+    assert report["outcome"] in {"improved", "better"}
+    assert all(one["high"] < 0 for one in changes)
     assert all(len(one["seeds"]) == 3 for one in changes)
+
+
+@pytest.mark.slow
+def test_the_full_demo_says_improved_of_the_sibling_alone(tmp_path):
+    """`--full`, as a user runs it: three seeds, every control."""
+    words = [sys.executable, "-m", "ot_merge_jax.cli", "demo", "--full", "--json"]
+    environment = {key: value for key, value in os.environ.items() if key not in MINE}
+    done = subprocess.run(
+        [*words, "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=1500, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout)
+    assert reports["delta"]["outcome"] == "improved", reports["delta"]["verdict"]
+    assert reports["delta-stranger"]["outcome"] != "improved"
+    assert reports["paper"]["verdict"].startswith("nothing of the source was transferred")
+    for report in reports.values():
+        assert report["seeds"] == [0, 1, 2]
+        names = {name.split()[0] for name in report["controls"]}
+        assert names >= {
+            "shrink", "noise", "permuted", "wrong-layer", "wrong-source", "unigram"
+        }  # fmt: skip
 
 
 def test_one_demo_at_a_time(cli, tmp_path):

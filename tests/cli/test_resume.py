@@ -80,6 +80,7 @@ def test_killed_process_is_resumed_with_the_same_bytes(desk, words, straight, cl
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("every_plot")  # the processes draw them
 def test_kill_at_twenty_random_moments(desk, words, straight):
     """Each time the run goes on a little; in between it is killed at any moment of its life."""
     rng = random.Random(20)
