@@ -12,7 +12,8 @@ import yaml
 from published import tensors
 
 from ot_merge_jax import assets, load_hf
-from ot_merge_jax.adapt import residual, start
+from ot_merge_jax.adapt import residual, run, start
+from ot_merge_jax.adapt.loop import Course
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.models import specs
 
@@ -142,6 +143,12 @@ def test_a_damaged_provenance_of_a_merge_is_refused(merge, text_files, cli, tmp_
         called = cli("adapt", copy, "--text", text_files[0], *COMMON, "--out", tmp_path / "out")
         assert called.code == 3, called.err
         assert "are not those that copy was merged from" in " ".join(called.err.split())
+
+
+def test_the_progress_says_losses_and_the_rate():
+    course = Course(None, [2.5], [1.0], [(0, 3.0)])
+    assert run._note(course, 12.4) == "loss 2.5000, dev 3.0000, 12 tokens/s"
+    assert run._note(Course(None, [], [], []), 0.0) == ""
 
 
 def test_held_out_losses_are_those_of_eval(of_a_merge, merge, text_files, cli):
