@@ -17,6 +17,7 @@ import pytest
 from published import tensors
 
 from ot_merge_jax.adapt import run, state, training
+from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.io import checkpoint
 
 #: A process that is killed draws them.
@@ -353,6 +354,16 @@ def test_resume_with_other_settings_is_refused_by_name(words, desk, cli, monkeyp
     called = cli(*words("--save-every", 1, "--resume", "-q"))
     assert called.code == 2
     assert "texts text" in called.err
+
+
+def test_other_settings_are_found_whatever_the_folder_is_called(tmp_path):
+    out = tmp_path / "m[1]*"
+    kept = tmp_path / f"{out.name}.partial-abc" / "state" / "settings" / "settings.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text('{"adapt": {"seed": 1}}')
+    decided = {"adapt": {"seed": 2}, "inputs": {}, "texts": {}, "versions": {}}
+    with pytest.raises(RecipeError, match=r"differs in seed \(was 1, now 2\)"):
+        run._refuse_others(out, "def", decided)
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(words, desk, cli, monkeypatch, tmp_path):
