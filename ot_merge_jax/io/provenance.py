@@ -99,16 +99,12 @@ def losses(
         >>> losses({"target": {"nll_per_token": 4.0, "bits_per_byte": 2.0}, "source": other})
         [('target', 4.0, 2.0), ('source', None, 1.0)]
     """
-    return [
-        (
-            name,
-            one["nll_per_token"]
-            if (one.get("against_target") or {}).get("metric") != "bits_per_byte"
-            else None,
-            one["bits_per_byte"],
-        )
-        for name, one in evaluation.items()
-    ]
+    found = []
+    for name, one in evaluation.items():
+        has_own_tokens = (one.get("against_target") or {}).get("metric") == "bits_per_byte"
+        loss = None if has_own_tokens else one["nll_per_token"]
+        found.append((name, loss, one["bits_per_byte"]))
+    return found
 
 
 def model_card(

@@ -164,8 +164,10 @@ def _rows(report: Report) -> list[Row]:
     """Target, source, merge, and the controls in their order."""
     entries = {name: Entry() for name in ("target", "source", "merge", "before", "after")}
     entries = {**entries, **report.controls, **report.evaluation}
-    result = entries[_subject(report)]
-    of_training = {"target": result.against_target, "before": result.against_before}
+    minus = {"target": _gain(report)}
+    if report.is_training:
+        result = entries["after"]
+        minus = {"target": result.against_target, "before": result.against_before}
     rows = []
     for name, one in entries.items():
         if one == Entry():
@@ -178,11 +180,7 @@ def _rows(report: Report) -> list[Row]:
                 name,
                 "; ".join(filter(None, notes)),
                 one,
-                of_training.get(name)
-                if report.is_training
-                else _gain(report)
-                if name == "target"
-                else one.merge_minus_control,
+                minus.get(name, one.merge_minus_control),
                 change is not None and change.metric == "bits_per_byte",
             )
         )

@@ -310,25 +310,25 @@ def interrupt(monkeypatch, step):
     monkeypatch.setattr(state, "save", save)
 
 
-#: What else a checkpoint has to hold.
+#: What else a checkpoint has to hold: name -> merge to start from, teacher, flags.
 WAYS = {
-    "the best weights": ("--patience", 3, "--eval-every", 1, "--learning-rate", 0.3),
-    "adapters": ("--lora", 3, "--lora-targets", "q,down", "--weight-decay", 0.1),
-    "a merge, taught in parts": ("--objective", "mix", "--accumulate", 2),
-    "a teacher of other tokens": ("--objective", "kd"),
-}
+    "the best weights": (None, None, ("--patience", 3, "--eval-every", 1, "--learning-rate", 0.3)),
+    "adapters": (None, None, ("--lora", 3, "--lora-targets", "q,down", "--weight-decay", 0.1)),
+    "a merge, taught in parts": (
+        "delta llama<-llama", "llama-source", ("--objective", "mix", "--accumulate", 2),
+    ),
+    "a teacher of other tokens": (None, "qwen2-source", ("--objective", "kd")),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_train_resumes_to_the_same_bytes(
     way, words, desk, models, merged, cli, monkeypatch, tmp_path
 ):
-    given = list(words("--save-every", 1, *WAYS[way]))
-    if way == "a merge, taught in parts":
-        given[1] = merged("delta llama<-llama").out
-        given += ["--source", models["llama-source"]]
-    if way == "a teacher of other tokens":
-        given += ["--source", models["qwen2-source"]]
+    merge, teacher, flags = WAYS[way]
+    taught = ("--source", models[teacher]) if teacher else ()
+    command, start, *rest = words("--save-every", 1, *flags, *taught)
+    given = [command, merged(merge).out if merge else start, *rest]
     assert cli(*in_place_of(given, desk, tmp_path / "straight")).code == 0
     with monkeypatch.context() as patch:
         interrupt(patch, 2)

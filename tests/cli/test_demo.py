@@ -32,21 +32,22 @@ class Demo(NamedTuple):
     reports: dict
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """`Demo`, run once in a process of its own, as a user runs it."""
-    out = tmp_path_factory.mktemp("demo") / "out"
+def as_a_user(out, *flags, timeout):
+    """The reports of the demo, in a process of its own."""
+    words = [sys.executable, "-m", "ot_merge_jax.cli", "demo", *flags, "--out", str(out), "--json"]
     environment = {key: value for key, value in os.environ.items() if key not in MINE}
     done = subprocess.run(
-        [sys.executable, "-m", "ot_merge_jax.cli", "demo", "--out", str(out), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env=environment,
+        words, capture_output=True, text=True, timeout=timeout, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    return Demo(out, json.loads(done.stdout))
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """`Demo`, run once."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return Demo(out, as_a_user(out, timeout=600))
 
 
 def test_delta_is_better_than_the_target(demo):
@@ -121,14 +122,7 @@ def test_transformers_loads_every_folder(name, demo):
 @pytest.mark.slow
 def test_training_is_compared_at_equal_budget(tmp_path):
     """`--adapt`, as a user runs it: the verdict says what the intervals say."""
-    words = [sys.executable, "-m", "ot_merge_jax.cli", "demo", "--adapt", "--json"]
-    environment = {key: value for key, value in os.environ.items() if key not in MINE}
-    done = subprocess.run(
-        [*words, "--out", str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=900, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)["delta-adapted"]
+    report = as_a_user(tmp_path / "out", "--adapt", timeout=900)["delta-adapted"]
     found = report["baselines"]
     assert found["seeds"] == [0, 1, 2]
     changes = [found["arms"][kind]["base"]["merge_minus"] for kind in ("sft", "kd")]
@@ -140,14 +134,7 @@ def test_training_is_compared_at_equal_budget(tmp_path):
 @pytest.mark.slow
 def test_the_full_demo_says_improved_of_the_sibling_alone(tmp_path):
     """`--full`, as a user runs it: three seeds, every control."""
-    words = [sys.executable, "-m", "ot_merge_jax.cli", "demo", "--full", "--json"]
-    environment = {key: value for key, value in os.environ.items() if key not in MINE}
-    done = subprocess.run(
-        [*words, "--out", str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=1500, check=False, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    reports = json.loads(done.stdout)
+    reports = as_a_user(tmp_path / "out", "--full", timeout=1500)
     assert reports["delta"]["outcome"] == "improved", reports["delta"]["verdict"]
     assert reports["delta-stranger"]["outcome"] != "improved"
     assert reports["paper"]["verdict"].startswith("nothing of the source was transferred")
