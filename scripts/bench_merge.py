@@ -1,6 +1,7 @@
 """A rehearsal of transport and fusion at the true shapes of two real models, with random weights.
 
-Activations are random and correlated, 2000 rows. Without ``--whole`` a fraction of the layer pairs
+Activations are random and correlated, 2000 rows; weights are drawn when they are asked for, where
+a run reads them from files. Without ``--whole`` a fraction of the layer pairs
 runs and the rest is extrapolated, which the result says.
 
     python scripts/bench_merge.py --shape llama-1b-8b --out benchmarks/merge.json
@@ -14,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import benchmarking
 import jax
@@ -25,12 +27,14 @@ import numpy as np
 from ot_merge_jax import fuse
 from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.io import checkpoint
+from ot_merge_jax.models import specs
 from ot_merge_jax.recipe import PRESETS
 from ot_merge_jax.spaces import PROJECTIONS, site_width, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
-from ot_merge_jax.types import Activations, HParams, MergeSpec
+from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec
 
+T = TypeVar("T")
 _ROPE = Rope(5e5)
 _SHAPES = {
     "llama-1b-8b": (
@@ -71,49 +75,82 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
     sites = sites_of(weights)
     ours = rows(target, sites, layers[0], seed=1)
     theirs = rows(source, sites, layers[1], seed=2)
-    start = time.perf_counter()
-    coupling = couplings.couple(ours, theirs, HParams(1.0, chosen["epsilon"]), spec=spec)
-    jax.block_until_ready(coupling)
-    coupled = time.perf_counter() - start
+    selected = fuse.selected(ours, spec=spec)
+    mask = fuse.masks(ours, spec=spec)
+
+    def couple() -> Coupling:
+        return couplings.couple(ours, theirs, HParams(1.0, chosen["epsilon"]), spec=spec)
+
+    def carry() -> dict[str, jax.Array]:
+        moved = {}
+        for in_site in dict.fromkeys(PROJECTIONS[name].in_site for name in weights):
+            names = [name for name in weights if PROJECTIONS[name].in_site == in_site]
+            kinds = [
+                operator.Kind(
+                    out, kernels=_Random((site_width(in_site, source), site_width(out, source)))
+                )
+                for out in (PROJECTIONS[name].out_site for name in names)
+            ]
+            found = operator.carry(
+                kinds, coupling, ours, theirs, in_site=in_site, spec=spec, selected=selected
+            )
+            moved |= {name: kernel for name, (kernel, _) in zip(names, found, strict=True)}
+        return moved
+
+    coupling, coupled = timed(couple)
+    moved, carried = timed(carry)
+    leaves = {f"{PROJECTIONS[name].path}/kernel": kernel for name, kernel in moved.items()}
+    params = specs.unflatten({
+        path: jax.random.normal(jax.random.key(0), leaf.shape) for path, leaf in leaves.items()
+    })  # fmt: skip
+    fused = timed(lambda: fuse.fuse(params, leaves, 0.5, spec=spec, mask=mask))[1]
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
         checkpoint.save_coupling(Path(place) / "coupling", coupling)
         wrote = time.perf_counter() - start
         size = sum(one.stat().st_size for one in Path(place).rglob("*") if one.is_file())
-    start, carried = time.perf_counter(), 0
-    selected = fuse.selected(ours, spec=spec)
-    for in_site in dict.fromkeys(PROJECTIONS[name].in_site for name in weights):
-        kinds = []
-        for name in weights:
-            if PROJECTIONS[name].in_site == in_site:
-                out = PROJECTIONS[name].out_site
-                widths = site_width(in_site, source), site_width(out, source)
-                kinds.append(operator.Kind(out, kernels=_Random(widths)))
-        moved = operator.carry(
-            kinds, coupling, ours, theirs, in_site=in_site, spec=spec, selected=selected
-        )
-        carried += sum(int(np.asarray(one[0]).nbytes) for one in moved)
-    fused = time.perf_counter() - start
     every = target.num_layers * source.num_layers / (layers[0] * layers[1])
     # a target layer takes one source layer with top1, all of them otherwise
-    again = target.num_layers / layers[0] if spec.layers == "top1" else every
-    first = coupling.feature[sites[0]]
+    deeper = target.num_layers / layers[0]
+    again = deeper if spec.layers == "top1" else every
+    cost_flops = (
+        layers[0]
+        * layers[1]
+        * sum(2 * _T * site_width(site, target) * site_width(site, source) for site in sites)
+    )
     return {
         "layers_run": layers,
         "share_of_pairs_run": 1 / every,
         "sites": sites,
+        # the first call compiles, which a whole merge does once and not for each pair
         "couple_seconds": coupled,
+        "costs_alone_at_matmul_rate_seconds": cost_flops / benchmarking.matmul_rate(),
+        "carry_seconds": carried,
         "fuse_seconds": fused,
         "write_coupling_seconds": wrote,
         "coupling_bytes": size,
         "extrapolated": {
-            "couple_seconds": coupled * every,
-            "fuse_seconds": fused * again,
+            "couple_seconds": coupled["compiling"] + coupled["warm"] * every,
+            "carry_seconds": carried["compiling"] + carried["warm"] * again,
+            "fuse_seconds": fused["compiling"] + fused["warm"] * deeper,
             "coupling_bytes": _coupling_bytes(target, source, sites),
+            "fused_bytes": sum(2 * leaf.size for leaf in leaves.values()) * deeper,
         },
-        "iterations": np.asarray(first.iterations).tolist(),
+        "iterations": {
+            site: np.asarray(one.iterations).tolist() for site, one in coupling.feature.items()
+        },
         "peak_gib": benchmarking.peak_bytes() / 2**30,
     }
+
+
+def timed(function: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """What a function returns, seconds of its second call, and what the first one took more."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        found = jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - start)
+    return found, {"warm": seconds[1], "compiling": max(0.0, seconds[0] - seconds[1])}
 
 
 def _coupling_bytes(target: ModelConfig, source: ModelConfig, sites: tuple[str, ...]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -38,26 +39,53 @@ def keep(path: Path, found: dict[str, Any]) -> None:
 
 def peak_bytes() -> int:
     """Largest resident set of this process alone; what ``getrusage`` says includes its parent's."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """The resident set of this process now."""
+    return _status("VmRSS")
+
+
+def forget_peak() -> None:
+    """Makes `peak_bytes` begin anew from what is resident now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    """A size that Linux tells of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(one.split()[1]) * 1024 for one in lines if one.startswith("VmHWM"))
+    return next(int(one.split()[1]) * 1024 for one in lines if one.startswith(name))
 
 
-def seconds(function: Callable[[], Any], *, rounds: int = 3) -> float:
-    """The fastest of some rounds, after one that compiles and warms."""
+def seconds(function: Callable[[], Any], *, rounds: int = 3, at_most: float = math.inf) -> float:
+    """The fastest of some rounds, after one that compiles and warms.
+
+    Args:
+        function: What is timed.
+        rounds: How many.
+        at_most: Seconds after which no further round begins; the first one counts then.
+    """
+    found, warm = [], _once(function)
+    while len(found) < rounds and warm + sum(found) < at_most:
+        found.append(_once(function))
+    return min(found or [warm])
+
+
+def _once(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
     jax.block_until_ready(function())
-    found = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(function())
-        found.append(time.perf_counter() - start)
-    return min(found)
+    return time.perf_counter() - start
 
 
 def copy_rate(size: int = 1 << 28) -> float:
-    """Bytes per second of copying memory, what is read and what is written."""
+    """Bytes per second of copying memory of the device, what is read and what is written."""
     source = np.ones(size // 4, np.float32)
-    target = np.empty_like(source)
-    return 2 * size / seconds(lambda: np.copyto(target, source))
+    if jax.default_backend() == "cpu":
+        target = np.empty_like(source)
+        return 2 * size / seconds(lambda: np.copyto(target, source))
+    held, copied = jax.device_put(source), jax.jit(jnp.copy)
+    return 2 * size / seconds(lambda: copied(held))
 
 
 def matmul_rate(width: int = 2048) -> float:

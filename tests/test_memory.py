@@ -1,5 +1,7 @@
 """What a run is said to need, and what happens when that is too much."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -67,6 +69,15 @@ def test_more_of_everything_needs_more(cfgs, data):
     ):
         assert all(more.stages[name] >= size for name, size in few.items())
         assert sum(more.stages.values()) > sum(few.values())
+
+
+def test_pairs_that_do_not_fit_are_refused_though_the_process_does(cfgs, data):
+    """A limit between what the process needs and what one pair of wide sites needs beside it."""
+    wide = {role: dataclasses.replace(cfg, intermediate_size=1 << 14) for role, cfg in cfgs.items()}
+    limit = memory.PROCESS + (1 << 30)
+    assert memory.needed(wide, data, spec=SPEC, scored=[10]).stages["couple"] > limit + (1 << 30)
+    with pytest.raises(ResourceError, match=r"needs about \d\.\d GiB .* allows 1\.7 GiB"):
+        memory.choose(wide, data, spec=SPEC, scored=[10], limit=limit)
 
 
 def test_weights_of_a_model_are_counted_from_its_shapes(tiny_checkpoint, data):

@@ -6,6 +6,7 @@ Potentials are kept for every pair; costs and plans exist for one group of pairs
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -86,7 +87,9 @@ def couple(
                     )
                 )
             blocks.append(solved)
-        feature[site], std_target[site], std_source[site] = _stacked(blocks)
+        feature[site], std_target[site], std_source[site] = _stacked(
+            blocks, layers=source.values[site].shape[0]
+        )
         layer[site] = layer_plan(
             feature[site].cost, epsilon=hparams.layer_epsilon, layer_cost=spec.layer_cost
         )
@@ -95,24 +98,37 @@ def couple(
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Stretches of source layers ``[M, t, m]`` whose rows stay within `ROWS_AT_ONCE`."""
-    at_once = max(1, ROWS_AT_ONCE // (shape[1] * shape[2]))
-    return [slice(start, start + at_once) for start in range(0, shape[0], at_once)]
+    """Stretches of source layers ``[M, t, m]`` whose rows stay within `ROWS_AT_ONCE`.
+
+    All have one length, so that one program solves them; the last may begin before its neighbour
+    ends, and what it solves again is dropped.
+    """
+    layers, at_once = shape[0], max(1, ROWS_AT_ONCE // (shape[1] * shape[2]))
+    count = math.ceil(layers / at_once)
+    size = math.ceil(layers / count)
+    starts = [min(start, layers - size) for start in range(0, layers, size)]
+    return [slice(start, start + size) for start in starts]
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="layers")
 def _stacked(
-    blocks: list[list[tuple[Potentials, jax.Array, jax.Array]]],
+    blocks: list[list[tuple[Potentials, jax.Array, jax.Array]]], *, layers: int
 ) -> tuple[Potentials, jax.Array, jax.Array]:
     """The results of `_one_layer`, target layers leading, blocks of source layers joined."""
     parts = []
     for solved in blocks:
         potentials, std_target, std_source = zip(*solved, strict=True)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *potentials)
-        parts.append((stacked, std_target, std_source[0]))  # of the source they are all the same
-    potentials, std_target, std_source = zip(*parts, strict=True)
-    joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, 1), *potentials)
-    return joined, jnp.stack(std_target[0]), jnp.concatenate(std_source)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *potentials)
+        parts.append((stacked, std_source[0]))  # of the source they are all the same
+    joined = jax.tree.map(lambda *leaves: _joined(leaves, layers), *parts)
+    potentials = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), joined[0])
+    return potentials, jnp.stack(std_target), joined[1]
+
+
+def _joined(blocks: tuple[jax.Array, ...], layers: int) -> jax.Array:
+    """Blocks of source layers in a row, less what the last one has of its neighbour."""
+    *whole, last = blocks
+    return jnp.concatenate([*whole, last[sum(map(len, blocks)) - layers :]])
 
 
 @functools.partial(jax.jit, static_argnames=("max_iterations", "signed", "may_be_log"))

@@ -37,6 +37,8 @@ BLOCK = 1 << 20
 _MOST_BLOCKS = 32
 #: Scalings beyond exp(+-this) are absorbed.
 _DRIFT = 20.0
+#: A mass that is further from 1 is no rounding: there are rows that have none.
+_ROUNDING = 1e-4
 
 
 class _State(NamedTuple):
@@ -226,6 +228,11 @@ def _iterate(kernel: _Kernel, state: _State, threshold: Any, max_iterations: int
     is_active = _is_active(state.error, state.iterations, threshold, max_iterations)
     u, columns = _scaled(kernel, state.v, n)
     columns = state.v * columns
+    # a long sum of a row loses what is small beside it, so that all rows get too much, by more than
+    # 1e-6 where they are wide; the columns' sums are made block by block and say how much
+    mass = columns.sum(1, keepdims=True)
+    mass = jnp.where(jnp.abs(mass - 1) < _ROUNDING, mass, 1.0)
+    u, columns = u / mass, columns / mass
     error = jnp.abs(columns - 1 / m).sum(1)
     moved, history = anderson.step(columns, state.history, error=error, before=state.error)
     iterations = state.iterations + is_active

@@ -92,9 +92,11 @@ def test_neurons_that_are_one_another_share_their_mass(rng):
     np.testing.assert_allclose(plan[:, 0], plan[:, 1], rtol=1e-4)
 
 
-def test_programs_are_few(rng, caplog):
-    """At most two for each shape of site in coupling, and two more."""
-    odd = np.random.default_rng(0).integers(40, 60)  # shapes that no other test has
+@pytest.mark.parametrize("layers_at_once", [5, 2])
+def test_programs_are_few(rng, caplog, monkeypatch, layers_at_once):
+    """At most two for each shape of site in coupling, and two more; blocks share them."""
+    odd = 40 + layers_at_once  # shapes that no other test has
+    monkeypatch.setattr(couplings, "ROWS_AT_ONCE", layers_at_once * odd * 19)
 
     def wide(layers, widths):
         return Activations(

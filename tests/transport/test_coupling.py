@@ -1,5 +1,7 @@
 """All layer pairs at all sites, the layer problem, and planted layers, neurons and signs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,45 @@ def test_standard_deviations(coupled):
     for site in SITES:
         np.testing.assert_allclose(coupling.std_target[site], target.values[site].std(1), rtol=1e-5)
         np.testing.assert_allclose(coupling.std_source[site], source.values[site].std(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers_at_once", [1, 2, 3, 4])
+def test_blocks_of_source_layers_do_not_matter(rng, monkeypatch, layers_at_once):
+    """Blocks that divide the source's layers and blocks that do not, of which the last overlaps."""
+    target, source = draw(rng, 2, 0), draw(rng, 5, 1)
+    run = functools.partial(couplings.couple, target, source, HParams(1.0, EPSILON), spec=spec_of())
+    whole = run()
+    monkeypatch.setattr(couplings, "ROWS_AT_ONCE", layers_at_once * ROWS * 7)
+    assert len(couplings._blocks((5, ROWS, 7))) > 1
+    parts = run()
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5),
+        parts._replace(feature=_numbers(parts)),
+        whole._replace(feature=_numbers(whole)),
+    )
+    for site in SITES:
+        assert parts.feature[site].converged.all()
+
+
+def _numbers(coupling):
+    """Potentials without the counts of iterations, which rounding decides."""
+    return {site: (one.f, one.g, one.cost) for site, one in coupling.feature.items()}
+
+
+@pytest.mark.parametrize(
+    ("layers", "at_once", "expected"),
+    [
+        (5, 9, [(0, 5)]),
+        (6, 3, [(0, 3), (3, 6)]),
+        (5, 3, [(0, 3), (2, 5)]),
+        (28, 9, [(0, 7), (7, 14), (14, 21), (21, 28)]),
+        (3, 1, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_blocks_of_source_layers_have_one_size(monkeypatch, layers, at_once, expected):
+    monkeypatch.setattr(couplings, "ROWS_AT_ONCE", at_once * 10 * 4 + 39)
+    found = couplings._blocks((layers, 10, 4))
+    assert [(one.start, one.stop) for one in found] == expected
 
 
 def test_only_the_sites_of_the_weights_are_solved(rng):

@@ -156,6 +156,29 @@ def test_each_stops_when_it_has_converged(rng):
     assert found.iterations[1] > 10
 
 
+def test_wide_rows_converge_to_the_threshold(rng):
+    """Sums of 32768 terms in float32 lose more of their mass than the threshold allows."""
+    n, m = 24, 1 << 15
+    costs = costs_of(rng, 1, n, m)
+    found = run(costs, 0.1, max_iterations=100)
+    assert found.converged.all()
+    [plan] = plans(costs, found, 0.1)
+    assert np.abs(plan.sum(0) - 1 / m).sum() < 2 * THRESHOLD
+    assert np.abs(plan.sum(1) - 1 / n).sum() < 2 * THRESHOLD
+
+
+def test_rows_without_mass_are_no_rounding():
+    """What a row that nothing reaches lacks is not spread over the others."""
+    kernel = (jnp.ones((1, 4, 8)).at[0, 0].set(0.0),)
+    state = scaling._State(
+        u=jnp.ones((1, 4)), v=jnp.ones((1, 8)), history=anderson.start(1, 8, 3),
+        error=jnp.full((1,), jnp.inf), iterations=jnp.zeros((1,), jnp.int32),
+    )  # fmt: skip
+    found = scaling._iterate(kernel, state, 1e-6, 100)
+    np.testing.assert_allclose(found.error, 0.25, rtol=1e-5)
+    np.testing.assert_allclose(found.u[0], [0, 1 / 32, 1 / 32, 1 / 32], rtol=1e-6)
+
+
 def test_nan_ends_at_once_and_alone(rng):
     costs = costs_of(rng, 2).at[0, 1, 2].set(jnp.nan)
     found = run(costs, 0.05)
@@ -188,6 +211,20 @@ def test_both_forms_agree(rng, monkeypatch):
             for found in (kernel, log)
         )
         close(ours, theirs)
+
+
+def test_log_form_solves_what_the_kernel_form_cannot(rng):
+    """A cost that spans 4000 epsilons because of a few entries that no mass may take."""
+    costs = costs_of(rng, 1)[0]
+    costs = jnp.where(jnp.asarray(rng.random(costs.shape) < 0.1), 800.0, costs)
+    found = solve.solve(costs, epsilon=0.2)
+    assert found.is_log
+    assert found.converged
+    theirs = pot.sinkhorn(
+        np.full(N, 1 / N), np.full(M, 1 / M), np.asarray(costs, np.float64), 0.2,
+        method="sinkhorn_log", numItermax=10_000, stopThr=1e-11,
+    )  # fmt: skip
+    close(solve.plan(costs, found), theirs)
 
 
 def test_a_batch_may_hold_both_forms(rng):
