@@ -207,7 +207,8 @@ def needed(
         # the merged model is read back beside the target it came from
         held_too = moved + held["target"] + streaming
         stages[f"score the {role}"] = models + held_too + _scoring(cfg, scored)
-    stages["check what was written"] = models + moved + 3 * held["target"]
+    # piece by piece, as the file has it, in float32 and as it was merged
+    stages["check what was written"] = models + moved + 3 * _largest(target)
     return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
 
 

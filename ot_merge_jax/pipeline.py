@@ -36,7 +36,7 @@ from ot_merge_jax.evaluate import nll, samples
 from ot_merge_jax.evaluate.divergence import divergence
 from ot_merge_jax.io import details, hf, provenance, publish, stages, stored
 from ot_merge_jax.io.folder import ModelFolder, stop_ids
-from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.report import arms, facts
@@ -307,17 +307,21 @@ def _silent(prepared: merge.Prepared, spec: MergeSpec) -> list[str]:
 
 
 def _self_check(folder: Path, fused: Params) -> None:
-    """Reads the written folder back: parameters, tokenizer, one forward pass."""
-    cfg, written = hf.load_hf(folder)
-    merged, written = (jax.tree.map(np.asarray, tree) for tree in (fused, written))
-    same = jax.tree.map(lambda a, b: np.array_equal(a.astype(b.dtype), b), merged, written)
-    if not jax.tree.all(same):
-        raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
+    """Reads the written folder back, one piece at a time: parameters, tokenizer, a forward pass."""
+    cfg, written = stored.open_stored(folder)
+    for spec in specs.param_specs(cfg):
+        ours, theirs = np.asarray(specs.get(fused, spec.path)), specs.get(written, spec.path)
+        pieces = zip(ours, theirs, strict=True) if spec.is_stacked else [(ours, theirs)]
+        for one, other in pieces:
+            if not np.array_equal(one.astype(other.dtype), other):
+                raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
     calibration.load_tokenizer(folder)
-    tokens = calibration.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
-    written = jax.tree.map(lambda leaf: jnp.asarray(leaf.astype(np.float32)), written)
-    logits = jax.jit(forward, static_argnames="cfg")(written, tokens, cfg=cfg)[0]
-    if not np.isfinite(np.asarray(logits)[0, :2]).all():
+    batch = calibration.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
+    cfg, written = stored.open_stored(folder, dtype=jnp.float32)
+    [x] = streamed.residuals(written, [batch], cfg=cfg, what="check what was written")
+    head = jax.jit(decoder.head, static_argnames="cfg")
+    logits = head(streamed.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)
+    if not np.isfinite(np.asarray(logits)).all():
         raise OSError(f"{folder} was written, but its logits are not finite; report this as a bug.")
 
 

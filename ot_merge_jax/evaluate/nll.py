@@ -204,13 +204,10 @@ def _losses(
             split = sharding.split_batch(batch, mesh)
             yield document, _sequence_nll(params, split, scored, bias, cfg=cfg)
         return
-    table = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
     for part in streamed.chunks(cut.batches, cfg=cfg):
         batches = cut.batches[part]
-        hidden = streamed.embedded(params, batches, cfg=cfg)
-        for _ in streamed.through_layers(params, hidden, batches, cfg=cfg, what=f"score {text}"):
-            pass  # `hidden` is what counts
-        last = {key: dict(params[key]) for key in ("norm", table)}
+        hidden = streamed.residuals(params, batches, cfg=cfg, what=f"score {text}")
+        last = streamed.of_head(params, cfg=cfg)
         for x, (batch, scored, document) in zip(hidden, parts[part], strict=True):
             yield document, _head_nll(last, x, batch, scored, bias, cfg=cfg)
 

@@ -107,7 +107,9 @@ def write(
         "seed": recipe.seed,
         "transport": found["sites"]
         and {
-            site: {k: one[k] for k in ("largest_error", "most_iterations", "converged")}
+            site: {
+                k: one[k] for k in ("largest_error", "most_iterations", "converged", "in_log_form")
+            }
             for site, one in found["sites"].items()
         },
         "evaluation": found["evaluation"],

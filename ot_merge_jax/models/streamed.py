@@ -75,6 +75,22 @@ def through_layers(
             yield l, index, rows
 
 
+def residuals(
+    params: Params, batches: Sequence[Batch], *, cfg: ModelConfig, what: str
+) -> list[np.ndarray]:
+    """The residual stream behind the last layer, on the host, for each batch ``[b, s, d]``."""
+    hidden = embedded(params, batches, cfg=cfg)
+    for _ in through_layers(params, hidden, batches, cfg=cfg, what=what):
+        pass  # `hidden` is what counts
+    return hidden
+
+
+def of_head(params: Params, *, cfg: ModelConfig) -> Params:
+    """The parameters that `decoder.head` reads, in memory."""
+    table = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
+    return {key: dict(params[key]) for key in ("norm", table)}
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "kind", "sites"))
 def _layer(
     layer: Params, x: jax.Array, batch: Batch, *, cfg: ModelConfig, kind: int, sites: frozenset[str]

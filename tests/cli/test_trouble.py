@@ -184,6 +184,18 @@ def test_solver_that_stops_early_is_a_warning(desk, cli):
     assert not any(any(one["converged"]) for one in report["weights"].values())
 
 
+def test_an_epsilon_that_float32_kernels_cannot_hold_is_solved_in_log_form(desk, cli):
+    """Recorded in the report and in the provenance, for every pair of every site."""
+    called = cli(*desk.run(preset="paper", epsilon="1e-5", max_iterations="20"))
+    assert called.code == 0, called.err
+    found = [
+        json.loads((desk.out / "ot_merge" / name).read_text())[key]
+        for name, key in (("report.json", "sites"), ("provenance.json", "transport"))
+    ]
+    for sites in found:
+        assert {one["in_log_form"] for one in sites.values()} == {1.0}
+
+
 def test_strict_refuses_a_solver_that_stops_early(desk, cli, everything):
     before = everything()
     called = cli(*desk.run("--strict", "--quiet", preset="paper", max_iterations="1"))

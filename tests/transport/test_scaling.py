@@ -141,6 +141,12 @@ def test_blocks_do_not_matter(rng, monkeypatch, entries):
 
 def test_a_problem_does_not_depend_on_its_batch(rng):
     costs = jnp.concatenate([costs_of(rng, 2), jnp.ones((1, N, M)), costs_of(rng, 2) * 3])
+    for epsilon in (0.1, 0.02):  # at the default threshold
+        together = plans(costs, run(costs, epsilon), epsilon)
+        for index in range(len(costs)):
+            alone = run(costs[index : index + 1], epsilon)
+            alone = plans(costs[index : index + 1], alone, epsilon)[0]
+            np.testing.assert_allclose(together[index], alone, rtol=0, atol=EXACT)
     # rounding decides the path, so only what the threshold pins down can be compared
     together = run(costs, 0.02, threshold=2e-7)
     for index in range(len(costs)):
