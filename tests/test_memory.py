@@ -1,15 +1,19 @@
 """What a run is said to need, and what happens when that is too much."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration, memory
+from ot_merge_jax import calibration, memory, planning
+from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.errors import RecipeError, ResourceError
+from ot_merge_jax.io import checkpoint
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.types import MergeSpec
+from ot_merge_jax.spaces import PROJECTIONS
+from ot_merge_jax.types import Coupling, MergeSpec, Potentials
 
 SPEC = MergeSpec(weights=("up", "down"))
 
@@ -112,3 +116,46 @@ def test_limit_of_a_container_counts(said, expected, tmp_path):
     assert machine > 1 << 28
     file.write_text(said)
     assert memory.of_machine([str(file)]) == (expected or machine)
+
+
+def test_a_coupling_of_an_8b_into_a_1b_is_small():
+    """All seven projections of every layer pair, at the shapes of Llama 3.1 8B and 3.2 1B."""
+    said = {
+        "family": "llama", "vocab_size": 128256, "num_heads": 32, "num_kv_heads": 8,
+        "max_positions": 131072, "rms_norm_eps": 1e-5, "rope": Rope(5e5), "qkv_bias": False,
+        "dtype": "bfloat16", "tie_word_embeddings": False,
+    }  # fmt: skip
+    names = ("hidden_size", "intermediate_size", "num_layers", "head_dim")
+    target, source = (
+        ModelConfig(**said, **dict(zip(names, sizes, strict=True)))
+        for sizes in ((2048, 8192, 16, 64), (4096, 14336, 32, 128))
+    )
+    assert 200e6 < planning._coupling(target, source, tuple(PROJECTIONS)) <= 250e6
+
+
+def test_a_coupling_takes_the_disk_that_was_said(cfgs, tmp_path, rng):
+    """Random potentials, which do not compress, of every pair."""
+    target, source = cfgs["target"], cfgs["source"]
+    pairs = (target.num_layers, source.num_layers)
+    wide = dict.fromkeys(("mlp_in", "up_out"), 1 << 13)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    feature = {
+        site: Potentials(
+            draw(*pairs, width), draw(*pairs, width), *(draw(*pairs) for _ in range(3)),
+            iterations=np.zeros(pairs, np.int32), converged=np.ones(pairs, bool),
+            is_log=np.zeros(pairs, bool),
+        )
+        for site, width in wide.items()
+    }  # fmt: skip
+    std = [{site: draw(one.num_layers, wide[site]) for site in wide} for one in (target, source)]
+    layer = {site: draw(*pairs) for site in wide}
+    checkpoint.save_coupling(tmp_path / "coupling", Coupling(layer, feature, *std))
+    said = 4 * sum(
+        math.prod(pairs) * 2 * width + (target.num_layers + source.num_layers) * width
+        for width in wide.values()
+    )
+    took = sum(one.stat().st_size for one in (tmp_path / "coupling").rglob("*") if one.is_file())
+    assert 0.9 * said < took < 1.05 * said
