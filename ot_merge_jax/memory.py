@@ -207,8 +207,8 @@ def needed(
         # the merged model is read back beside the target it came from
         held_too = moved + held["target"] + streaming
         stages[f"score the {role}"] = models + held_too + _scoring(cfg, scored)
-    # piece by piece, as the file has it, in float32 and as it was merged
-    stages["check what was written"] = models + moved + 3 * _largest(target)
+    # the merge beside the target and what moved; of the file one piece at a time
+    stages["check what was written"] = models + 2 * moved + 3 * _largest(target)
     return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
 
 

@@ -34,8 +34,8 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples
 from ot_merge_jax.evaluate.divergence import divergence
-from ot_merge_jax.io import details, hf, provenance, publish, stages, stored
-from ot_merge_jax.io.folder import ModelFolder, stop_ids
+from ot_merge_jax.io import details, hf, provenance, publish, safetensors, stages, stored
+from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
@@ -306,21 +306,26 @@ def _silent(prepared: merge.Prepared, spec: MergeSpec) -> list[str]:
     ]
 
 
+_head = jax.jit(decoder.head, static_argnames="cfg")
+
+
 def _self_check(folder: Path, fused: Params) -> None:
     """Reads the written folder back, one piece at a time: parameters, tokenizer, a forward pass."""
-    cfg, written = stored.open_stored(folder)
+    opened = open_folder(folder)
+    cfg, written = stored.stored(opened)
     for spec in specs.param_specs(cfg):
         ours, theirs = np.asarray(specs.get(fused, spec.path)), specs.get(written, spec.path)
         pieces = zip(ours, theirs, strict=True) if spec.is_stacked else [(ours, theirs)]
-        for one, other in pieces:
-            if not np.array_equal(one.astype(other.dtype), other):
+        for name, (one, other) in zip(spec.tensor_names(), pieces, strict=True):
+            # the layers of a stack may have dtypes of their own
+            dtype = safetensors.DTYPES[opened.tensors[name].dtype]
+            if not np.array_equal(one.astype(dtype), np.asarray(other).astype(dtype)):
                 raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
     calibration.load_tokenizer(folder)
     batch = calibration.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
-    cfg, written = stored.open_stored(folder, dtype=jnp.float32)
+    cfg, written = stored.stored(opened, dtype=jnp.float32)
     [x] = streamed.residuals(written, [batch], cfg=cfg, what="check what was written")
-    head = jax.jit(decoder.head, static_argnames="cfg")
-    logits = head(streamed.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)
+    logits = _head(streamed.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)
     if not np.isfinite(np.asarray(logits)).all():
         raise OSError(f"{folder} was written, but its logits are not finite; report this as a bug.")
 

@@ -57,7 +57,9 @@ def main() -> None:
         lines = assets.path("heldout.jsonl").read_text(encoding="utf-8").splitlines()[:8]
         (place / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         cases = [merged(place, weights, limit, said.texts) for weights, limit in _CASES]
-    benchmarking.keep(said.out, {"parameters": counts, "cases": cases})
+    benchmarking.keep(
+        said.out, {"machine": benchmarking.machine(), "parameters": counts, "cases": cases}
+    )
 
 
 def merged(place: Path, weights: str, limit: str, documents: int) -> dict[str, Any]:
@@ -74,7 +76,8 @@ def merged(place: Path, weights: str, limit: str, documents: int) -> dict[str, A
     start = time.perf_counter()
     with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         log = process.stderr.read().decode() if process.stderr else ""
-        # of this process alone; what `getrusage` says of children is the largest of all so far
+        # of this child; it begins with the parent's peak, about 1.2 GiB, which is no more than its
+        # own. What `getrusage` says of children is the largest of all so far
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -1,18 +1,16 @@
 """What a run is said to need, and what happens when that is too much."""
 
 import dataclasses
-import math
 
 import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration, memory, planning
+from ot_merge_jax import calibration, memory, planning, spaces
 from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.spaces import PROJECTIONS
 from ot_merge_jax.types import Coupling, MergeSpec, Potentials
 
 SPEC = MergeSpec(weights=("up", "down"))
@@ -130,14 +128,18 @@ def test_a_coupling_of_an_8b_into_a_1b_is_small():
         ModelConfig(**said, **dict(zip(names, sizes, strict=True)))
         for sizes in ((2048, 8192, 16, 64), (4096, 14336, 32, 128))
     )
-    assert 200e6 < planning._coupling(target, source, tuple(PROJECTIONS)) <= 250e6
+    assert 200e6 < planning._coupling(target, source, tuple(spaces.PROJECTIONS)) <= 250e6
 
 
 def test_a_coupling_takes_the_disk_that_was_said(cfgs, tmp_path, rng):
     """Random potentials, which do not compress, of every pair."""
-    target, source = cfgs["target"], cfgs["source"]
-    pairs = (target.num_layers, source.num_layers)
-    wide = dict.fromkeys(("mlp_in", "up_out"), 1 << 13)
+    target, source = (
+        dataclasses.replace(cfgs[role], hidden_size=1 << 13, intermediate_size=1 << 13)
+        for role in ("target", "source")
+    )
+    pairs, width = (target.num_layers, source.num_layers), 1 << 13
+    sites = spaces.sites_of(("up",))
+    assert {spaces.site_width(site, cfg) for site in sites for cfg in (target, source)} == {width}
 
     def draw(*shape):
         return rng.normal(size=shape).astype(np.float32)
@@ -148,14 +150,11 @@ def test_a_coupling_takes_the_disk_that_was_said(cfgs, tmp_path, rng):
             iterations=np.zeros(pairs, np.int32), converged=np.ones(pairs, bool),
             is_log=np.zeros(pairs, bool),
         )
-        for site, width in wide.items()
+        for site in sites
     }  # fmt: skip
-    std = [{site: draw(one.num_layers, wide[site]) for site in wide} for one in (target, source)]
-    layer = {site: draw(*pairs) for site in wide}
+    std = [{site: draw(one.num_layers, width) for site in sites} for one in (target, source)]
+    layer = {site: draw(*pairs) for site in sites}
     checkpoint.save_coupling(tmp_path / "coupling", Coupling(layer, feature, *std))
-    said = 4 * sum(
-        math.prod(pairs) * 2 * width + (target.num_layers + source.num_layers) * width
-        for width in wide.values()
-    )
     took = sum(one.stat().st_size for one in (tmp_path / "coupling").rglob("*") if one.is_file())
+    said = planning._coupling(target, source, ("up",))
     assert 0.9 * said < took < 1.05 * said

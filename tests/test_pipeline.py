@@ -4,9 +4,12 @@ import errno
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from checkpoints import mixed, recast
 
 from ot_merge_jax import (
     calibration,
@@ -385,6 +388,19 @@ def test_self_check_catches_a_lost_tokenizer(resolved, out, monkeypatch):
 def test_self_check_accepts_what_was_written(resolved, out):
     result = pipeline.run(resolved(), out, command="test")
     assert Path(result.out / "model.safetensors").exists()
+
+
+def test_self_check_rounds_every_layer_as_its_file_does(tiny_checkpoint, writable_copy, tmp_path):
+    """A stack of which one layer is BF16 and another F32, and weights that have moved."""
+    like = recast(writable_copy(tiny_checkpoint()), mixed)
+    cfg, params = hf.load_hf(like, dtype=jnp.float32)
+    fused = jax.tree.map(lambda leaf: 1.001 * leaf, params)
+    folder = tmp_path / "written"
+    folder.mkdir()
+    hf.write_model(folder, fused, cfg=cfg, like=like)
+    pipeline._self_check(folder, fused)
+    with pytest.raises(OSError, match="does not hold"):
+        pipeline._self_check(folder, params)
 
 
 # ---- the API itself ----

@@ -117,12 +117,12 @@ def _stacked(
     """The results of `_one_layer`, target layers leading, blocks of source layers joined."""
     parts = []
     for solved in blocks:
-        potentials, std_target, std_source = zip(*solved, strict=True)
+        potentials, _, std_source = zip(*solved, strict=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *potentials)
         parts.append((stacked, std_source[0]))  # of the source they are all the same
     joined = jax.tree.map(lambda *leaves: _joined(leaves, layers), *parts)
     potentials = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), joined[0])
-    return potentials, jnp.stack(std_target), joined[1]
+    return potentials, jnp.stack([std for _, std, _ in blocks[0]]), joined[1]
 
 
 def _joined(blocks: tuple[jax.Array, ...], layers: int) -> jax.Array:

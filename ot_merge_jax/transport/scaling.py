@@ -37,8 +37,12 @@ BLOCK = 1 << 20
 _MOST_BLOCKS = 32
 #: Scalings beyond exp(+-this) are absorbed.
 _DRIFT = 20.0
-#: A mass that is further from 1 is no rounding: there are rows that have none.
+#: A mass that is further from 1, or by as much as one row has, is no rounding.
 _ROUNDING = 1e-4
+#: Terms of a row that a CPU sums side by side; of a column it sums the rows of a block in turn.
+_LANES = 8
+#: Rows of a block at most, as long as `_MOST_BLOCKS` allows, so that the columns' sums stay short.
+_LONGEST_SUM = 512
 
 
 class _State(NamedTuple):
@@ -158,7 +162,7 @@ def _rows(b: int, n: int, m: int) -> list[slice]:
     """The rows of each block, the last one perhaps shorter."""
     if jax.default_backend() != "cpu":
         return [slice(0, n)]
-    rows = max(1, BLOCK // (b * m), math.ceil(n / _MOST_BLOCKS))
+    rows = max(1, min(_LONGEST_SUM, BLOCK // (b * m)), math.ceil(n / _MOST_BLOCKS))
     return [slice(first, min(n, first + rows)) for first in range(0, n, rows)]
 
 
@@ -228,11 +232,13 @@ def _iterate(kernel: _Kernel, state: _State, threshold: Any, max_iterations: int
     is_active = _is_active(state.error, state.iterations, threshold, max_iterations)
     u, columns = _scaled(kernel, state.v, n)
     columns = state.v * columns
-    # a long sum of a row loses what is small beside it, so that all rows get too much, by more than
-    # 1e-6 where they are wide; the columns' sums are made block by block and say how much
+    # a long sum in float32 loses what is small beside it, by more than 1e-6 where it is of 14336
+    # terms; so the mass is not 1, and whichever sum is the longer one is to blame
     mass = columns.sum(1, keepdims=True)
-    mass = jnp.where(jnp.abs(mass - 1) < _ROUNDING, mass, 1.0)
-    u, columns = u / mass, columns / mass
+    mass = jnp.where(jnp.abs(mass - 1) < min(_ROUNDING, 0.5 / n), mass, 1.0)
+    columns = columns / mass
+    if m > _LANES * kernel[0].shape[1]:
+        u = u / mass
     error = jnp.abs(columns - 1 / m).sum(1)
     moved, history = anderson.step(columns, state.history, error=error, before=state.error)
     iterations = state.iterations + is_active

@@ -107,6 +107,23 @@ def test_standard_deviations(coupled):
         np.testing.assert_allclose(coupling.std_source[site], source.values[site].std(1), rtol=1e-5)
 
 
+def test_a_wide_plan_rebuilt_is_the_plan_that_was_solved(rng):
+    """Entries of about 1e-5: the error counts relative to them."""
+    shared = rng.normal(size=(80, 16))
+    x, y = (
+        jnp.asarray(
+            shared @ rng.normal(size=(16, width)) + rng.normal(size=(80, width)), jnp.float32
+        )
+        for width in (192, 256)
+    )
+    costs = cost.correlation_cost(x, y)
+    found = solve.solve(costs, epsilon=0.05)
+    solved = np.asarray(solve.plan(costs, found))
+    rebuilt = np.asarray(couplings.rebuild(x, y, found))
+    assert np.abs(rebuilt - solved).sum() <= 1e-5
+    np.testing.assert_allclose(rebuilt, solved, rtol=1e-4, atol=1e-6 * solved.max())
+
+
 @pytest.mark.parametrize("layers_at_once", [1, 2, 3, 4])
 def test_blocks_of_source_layers_do_not_matter(rng, monkeypatch, layers_at_once):
     """Blocks that divide the source's layers and blocks that do not, of which the last overlaps."""

@@ -452,23 +452,6 @@ def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
         np.testing.assert_allclose(rebuilt, solved, rtol=0, atol=1e-6)
 
 
-def test_a_wide_plan_rebuilt_is_the_plan_that_was_solved(rng):
-    """Entries of about 1e-5: the error counts relative to them."""
-    shared = rng.normal(size=(80, 16))
-    x, y = (
-        jnp.asarray(
-            shared @ rng.normal(size=(16, width)) + rng.normal(size=(80, width)), jnp.float32
-        )
-        for width in (192, 256)
-    )
-    costs = cost.correlation_cost(x, y)
-    found = solve.solve(costs, epsilon=0.05)
-    solved = np.asarray(solve.plan(costs, found))
-    rebuilt = np.asarray(couplings.rebuild(x, y, found))
-    assert np.abs(rebuilt - solved).sum() <= 1e-5
-    np.testing.assert_allclose(rebuilt, solved, rtol=1e-4, atol=1e-6 * solved.max())
-
-
 @pytest.mark.parametrize(
     ("into", "out", "flops"),
     [
@@ -478,7 +461,7 @@ def test_a_wide_plan_rebuilt_is_the_plan_that_was_solved(rng):
 )
 def test_the_cheaper_order_of_the_triple_product_is_taken(into, out, flops):
     shapes = [jax.ShapeDtypeStruct(one, jnp.float32) for one in ((64, 32), into, out)]
-    program = jax.jit(operator.triple).lower(*shapes).compile()
+    program = jax.jit(operator.triple).lower(*shapes)
     assert program.cost_analysis()["flops"] == pytest.approx(flops, rel=0.1)
 
 

@@ -173,6 +173,19 @@ def test_wide_rows_converge_to_the_threshold(rng):
     assert np.abs(plan.sum(1) - 1 / n).sum() < 2 * THRESHOLD
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "epsilon"),
+    [(1 << 15, 24, 0.02), (24, 1 << 15, 0.02), (1 << 13, 512, 0.05)],
+)
+def test_the_error_is_that_of_the_plan_however_long_its_sums(rng, n, m, epsilon):
+    """Tall and wide: what rounding takes from one side is not charged to the other."""
+    costs = costs_of(rng, 1, n, m)
+    found = run(costs, epsilon, max_iterations=150)
+    [plan] = plans(costs, found, epsilon)
+    true = max(np.abs(plan.sum(0) - 1 / m).sum(), np.abs(plan.sum(1) - 1 / n).sum())
+    assert true < found.error[0] + THRESHOLD
+
+
 def test_rows_without_mass_are_no_rounding():
     """What a row that nothing reaches lacks is not spread over the others."""
     kernel = (jnp.ones((1, 4, 8)).at[0, 0].set(0.0),)
