@@ -252,7 +252,7 @@ def inner(n: int, m: int, epsilons: list[float]) -> dict[str, Any]:
 
 
 def wide(n: int, m: int, epsilon: float) -> None:
-    """What the child process of the MLP-shaped measurement does: ours, then a part of the loop."""
+    """What the child process of the MLP-shaped measurement does: ours, then the loop."""
     costs = cost.correlation_cost(*widened(n, m))
     jax.block_until_ready(costs)
     run = functools.partial(solve.solve, costs, epsilon=epsilon)
@@ -276,7 +276,7 @@ def wide(n: int, m: int, epsilon: float) -> None:
             "epsilon": epsilon,
             "seconds": took,
             "seconds_with_compilation": first,
-            "iterations": int(found.iterations),
+            "iterations": solved.iterations,
             "l1_error": error_of(solved),
             "working_set_gib": (peak - before) / 2**30,
             "torch": loop,

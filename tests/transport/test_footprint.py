@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-N, M, T, MIB = 768, 1024, 64, 1 << 20
+N, M, T = 768, 1024, 64
 COST = 4 * N * M
 
 PROGRAM = f"""
