@@ -85,7 +85,7 @@ def gather(
     shape of batch.
 
     Args:
-        params: Parameters, in the dtype to compute in; of `ot_merge_jax.io.stored.StoredParams`
+        params: Parameters, in the dtype to compute in; of `specs.LazyParams`
             one layer at a time is in memory.
         batches: From `ot_merge_jax.calibration`.
         cfg: The model.
@@ -116,7 +116,7 @@ def gather(
         site: allocate(site, (cfg.num_layers, len(row_id), site_width(site, cfg)))
         for site in sorted(sites)
     }
-    steps = _whole if specs.is_in_memory(params) else _by_layer
+    steps = _whole if specs.is_resident(params) else _by_layer
     for layers, index, captured in steps(
         params, batches, cfg=cfg, sites=sites, model=model, mesh=mesh
     ):

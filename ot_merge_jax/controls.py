@@ -8,7 +8,7 @@ units, strengths that are tried. The control `unigram` breaks nothing and lives 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,9 +18,22 @@ import numpy as np
 from ot_merge_jax import fuse
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.io.stored import StoredParams
+from ot_merge_jax.merge import Stage, call, gather_rows, given, merge, steps_of
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.model import Model, Models
 from ot_merge_jax.spaces import sites_of
-from ot_merge_jax.types import Activations, Coupling, MergeSpec, Params, VocabularyMatch
+from ot_merge_jax.types import (
+    Activations,
+    AlignedBatches,
+    Choice,
+    Coupling,
+    HParams,
+    Merged,
+    MergeSpec,
+    Params,
+    Transported,
+    VocabularyMatch,
+)
 
 #: Gaussian updates that a merge is compared with (SPEC section 10).
 NOISE_SEEDS = 5
@@ -61,6 +74,82 @@ def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = T
     if name == "unigram" and not has_dev:
         return "there is no dev split to choose its share on"
     return None
+
+
+def inapplicable_reasons(
+    kinds: Sequence[str], *, spec: MergeSpec, source_layers: int, has_dev: bool
+) -> dict[str, str | None]:
+    """Every control that some kinds stand for -> why it does not apply to a merge, or None."""
+    return {
+        name: why_not(name, spec=spec, source_layers=source_layers, has_dev=has_dev)
+        for name in arms(kinds)
+    }
+
+
+def remade(
+    name: str,
+    merged: Merged,
+    models: Models,
+    batches: AlignedBatches,
+    hparams: HParams,
+    *,
+    spec: MergeSpec,
+    vocabulary: VocabularyMatch | None,
+    seed: int,
+    stage: Stage = call,
+    choose: Callable[[Transported], Choice] | None = None,
+) -> Merged:
+    """A merge made again by `ot_merge_jax.merge.merge`, with one thing broken.
+
+    What is not broken is taken from the merge; diagnostics are not made.
+
+    Args:
+        name: One of `BROKEN`.
+        merged: The merge.
+        models: The models it was made of.
+        batches: What they read.
+        hparams: As of the merge.
+        spec: As of the merge.
+        vocabulary: As of the merge.
+        seed: Of what is drawn.
+        stage: Keeps the activations of the random source of ``wrong-source``.
+        choose: As of the merge.
+
+    Returns:
+        The control; its ``report`` is that of the merge.
+    """
+    steps, alignment, transported = steps_of(merged), merged.alignment, merged.transported
+    target = models.target.params
+    if name == "shrink":
+        steps["moved"] = transported._replace(weights=shrink(transported.weights))
+    elif name in NOISE:
+        number = seed * NOISE_SEEDS + NOISE.index(name)
+        drawn = noise(target, *transported, spec=spec, seed=number)
+        steps["moved"] = transported._replace(weights=drawn)
+    else:
+        del steps["moved"]
+    if name == "permuted":
+        if alignment is not None:
+            steps["coupling"], steps["rows-source"] = permuted(
+                alignment.coupling, alignment.source, seed=seed
+            )
+        vocabulary = vocabulary and permuted_tokens(vocabulary, seed=seed)
+    if name == "wrong-layer" and alignment is not None:
+        steps["coupling"] = wrong_layers(alignment.coupling, seed=seed)
+    if name == "wrong-source":
+        cfg, params = models.reference.cfg, models.reference.params
+        stranger = random_source(cfg, seed=seed, is_resident=specs.is_resident(params))
+        models = models._replace(stand_in=Model(cfg, stranger))
+        if alignment is not None:
+            del steps["coupling"]
+            steps["rows-source"] = gather_rows(
+                "rows-random", models.reference, batches.source,
+                sites=sites_of(spec.weights), role=models.reference_role, stage=stage,
+            )  # fmt: skip
+    return merge(
+        models, batches, hparams,
+        spec=spec, vocabulary=vocabulary, stage=given(steps), choose=choose,
+    )  # fmt: skip
 
 
 def shrink(moved: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -143,7 +232,7 @@ def permuted(coupling: Coupling, source: Activations, *, seed: int) -> tuple[Cou
         seed: Of the permutations.
 
     Returns:
-        Both, as `ot_merge_jax.merge.move` takes them.
+        Both, for an `Alignment`.
     """
     feature, values = dict(coupling.feature), dict(source.values)
     for site, found in coupling.feature.items():
@@ -188,7 +277,7 @@ def _order(count: int, seed: int, name: str) -> np.ndarray:
 
 
 def random_source(
-    cfg: ModelConfig, *, seed: int, std: float = 0.02, is_held: bool = True
+    cfg: ModelConfig, *, seed: int, std: float = 0.02, is_resident: bool = True
 ) -> Params:
     """Parameters of a model that has learned nothing, as transformers makes them.
 
@@ -196,7 +285,7 @@ def random_source(
         cfg: Of the source (of the source base, for rule ``delta``).
         seed: Of the weights.
         std: Their standard deviation.
-        is_held: Whether all of them are made at once; otherwise each when it is asked for.
+        is_resident: Whether all of them are made at once; otherwise each when it is asked for.
 
     Returns:
         Nested parameters, float32.
@@ -205,9 +294,9 @@ def random_source(
         >>> from ot_merge_jax import assets
         >>> from ot_merge_jax.io.folder import open_folder
         >>> cfg = open_folder(assets.path("sibling")).cfg
-        >>> held, read = (random_source(cfg, seed=0, is_held=one) for one in (True, False))
+        >>> held, read = (random_source(cfg, seed=0, is_resident=one) for one in (True, False))
         >>> bool((held["layers"]["mlp"]["up_proj"]["kernel"][1]
-        ...       == read["layers"]["mlp"]["up_proj"]["kernel"][1]).all())
+        ...       == read.leaf("layers/mlp/up_proj/kernel")[1]).all())
         True
     """
 
@@ -221,7 +310,7 @@ def random_source(
         return np.float32(std) * drawn.standard_normal(shape, dtype=np.float32)
 
     table = {spec.path: spec for spec in specs.param_specs(cfg)}
-    if not is_held:
+    if not is_resident:
         return StoredParams(leaf, table)
     return specs.unflatten(
         {

@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ot_merge_jax import calibration, preflight
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluate import choices, compare, divergence, nll, samples, tasks
 from ot_merge_jax.io import hf, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
+from ot_merge_jax.models.model import Model
 from ot_merge_jax.recipe import Text
 from ot_merge_jax.texts import Document
-from ot_merge_jax.types import Params
 
 _LOG = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ def evaluate(
         if name != first and name not in near:
             _LOG.warning("%s has other tokens than the base %s: no KL, only bits", name, first)
     said: dict[str, _Said] = {}
-    kept: divergence.Model | None = None
+    kept: Model | None = None
     for name in sorted(names, key=lambda name: name != first):
         model = _load(folders[name])
         beside = kept if name in near else None
@@ -138,7 +137,7 @@ def evaluate(
     return found | ({"base": first} if near else {})
 
 
-def _load(folder: ModelFolder) -> tuple[ModelConfig, Params]:
+def _load(folder: ModelFolder) -> Model:
     """A model in float32."""
     _LOG.info("load %s", folder.where)
     return hf.load_folder(folder, dtype=jnp.float32)
@@ -165,12 +164,12 @@ def _read(ask: Ask, tokenizer: Any, *, offline: bool) -> _Read:
 
 
 def _said(
-    model: tuple[ModelConfig, Params],
+    model: Model,
     folder: ModelFolder,
     tokenizer: Any,
     read: _Read,
     ask: Ask,
-    base: divergence.Model | None,
+    base: Model | None,
     *,
     seed: int,
 ) -> _Said:
@@ -185,7 +184,7 @@ def _said(
         cut = nll.windows(read.documents, tokenizer, max_positions=cfg.max_positions)
         scores = nll.score(params, cut, cfg=cfg)
         if base is not None:
-            shorter = min(cfg.max_positions, base[0].max_positions)
+            shorter = min(cfg.max_positions, base.cfg.max_positions)
             if shorter < cfg.max_positions:
                 cut = nll.windows(read.documents, tokenizer, max_positions=shorter)
             nats = divergence.divergence(base, model, cut)

@@ -9,7 +9,7 @@ import functools
 import importlib.metadata
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ import yaml
 
 from ot_merge_jax import (
     calibration,
-    fuse,
+    controls,
     memory,
-    merge,
     planning,
     preflight,
+    run_controls,
     staged,
     texts,
     trials,
@@ -34,16 +34,32 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples
 from ot_merge_jax.evaluate.divergence import divergence
-from ot_merge_jax.io import details, hf, provenance, publish, safetensors, stages, stored
+from ot_merge_jax.io import (
+    checkpoint,
+    details,
+    hf,
+    provenance,
+    publish,
+    safetensors,
+    stages,
+    stored,
+)
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
+from ot_merge_jax.merge import gather_rows, merge
 from ot_merge_jax.models import decoder, specs, streamed
+from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.report import arms, facts
 from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import cost
-from ot_merge_jax.types import HParams, MergeReport, MergeSpec, Params
+from ot_merge_jax.types import (
+    Alignment,
+    MergeReport,
+    MergeSpec,
+    Params,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -150,59 +166,63 @@ def _merge(
     started: float,
 ) -> RunResult:
     """The stages of a run, up to the folder that is published."""
-    recipe = inputs.recipe
+    recipe, seed = inputs.recipe, inputs.recipe.seed
     spec, hparams = recipe.spec(), recipe.hparams()
-
-    @functools.cache
-    def models(role: str) -> merge.Model:
-        folder = inputs.folders[role]
-        return _open(folder) if role in held.on_disk else _load(folder, mesh)
-
-    has_base = "source base" in inputs.folders
+    is_chosen = recipe.strength == "auto"
+    deferred = _deferred(inputs.folders, held.on_disk, mesh)
+    models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
+    split = run_controls.split(inputs)
     _LOG.info("transport: %s", ", ".join(spec.weights))
-    prepared = staged.prepare(
-        state, models, inputs.data, hparams,
-        spec=spec, has_base=has_base, vocabulary=inputs.vocabulary,
+    choose = None
+    if is_chosen and split.dev is not None:
+        choose = staged.chooser(state, models.target, split.dev, hparams, spec=spec)
+    merged = merge(
+        models, split.batches, hparams,
+        spec=spec, vocabulary=split.vocabulary, stage=staged.keeping(state), choose=choose,
     )  # fmt: skip
-    site_facts = staged.site_facts(
-        state, models, prepared, inputs.held_out_data,
-        spec=spec, has_base=has_base, seed=recipe.seed,
-    )  # fmt: skip
-    points: list[sweeps.Point] = []
-    dev = trials.dev_windows(inputs)
-    if recipe.strength == "auto" and dev is not None:
-        points, hparams = staged.strength(state, models, prepared, dev, hparams, spec=spec)
     model = stages.stage(
         state,
         "model",
-        lambda folder: _write_model(folder, inputs, models("target"), prepared, hparams, spec),
+        lambda folder: _write_model(folder, merged.params, models.target.cfg, inputs.folders),
         lambda folder: folder,
-        needs=["moved", *(["sweep"] if points else [])],
+        needs=["moved", *(["sweep"] if merged.choice.tried else [])],
         folder=stages.MODEL,
     )
-    report = merge.describe(models("target"), prepared, hparams, spec=spec)
-    unconverged = _unconverged(report)
-    silent = _silent(prepared, spec)
-    warnings = [*silent, *unconverged, *sweeps.at_the_edge(points, hparams)]
+    merged = merged._replace(params=None)  # the files hold it now
+    sites = _site_facts(state, models, merged.alignment, inputs.held_out_data, spec, seed)
+    unconverged = _unconverged(merged.report)
+    chosen, points = merged.choice
+    warnings = [
+        *_silent(merged.alignment, spec), *unconverged, *sweeps.at_the_edge(points, chosen),
+    ]  # fmt: skip
     if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
     scores, evaluation = _evaluate(state, inputs, models, model, known)
     measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {"controls": {}}
     if inputs.held_out is not None:
-        setting = trials.Setting(
-            state, models, inputs, prepared, recipe.hparams(), spec, dev,
-            trials.target_windows(inputs, inputs.held_out), scores["target"],
+        context = trials.TrialContext(
+            models, hparams, spec, is_chosen, run_controls.target_windows(inputs, inputs.held_out),
+            scores["target"], hf.stored_dtypes(inputs.folders["target"]),
         )  # fmt: skip
-        merged = trials.Arm(hparams.strength, points, scores["merge"])
-        measured, against, shown = arms.outcome(trials.every(setting, merged), setting)
+        reasons = controls.inapplicable_reasons(
+            recipe.controls, spec=spec, source_layers=models.source.cfg.num_layers,
+            has_dev=split.dev is not None,
+        )  # fmt: skip
+        arm = trials.Arm(chosen.strength, points, scores["merge"])
+        every_trial = run_controls.every_seed(
+            state, inputs, context, merged, arm, [name for name, why in reasons.items() if not why]
+        )
+        measured, against, shown = arms.outcome(
+            every_trial, scores["target"], reasons, asked=recipe.controls, seed=seed
+        )
         models_alone = {name: evaluation[name] for name in ("target", "source")}
         shown["controls"] = models_alone | shown["controls"]
-    verdict = verdicts.of_merge(
-        measured, report, hparams, spec, against, is_auto=recipe.strength == "auto"
-    )
+    for role in deferred.keys() - {TARGET}:
+        deferred[role].release()  # what follows reads the target and the merge
+    verdict = verdicts.of_merge(measured, merged.report, chosen, spec, against, is_auto=is_chosen)
     if strict and (unconverged or measured.outcome == "worse"):
         raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
-    found = facts.plain(
+    found = checkpoint.plain(
         {
             "verdict": verdict.sentence,
             "outcome": verdict.outcome,
@@ -210,18 +230,18 @@ def _merge(
             **shown,
             "evaluation": evaluation,
             "strength": {
-                "chosen": hparams.strength,
+                "chosen": chosen.strength,
                 "tried": points,
                 "split": {
                     "train_documents": len(inputs.texts),
                     "dev_documents": len(inputs.dev),
                     "fraction": texts.DEV_FRACTION,
-                    "seed": recipe.seed,
+                    "seed": seed,
                 },
             },
             "samples": _samples(state, inputs, models, model),
-            "weights": facts.weights(report),
-            "sites": site_facts,
+            "weights": facts.weights(merged.report),
+            "sites": sites,
             "calibration": preflight.calibration_facts(inputs),
             "settings": yaml.safe_load(provenance.public(recipe.to_yaml())),
         }
@@ -233,7 +253,7 @@ def _merge(
             folder,
             recipe=recipe,
             folders=inputs.folders,
-            coupling=prepared.coupling,
+            coupling=None if merged.alignment is None else merged.alignment.coupling,
             found=found,
             side=side,
             started=started,
@@ -242,7 +262,48 @@ def _merge(
         needs=list(state.finished),
         folder=stages.MODEL,
     )
-    return RunResult(out, found, report, warnings, scores)
+    return RunResult(out, found, merged.report, warnings, scores)
+
+
+def _deferred(
+    folders: Mapping[str, ModelFolder], on_disk: Collection[str], mesh: jax.sharding.Mesh | None
+) -> dict[str, DeferredModel]:
+    """Role -> model, each loaded in float32 when a stage asks for it."""
+    return {
+        role: DeferredModel(
+            folder.cfg,
+            functools.partial(_open, folder)
+            if role in on_disk
+            else functools.partial(_load, folder, mesh),
+        )
+        for role, folder in folders.items()
+    }
+
+
+def _site_facts(
+    state: stages.Run,
+    models: Models,
+    alignment: Alignment | None,
+    unseen: calibration.Calibration | None,
+    spec: MergeSpec,
+    seed: int,
+) -> dict[str, Any]:
+    """`facts.sites`, with rows that the plans have not seen if there are any."""
+    held_out, needs = None, []
+    if alignment is not None and unseen is not None:
+        rows = functools.partial(
+            gather_rows, sites=sites_of(spec.weights), stage=staged.keeping(state)
+        )
+        held_out = (
+            rows("unseen-target", models.target, unseen.target, role=TARGET),
+            rows("unseen-source", models.reference, unseen.source, role=models.reference_role),
+        )
+        needs = ["unseen-target", "unseen-source"]
+    if alignment is not None:
+        needs += ["rows-target", "rows-source", "coupling"]
+    return staged.kept(
+        state, "sites", lambda: facts.sites(alignment, held_out, spec=spec, seed=seed), needs=needs
+    )
 
 
 def _versions() -> list[str]:
@@ -251,30 +312,24 @@ def _versions() -> list[str]:
     return [importlib.metadata.version(name) for name in named]
 
 
-def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> tuple[ModelConfig, Params]:
-    """A model in float32."""
+def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> Params:
+    """The parameters of a model in float32."""
     _LOG.info("load %s", folder.where)
-    return hf.load_folder(folder, mesh=mesh, dtype=jnp.float32)
+    return hf.load_folder(folder, mesh=mesh, dtype=jnp.float32).params
 
 
-def _open(folder: ModelFolder) -> tuple[ModelConfig, stored.StoredParams]:
-    """A model whose weights stay on disk, in float32 when they are read."""
+def _open(folder: ModelFolder) -> Params:
+    """Parameters that stay on disk, in float32 when they are read."""
     _LOG.info("read layer by layer, on one device: %s", folder.where)
-    return stored.stored(folder, dtype=jnp.float32)
+    return stored.stored(folder, dtype=jnp.float32).params
 
 
 def _write_model(
-    folder: Path,
-    inputs: Inputs,
-    target: merge.Model,
-    prepared: merge.Prepared,
-    hparams: HParams,
-    spec: MergeSpec,
+    folder: Path, params: Params, cfg: ModelConfig, folders: Mapping[str, ModelFolder]
 ) -> None:
     """The fused parameters as a Hugging Face folder, read back and tried."""
-    fused = fuse.fuse(target[1], prepared.moved, hparams.strength, spec=spec, mask=prepared.masks)
-    hf.write_model(folder, fused, cfg=target[0], like=inputs.folders["target"].path)
-    _self_check(folder, fused)
+    hf.write_model(folder, params, cfg=cfg, like=folders["target"].path)
+    _self_check(folder, params)
 
 
 def _unconverged(report: MergeReport) -> list[str]:
@@ -289,12 +344,12 @@ def _unconverged(report: MergeReport) -> list[str]:
     ]
 
 
-def _silent(prepared: merge.Prepared, spec: MergeSpec) -> list[str]:
+def _silent(alignment: Alignment | None, spec: MergeSpec) -> list[str]:
     """Sentences about target layers whose activations never change."""
-    if prepared.target is None:
+    if alignment is None:
         return []
     layers = {
-        site: np.flatnonzero(~cost.has_signal(prepared.target.values[site]))
+        site: np.flatnonzero(~cost.has_signal(alignment.target.values[site]))
         for site in sites_of(spec.weights)
     }
     return [
@@ -333,7 +388,7 @@ def _self_check(folder: Path, fused: Params) -> None:
 def _evaluate(
     state: stages.Run,
     inputs: Inputs,
-    models: staged.Models,
+    models: Models,
     merged: Path,
     known: Mapping[str, nll.Scores],
 ) -> tuple[dict[str, nll.Scores], dict[str, Any]]:
@@ -346,12 +401,18 @@ def _evaluate(
     def one(role: str) -> nll.Scores:
         if role in known:
             return known[role]
-        cfg, params = _scored_model(role, models, merged)
+        model = _scored_model(role, models, merged)
         tokenizer = inputs.tokenizers["source" if role == "source" else "target"]
-        cut = nll.windows(documents, tokenizer, max_positions=cfg.max_positions)
-        return nll.score(params, cut, cfg=cfg)
+        cut = nll.windows(documents, tokenizer, max_positions=model.cfg.max_positions)
+        return nll.score(model.params, cut, cfg=model.cfg)
 
-    read = staged.scores(state, lambda: {role: one(role) for role in roles})
+    read = stages.stage(
+        state,
+        "evaluation",
+        lambda folder: staged.save_scores(folder, {role: one(role) for role in roles}),
+        staged.load_scores,
+        needs=["model"],
+    )
     scores = {role: read[role] for role in roles}
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
     found = facts.compared(scores, has_one_tokenizer=same, seed=seed)
@@ -360,19 +421,19 @@ def _evaluate(
     return scores, found
 
 
-def _divergence(state: stages.Run, inputs: Inputs, models: staged.Models, merged: Path) -> float:
+def _divergence(state: stages.Run, inputs: Inputs, models: Models, merged: Path) -> float:
     """KL(target || merge) on the held-out text, nats per token."""
 
     def compute() -> float:
-        cut = trials.target_windows(inputs, inputs.held_out or [])
-        sums = divergence(models("target"), _scored_model("merge", models, merged), cut)
+        cut = run_controls.target_windows(inputs, inputs.held_out or [])
+        sums = divergence(models.target, _scored_model("merge", models, merged), cut)
         return float(sums.sum() / cut.tokens.sum())
 
     return staged.kept(state, "divergence", compute, needs=["model"])
 
 
 def _samples(
-    state: stages.Run, inputs: Inputs, models: staged.Models, merged: Path
+    state: stages.Run, inputs: Inputs, models: Models, merged: Path
 ) -> list[dict[str, Any]]:
     """What target and merge make of the beginnings of a few held-out documents."""
     count = inputs.recipe.continuations
@@ -384,13 +445,17 @@ def _samples(
     def compute() -> list[dict[str, Any]]:
         found = {}
         for role in ("target", "merge"):
-            cfg, params = _scored_model(role, models, merged)
-            found[role] = samples.sample(params, cfg, tokenizer, prompts, stop=stop_ids(folder))
+            model = _scored_model(role, models, merged)
+            found[role] = samples.sample(
+                model.params, model.cfg, tokenizer, prompts, stop=stop_ids(folder)
+            )
         return samples.facts(prompts, found)
 
     return staged.kept(state, "samples", compute, needs=["model"])
 
 
-def _scored_model(role: str, models: staged.Models, merged: Path) -> merge.Model:
+def _scored_model(role: str, models: Models, merged: Path) -> AnyModel:
     """A model by its role; the merge as it was written."""
-    return hf.load_hf(merged, dtype=jnp.float32) if role == "merge" else models(role)
+    if role == "merge":
+        return hf.load_hf(merged, dtype=jnp.float32)
+    return models.target if role == TARGET else models.source

@@ -72,7 +72,7 @@ def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = 
     }
     folders = {role: open_folder(path, offline=offline) for role, path in paths.items()}
     if "source base" in folders:
-        merge.check_base((folders["source"].cfg, {}), (folders["source base"].cfg, {}))
+        merge.check_base(folders["source"].cfg, folders["source base"].cfg)
     tokenizers = {role: tokenizer_of(folder) for role, folder in folders.items()}
     held_out = None
     if recipe.evaluation is not None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from ot_merge_jax import fuse, progress
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.merge import Prepared
+from ot_merge_jax.models.model import AnyModel
 from ot_merge_jax.spaces import GROUPS
-from ot_merge_jax.types import HParams, MergeSpec, Params
+from ot_merge_jax.types import Choice, HParams, MergeSpec, Params, Point, Transported
 
 #: SPEC section 9.
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -25,62 +24,37 @@ GRIDS: dict[str, tuple[float, ...]] = {
 }
 
 
-class Point(NamedTuple):
-    """One strength that was tried.
-
-    Attributes:
-        strength: A number, or one for each group.
-        loss: On the dev split, in nats per token.
-    """
-
-    strength: Any
-    loss: float
-
-
-class Sweep(NamedTuple):
-    """All strengths tried, in order, and the best.
-
-    Attributes:
-        points: Every strength tried with its dev loss.
-        hparams: The given ones with the strength of the lowest loss.
-    """
-
-    points: list[Point]
-    hparams: HParams
-
-
 def sweep(
-    target: tuple[ModelConfig, Params],
-    prepared: Prepared,
+    target: AnyModel,
+    transported: Transported,
     dev: nll.Windows,
     hparams: HParams,
     *,
     spec: MergeSpec,
     grid: Sequence[float] | None = None,
-) -> Sweep:
+) -> Choice:
     """Tries strengths on the dev split, never on a text that is reported.
 
     Args:
-        target: Configuration and parameters of the target, in the dtype to compute in.
-        prepared: From `ot_merge_jax.merge.prepare`.
+        target: The target, in the dtype to compute in.
+        transported: From `ot_merge_jax.weight_transport.transport_weights`.
         dev: The dev split, from `nll.windows`.
         hparams: Everything but the strength.
         spec: What moves and how.
         grid: Strengths to try; None: the grid of the rule (SPEC section 9). Must contain 0.
 
     Returns:
-        All points, and the hyperparameters with the best strength; of equal losses the smaller.
+        The hyperparameters with the best strength (of equal losses the smaller), and all points.
         The weights that are scored are not rounded to the dtype they will be stored in.
 
     Raises:
         NonFiniteError: if no strength gives a finite loss.
     """
-    cfg, params = target
 
     def loss(strength: Any) -> float:
-        fused = _fused(params, prepared.moved, strength, prepared.masks, spec=spec)
+        fused = _fused(target.params, transported, strength, spec=spec)
         try:
-            return nll.score(fused, dev, cfg=cfg, text="dev split").nll_per_token
+            return nll.score(fused, dev, cfg=target.cfg, text="dev split").nll_per_token
         except NonFiniteError:
             return math.inf  # too far is a bad strength, not the end of the run
 
@@ -90,22 +64,23 @@ def sweep(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _fused(params: Params, moved: Any, strength: Any, masks: Any, *, spec: MergeSpec) -> Params:
+def _fused(params: Params, transported: Transported, strength: Any, *, spec: MergeSpec) -> Params:
     """`fuse.fuse` as one program for all strengths, and for all merges of one shape."""
-    return fuse.fuse(params, moved, strength, spec=spec, mask=masks)
+    return fuse.fuse(params, transported.weights, strength, spec=spec, mask=transported.masks)
 
 
-def chosen(points: list[Point], hparams: HParams) -> Sweep:
-    """The points with the best strength; of equal losses the first, which is the smaller.
+def chosen(points: list[Point], hparams: HParams) -> Choice:
+    """The hyperparameters with the best of some strengths; of equal losses the first, the smaller.
 
     Example:
-        >>> chosen([Point(0.0, 2.0), Point(0.5, 1.0), Point(1.0, 1.0)], HParams(0.0)).hparams[0]
+        >>> points = [Point(0.0, 2.0), Point(0.5, 1.0), Point(1.0, 1.0)]
+        >>> chosen(points, HParams(0.0)).hparams.strength
         0.5
     """
     best = min(points, key=lambda point: point.loss)
     if not math.isfinite(best.loss):
         raise NonFiniteError("The loss on the dev split is not finite at any strength, not even 0.")
-    return Sweep(points, hparams._replace(strength=best.strength))
+    return Choice(hparams._replace(strength=best.strength), points)
 
 
 def at_the_edge(points: Sequence[Point], hparams: HParams) -> list[str]:

@@ -20,15 +20,15 @@ lead: ``[L, d_in, d_out]``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Bool, Float, Int
 
-#: Nested dict of arrays; leaves under ``layers`` are stacked over the layers. A mapping, because
-#: those of `ot_merge_jax.io.stored` are read from disk when they are asked for.
-Params = Mapping[str, Any]
+#: Nested dict of arrays, of which leaves under ``layers`` are stacked over the layers; or lazy
+#: parameters (`ot_merge_jax.models.specs.LazyParams`), made when they are asked for.
+Params = Any
 
 
 class Batch(NamedTuple):
@@ -57,6 +57,18 @@ class Activations(NamedTuple):
 
     values: dict[str, Float[jax.Array, "layers rows d"]]
     row_id: Int[jax.Array, " rows"]
+
+
+class AlignedBatches(NamedTuple):
+    """Batches of two models whose rows correspond by ``row_id``.
+
+    Attributes:
+        target: Batches of the target.
+        source: Batches of the source, and of its base, which shares its tokenizer.
+    """
+
+    target: Sequence[Batch]
+    source: Sequence[Batch]
 
 
 class Potentials(NamedTuple):
@@ -102,6 +114,32 @@ class Coupling(NamedTuple):
     std_source: dict[str, Float[jax.Array, "M d"]]
 
 
+class Alignment(NamedTuple):
+    """A coupling and the activations it was made from, which rebuild its plans.
+
+    Attributes:
+        coupling: Which layer and neuron corresponds to which.
+        target: Activations of the target.
+        source: Activations of the source, or of its base; same row ids.
+    """
+
+    coupling: Coupling
+    target: Activations
+    source: Activations
+
+
+class Transported(NamedTuple):
+    """What the source adds to the target, before the strength.
+
+    Attributes:
+        weights: Parameter path -> transported weight (of the delta, for rule ``delta``).
+        masks: Parameter path -> mask, broadcastable to the leaf; a path without one moves whole.
+    """
+
+    weights: dict[str, jax.Array]
+    masks: dict[str, jax.Array]
+
+
 class VocabularyMatch(NamedTuple):
     """Rows of two vocabularies that stand for the same token.
 
@@ -131,6 +169,30 @@ class HParams(NamedTuple):
     epsilon: Any = 0.02
     layer_epsilon: Any = 0.1
     threshold: Any = 1e-6
+
+
+class Point(NamedTuple):
+    """One strength that was tried.
+
+    Attributes:
+        strength: A number, or one for each group.
+        loss: On the dev split, in nats per token.
+    """
+
+    strength: Any
+    loss: float
+
+
+class Choice(NamedTuple):
+    """The hyperparameters that were chosen, and what they were chosen from.
+
+    Attributes:
+        hparams: The chosen ones.
+        tried: Every strength that was tried; empty if there was nothing to choose.
+    """
+
+    hparams: HParams
+    tried: list[Point]
 
 
 class MergeSpec(NamedTuple):
@@ -193,3 +255,21 @@ class MergeReport(NamedTuple):
     weights: Mapping[str, WeightReport]
     coupling: Coupling | None
     rows: int
+
+
+class Merged(NamedTuple):
+    """The result of a merge.
+
+    Attributes:
+        params: The fused parameters, in the target's dtypes.
+        transported: What the source adds to the target, before the strength.
+        alignment: The coupling and the activations; None when only the vocabulary moved.
+        choice: The strength taken, and those that were tried.
+        report: Diagnostics.
+    """
+
+    params: Params
+    transported: Transported
+    alignment: Alignment | None
+    choice: Choice
+    report: MergeReport

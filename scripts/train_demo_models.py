@@ -23,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from ot_merge_jax.adapt import loop
+from ot_merge_jax.adapt import loop, training
+from ot_merge_jax.adapt import settings as adaptations
+from ot_merge_jax.adapt.objectives import Objective
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.io import hf
 from ot_merge_jax.models import decoder, families, specs
@@ -155,25 +157,39 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
     documents = list(texts[stage.text])
     np.random.default_rng(0).shuffle(documents)
     encoded = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    blocks = loop.pack([[0, *item.ids] for item in encoded], _BLOCK)
+    marked = [
+        data.Marked([0, *item.ids], [True] * (1 + len(item.ids)), [False] * (1 + len(item.ids)), {})
+        for item in encoded
+    ]
+    blocks = data.pack(marked, _BLOCK)
     if stage.start is None:
         params = specs.init(jax.random.key(0), cfg)
     else:
         start_cfg, params = hf.load_hf(out / stage.start, dtype=jnp.float32)
         if start_cfg != cfg:
             params = demo_pruning.prune(
-                params, blocks[:_BATCH], cfg=start_cfg, small=cfg, layers=_KEPT_LAYERS
+                params, blocks.tokens[:_BATCH], cfg=start_cfg, small=cfg, layers=_KEPT_LAYERS
             )
 
-    def report(step: int, loss: float) -> None:
-        if step % 25 == 0:
+    settings = adaptations.resolve(
+        {
+            "model": stage.name, "text": {"path": stage.text}, "steps": steps, "block": _BLOCK,
+            "batch_size": _BATCH, "learning_rate": stage.learning_rate, "eval_every": steps,
+            "dtype": "float32",
+        }
+    )  # fmt: skip
+    # nothing is chosen on a dev split: a few blocks stand in for it
+    few = data.Blocks(*(part[:_BATCH] for part in blocks[:3]))
+    problem = training.Problem(settings, Objective("sft", cfg), blocks, few)
+    trainable, constants = training.begin(problem, params, {}, {})
+
+    def report(course: loop.Course) -> None:
+        if (step := len(course.losses)) % 25 == 0:
+            loss = course.losses[-1]
             _LOG.info("%s: step %d of %d, loss %.3f", stage.name, step, steps, loss)
 
-    batches = loop.shuffled_batches(blocks, batch_size=_BATCH, seed=0)
-    transform = loop.optimizer(learning_rate=stage.learning_rate, steps=steps)
-    params, _ = loop.train(
-        params, batches, cfg=cfg, steps=steps, transform=transform, on_step=report
-    )
+    course = training.new_course(problem, trainable)
+    params = loop.result(training.train(problem, course, constants, after=report))
     shutil.rmtree(out / stage.name, ignore_errors=True)
     hf.save_hf(out / stage.name, params, cfg=cfg, like=skeleton)
 

@@ -117,7 +117,7 @@ def test_permuted_tokens_keep_the_target_rows_and_their_weights():
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
 def test_random_source_is_a_fresh_model_whether_held_or_read(family, config_dict):
     cfg = families.read(config_dict(family), where="tiny")
-    held, read = (controls.random_source(cfg, seed=1, is_held=is_held) for is_held in (True, False))
+    held, read = (controls.random_source(cfg, seed=1, is_resident=x) for x in (True, False))
     expected = specs.init(jax.random.key(0), cfg)
     for spec in specs.param_specs(cfg):
         leaf, other = specs.get(held, spec.path), specs.get(read, spec.path)

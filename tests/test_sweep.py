@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from ot_merge_jax import calibration, fuse, sweep
-from ot_merge_jax.adapt import loop
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.merge import Prepared
+from ot_merge_jax.models import decoder
 from ot_merge_jax.models.families import read
-from ot_merge_jax.types import HParams, MergeSpec
+from ot_merge_jax.models.model import Model
+from ot_merge_jax.types import Batch, HParams, MergeSpec, Transported
 
 UP, EMBED = "layers/mlp/up_proj/kernel", "embed_tokens/embedding"
 
@@ -129,10 +129,14 @@ def setup(tiny_checkpoint, texts):
     folder = tiny_checkpoint("llama", layers=1)
     cfg, params = load_hf(folder)
     dev = nll.windows(texts[:8], calibration.load_tokenizer(folder), max_positions=64)
-    tokens = jnp.asarray(np.concatenate([b.tokens for b in dev.batches])[:, :24])
-    gradient = jax.jit(jax.grad(loop.next_token_loss), static_argnames="cfg")(
-        params, tokens, cfg=cfg
-    )
+    tokens = np.concatenate([b.tokens for b in dev.batches])[:, :24]
+    no_rows = np.zeros((len(tokens), 1), np.int32)
+    batch = jax.device_put(Batch(tokens, np.ones(tokens.shape, bool), no_rows, no_rows - 1))
+
+    def loss(params):
+        return decoder.token_nll(decoder.forward(params, batch, cfg=cfg)[0], batch)[0].mean()
+
+    gradient = jax.jit(jax.grad(loss))(params)
 
     def step(leaf, size):
         return -size * leaf / jnp.linalg.norm(leaf)
@@ -141,19 +145,20 @@ def setup(tiny_checkpoint, texts):
         UP: step(gradient["layers"]["mlp"]["up_proj"]["kernel"], 2.0),
         EMBED: step(gradient["embed_tokens"]["embedding"], 1.0),
     }
-    return (cfg, params), Prepared(moved, {}, None, None, None), dev
+    return Model(cfg, params), Transported(moved, {}), dev
 
 
 def loss_of(setup, strength, spec):
     """The dev loss of one strength, with nothing shared between strengths."""
-    (cfg, params), prepared, dev = setup
-    fused = fuse.fuse(params, prepared.moved, strength, spec=spec, mask=prepared.masks)
+    (cfg, params), transported, dev = setup
+    weights, masks = transported
+    fused = fuse.fuse(params, weights, strength, spec=spec, mask=masks)
     return nll.score(fused, dev, cfg=cfg).nll_per_token
 
 
 def only(setup, path):
-    target, prepared, dev = setup
-    return target, prepared._replace(moved={path: prepared.moved[path]}), dev
+    target, transported, dev = setup
+    return target, Transported({path: transported.weights[path]}, {}), dev
 
 
 def test_the_lowest_dev_loss_is_chosen(setup):
@@ -161,8 +166,8 @@ def test_the_lowest_dev_loss_is_chosen(setup):
     hparams = HParams(None, epsilon=0.3)
     found = sweep.sweep(*case, hparams, spec=spec, grid=GRID)
     expected = [loss_of(case, strength, spec) for strength in GRID]
-    np.testing.assert_allclose([point.loss for point in found.points], expected, rtol=1e-5)
-    assert [point.strength for point in found.points] == list(GRID)
+    np.testing.assert_allclose([point.loss for point in found.tried], expected, rtol=1e-5)
+    assert [point.strength for point in found.tried] == list(GRID)
     assert found.hparams == hparams._replace(strength=GRID[int(np.argmin(expected))])
     assert min(expected) < expected[0]  # the update helps, or this test shows nothing
 
@@ -170,19 +175,19 @@ def test_the_lowest_dev_loss_is_chosen(setup):
 def test_groups_are_searched_one_by_one(setup):
     spec = MergeSpec(weights=("up", "embed"))
     found = sweep.sweep(*setup, HParams(None), spec=spec, grid=GRID)
-    assert len(found.points) == 4 + 3 + 3
-    for point in found.points[::3]:
+    assert len(found.tried) == 4 + 3 + 3
+    for point in found.tried[::3]:
         assert point.loss == pytest.approx(loss_of(setup, point.strength, spec), rel=1e-5)
-    best = min(found.points, key=lambda point: point.loss)
+    best = min(found.tried, key=lambda point: point.loss)
     assert found.hparams.strength == best.strength
-    assert {key for p in found.points[4:] for key in p.strength} == {"projections", "vocabulary"}
+    assert {key for p in found.tried[4:] for key in p.strength} == {"projections", "vocabulary"}
 
 
 def test_vmap_over_strengths_is_the_loop(setup):
     """All strengths fused in one call give the losses of the sweep."""
-    (cfg, params), prepared, dev = setup
+    (cfg, params), (weights, _), dev = setup
     spec = MergeSpec(weights=("up", "embed"))
-    fused = jax.jit(jax.vmap(lambda s: fuse.fuse(params, prepared.moved, s, spec=spec, mask={})))(
+    fused = jax.jit(jax.vmap(lambda s: fuse.fuse(params, weights, s, spec=spec, mask={})))(
         jnp.array(GRID)
     )
     for index, strength in enumerate(GRID):
@@ -195,7 +200,7 @@ def test_vmap_over_strengths_is_the_loop(setup):
 def test_the_grid_is_that_of_the_rule(setup, rule):
     spec = MergeSpec(weights=("up",), rule=rule)
     found = sweep.sweep(*only(setup, UP), HParams(None), spec=spec)
-    assert tuple(point.strength for point in found.points) == sweep.GRIDS[rule]
+    assert tuple(point.strength for point in found.tried) == sweep.GRIDS[rule]
 
 
 def test_the_whole_grid_is_one_program(setup, caplog):
@@ -220,10 +225,10 @@ def test_a_strength_that_overflows_is_a_bad_strength(monkeypatch, config_dict):
         return SimpleNamespace(nll_per_token=value)
 
     monkeypatch.setattr(sweep.nll, "score", score)
-    target, prepared = (read(config_dict()), {}), Prepared({}, {}, None, None, None)
+    target = Model(read(config_dict()), {})
     spec = MergeSpec(weights=("up",))
-    points, best = sweep.sweep(
-        target, prepared, NO_WINDOWS, HParams(0.0), spec=spec, grid=[0.0, 1.0, 2.0]
+    best, points = sweep.sweep(
+        target, Transported({}, {}), NO_WINDOWS, HParams(0.0), spec=spec, grid=[0.0, 1.0, 2.0]
     )
     assert [point.loss for point in points] == [1.0, math.inf, 0.5]
     assert best.strength == 2.0
@@ -234,9 +239,8 @@ def test_no_finite_loss_at_all_is_an_error(monkeypatch, config_dict):
         raise NonFiniteError("overflow")
 
     monkeypatch.setattr(sweep.nll, "score", score)
-    prepared = Prepared({}, {}, None, None, None)
     with pytest.raises(NonFiniteError, match="not finite at any strength"):
         sweep.sweep(
-            (read(config_dict()), {}), prepared, NO_WINDOWS, HParams(0.0),
+            Model(read(config_dict()), {}), Transported({}, {}), NO_WINDOWS, HParams(0.0),
             spec=MergeSpec(weights=("up",)), grid=[0.0],
         )  # fmt: skip

@@ -28,9 +28,8 @@ from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.io import checkpoint, stages
+from ot_merge_jax.io import checkpoint, hf, stages
 from ot_merge_jax.report import baselines as reporting
-from ot_merge_jax.report import facts
 from ot_merge_jax.report.baselines import Outcome
 from ot_merge_jax.types import MergeSpec, Params
 
@@ -98,7 +97,9 @@ def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, j
         spec, strength = MergeSpec(rule="interpolate"), start.merged
         moved = controls.shrink(added)
     fused = fuse.fuse(base, moved, strength, spec=spec, mask=masks)
-    return nothing | residuals.between(trials.as_stored(fused, start.folder), base)
+    return nothing | residuals.between(
+        trials.as_stored(fused, hf.stored_dtypes(start.folder)), base
+    )
 
 
 def moved_by(path: str, added: jax.Array) -> jax.Array:
@@ -154,7 +155,7 @@ def _compare(job: run.Job) -> dict[str, Any]:
         Course(None, chosen.losses, [], chosen.dev),  # pyright: ignore[reportArgumentType]
         _events(found),
     )
-    return run.finish(job, whole, before, needs=[stage], more=facts.plain(more))
+    return run.finish(job, whole, before, needs=[stage], more=checkpoint.plain(more))
 
 
 def _ordered(names: Sequence[str]) -> list[str]:
@@ -212,12 +213,14 @@ def _arm(
             )  # fmt: skip
             arm = tune(grid)
         params = training.params_of(arm.trained, constants, plan=training.plan_of(problem))
-        scores = run.score(job.found, trials.as_stored(params, job.found.start.folder))
+        scores = run.score(
+            job.found, trials.as_stored(params, hf.stored_dtypes(job.found.start.folder))
+        )
         if is_published:
             leaves = jax.tree.leaves(arm.trained)
             checkpoint.save_tree(folder / "trained", {_key(i): x for i, x in enumerate(leaves)})
         best = arm.best._asdict() | {"tried": [(one.rate, one.loss) for one in arm.tried]}
-        checkpoint.save_json(folder / "arm.json", facts.plain(best))
+        checkpoint.save_json(folder / "arm.json", checkpoint.plain(best))
         checkpoint.save_arrays(folder / "scores", scores._asdict())
 
     def load(folder: Path) -> Outcome:

@@ -14,7 +14,6 @@ import numpy as np
 
 from ot_merge_jax import rows as alignment
 from ot_merge_jax import spelling, texts
-from ot_merge_jax.adapt import loop
 from ot_merge_jax.adapt.objectives import Examples, Pairs
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.texts import Chat, Document
@@ -203,9 +202,13 @@ def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
             f"The text has {len(ids)} tokens to learn from, and one block has {length}; give more "
             "text or a smaller --block."
         )
-    streams = (ids, np.int32), (mask, bool), (counted, bool)
-    tokens, real, counts = (loop.pack([one], length).astype(kind) for one, kind in streams)
-    return Blocks(tokens, real, counts)
+    whole = len(ids) // length * length
+    return Blocks(
+        *(
+            np.array(stream[:whole], kind).reshape(-1, length)
+            for stream, kind in ((ids, np.int32), (mask, bool), (counted, bool))
+        )
+    )
 
 
 def pair(

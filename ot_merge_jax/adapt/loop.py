@@ -1,4 +1,4 @@
-"""Packing, AdamW, and the loop around one pure step. Imports models and types.
+"""AdamW, and the loop around one pure step: any loss, any parameters.
 
 The step is one jitted pure function; the loop around it only feeds batches, so the same seed, data
 and steps give the same parameters.
@@ -7,19 +7,15 @@ and steps give the same parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
 
-from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.errors import DivergedError, NonFiniteError
-from ot_merge_jax.models.decoder import forward, token_nll
-from ot_merge_jax.types import Batch, Params
+from ot_merge_jax.errors import DivergedError
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -68,53 +64,6 @@ class Course(NamedTuple):
     best: Any = None
 
 
-def pack(documents: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "blocks length"]:
-    """Concatenates tokenised documents and cuts the stream into blocks; an incomplete tail goes.
-
-    Args:
-        documents: Token ids of each document, its BOS or EOS included.
-        length: Tokens of a block.
-
-    Returns:
-        ``[blocks, length]`` int32.
-
-    Raises:
-        ValueError: if there are fewer than ``length`` tokens.
-
-    Example:
-        >>> pack([[1, 2, 3], [4, 5]], 2).tolist()
-        [[1, 2], [3, 4]]
-    """
-    stream = np.fromiter((token for document in documents for token in document), np.int32)
-    if len(stream) < length:
-        raise ValueError(
-            f"{len(stream)} tokens do not fill one block of {length}; give more text "
-            "or shorter blocks."
-        )
-    return stream[: len(stream) // length * length].reshape(-1, length)
-
-
-def shuffled_batches(
-    blocks: Int[np.ndarray, "n s"], *, batch_size: int, seed: int
-) -> Iterator[Int[np.ndarray, "b s"]]:
-    """Endless batches of blocks, a new seeded order each epoch, incomplete batches skipped.
-
-    Args:
-        blocks: Packed token blocks.
-        batch_size: Blocks in a batch; lowered to the number of blocks.
-        seed: Seed of the order.
-
-    Yields:
-        ``[batch_size, s]`` int32.
-    """
-    rng = np.random.default_rng(seed)
-    batch_size = min(batch_size, len(blocks))
-    while True:
-        order = rng.permutation(len(blocks))
-        for start in range(0, len(blocks) - batch_size + 1, batch_size):
-            yield blocks[order[start : start + batch_size]]
-
-
 def optimizer(
     *,
     learning_rate: Any,
@@ -159,21 +108,6 @@ def optimizer(
         optax.clip_by_global_norm(clip),
         optax.adamw(lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay),
     )
-
-
-def next_token_loss(
-    params: Params, tokens: Int[Array, "b s"], *, cfg: ModelConfig
-) -> Float[Array, ""]:
-    """Mean next-token loss of full blocks, in nats per token."""
-    b, s = tokens.shape
-    batch = Batch(
-        tokens,
-        jnp.ones((b, s), bool),
-        jnp.zeros((b, 1), jnp.int32),
-        jnp.full((b, 1), -1, jnp.int32),
-    )
-    losses, weights = token_nll(forward(params, batch, cfg=cfg)[0], batch)
-    return losses.sum() / weights.sum()
 
 
 Loss = Callable[[Any, Any, Any], jax.Array]
@@ -343,59 +277,3 @@ def is_spent(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
 def result(course: Course) -> Any:
     """The parameters a course ends with: the best on the dev split where that stops it."""
     return course.state.params if course.best is None else course.best
-
-
-def train(
-    params: Params,
-    batches: Iterator[Int[np.ndarray, "b s"]],
-    *,
-    cfg: ModelConfig,
-    steps: int,
-    transform: optax.GradientTransformation,
-    on_step: Callable[[int, float], None] | None = None,
-) -> tuple[Params, Float[np.ndarray, " steps"]]:
-    """Trains all parameters on the next token.
-
-    Args:
-        params: Start; cast to float32.
-        batches: Blocks of tokens, all of one shape.
-        cfg: The model.
-        steps: Optimiser steps.
-        transform: From `optimizer`, or any optax transformation.
-        on_step: Called with the step number and its loss, for progress.
-
-    Returns:
-        The trained parameters and the loss of every step, in nats per token.
-
-    Raises:
-        NonFiniteError: at the first step whose loss is not finite.
-
-    Example:
-        >>> from ot_merge_jax.config import Rope
-        >>> from ot_merge_jax.models import specs
-        >>> cfg = ModelConfig("llama", 8, 16, 32, 1, 2, 1, 8, 16, 1e-5,
-        ...                   Rope(1e4), True, False, "float32")
-        >>> blocks = pack([[1, 2, 3, 4] * 8], 8)
-        >>> data = shuffled_batches(blocks, batch_size=4, seed=0)
-        >>> first = specs.init(jax.random.key(0), cfg)
-        >>> adamw = optimizer(learning_rate=0.02, steps=30)
-        >>> _, losses = train(first, data, cfg=cfg, steps=30, transform=adamw)
-        >>> bool(losses[-1] < 0.5 * losses[0])
-        True
-    """
-    step = compiled(
-        one_step(lambda params, _, tokens: next_token_loss(params, tokens, cfg=cfg), transform)
-    )
-    state = start(params, transform)
-    losses = np.zeros(steps, np.float32)
-    for index in range(steps):
-        state, seen = step(state, None, jnp.asarray(next(batches)))
-        losses[index] = float(seen.loss)
-        if not np.isfinite(losses[index]):
-            raise NonFiniteError(
-                f"The loss is {losses[index]} at training step {index + 1}; lower the "
-                "learning rate."
-            )
-        if on_step is not None:
-            on_step(index + 1, float(losses[index]))
-    return state.params, losses

@@ -31,7 +31,6 @@ from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import compare, nll
 from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, stages
 from ot_merge_jax.models import specs
-from ot_merge_jax.report import facts
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = "settings"
@@ -338,7 +337,7 @@ def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constan
     if constants.residual:
         models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
     scores = {name: score(found, make()) for name, make in models.items()} if found.held_out else {}
-    checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": None}))
+    checkpoint.save_json(folder / "scores.json", checkpoint.plain({"scores": scores, "dev": None}))
 
 
 def _save_written(folder: Path, found: Inputs, model: Path) -> None:
@@ -348,7 +347,7 @@ def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     if not np.isfinite(dev):
         raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
     scores = {"after": score(found, written)} if found.held_out else {}
-    checkpoint.save_json(folder / "scores.json", facts.plain({"scores": scores, "dev": dev}))
+    checkpoint.save_json(folder / "scores.json", checkpoint.plain({"scores": scores, "dev": dev}))
 
 
 def score(found: Inputs, params: Any) -> nll.Scores:
@@ -387,7 +386,7 @@ def _report(
             evaluation["after"]["against_target"] = lead
     best = min(course.dev, key=lambda one: one[1])
     blocks, pairs = found.problem.train, found.problem.train.pairs
-    return facts.plain(
+    return checkpoint.plain(
         {
             "verdict": publishing.verdict(change, steps=len(course.losses)),
             "controls": {},

@@ -14,13 +14,12 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE, Windows
 from ot_merge_jax.models import decoder
+from ot_merge_jax.models.model import AnyModel
 from ot_merge_jax.types import Batch, Params
-
-Model = tuple[ModelConfig, Params]
 
 
 def divergence(
-    base: Model, model: Model, cut: Windows, *, text: str = "held-out text"
+    base: AnyModel, model: AnyModel, cut: Windows, *, text: str = "held-out text"
 ) -> np.ndarray:
     r"""KL divergence of the next-token distributions, summed over the tokens of each document.
 
@@ -45,13 +44,13 @@ def divergence(
 
     Source: Kullback and Leibler 1951. Differs: nothing.
     """
-    (base_cfg, base_params), (cfg, params) = base, model
-    mesh = sharding.mesh_of(base_params)
+    mesh = sharding.mesh_of(base.params)
     parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
     found = np.zeros(len(cut.tokens))
     for batch, scored, document in progress.track(parts, f"compare on {text} (batches)"):
         split = sharding.split_batch(batch, mesh)
-        sums = _sequences((base_params, params), split, scored, cfgs=(base_cfg, cfg))
+        both = base.params, model.params
+        sums = _sequences(both, split, scored, cfgs=(base.cfg, model.cfg))
         np.add.at(found, document, np.asarray(sums, np.float64))
     if not np.isfinite(found).all():
         raise NonFiniteError(

@@ -198,7 +198,7 @@ def _losses(
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """(documents, summed losses) of each batch; layer by layer where parameters are on disk."""
     parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
-    if specs.is_in_memory(params):
+    if specs.is_resident(params):
         mesh = sharding.mesh_of(params)
         for batch, scored, document in progress.track(parts, f"score {text} (batches)"):
             split = sharding.split_batch(batch, mesh)
@@ -223,7 +223,7 @@ def score(
     """Scores every document.
 
     Args:
-        params: Parameters, in the dtype to compute in; of `ot_merge_jax.io.stored.StoredParams`
+        params: Parameters, in the dtype to compute in; of `specs.LazyParams`
             one layer at a time is in memory.
         cut: From `windows`.
         cfg: The model.

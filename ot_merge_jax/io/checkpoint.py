@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as orbax
 
 from ot_merge_jax.io import publish, safetensors
-from ot_merge_jax.types import Activations, Coupling, Potentials
+from ot_merge_jax.types import Activations, Coupling, Potentials, Transported
 
 _ARRAYS = "arrays.safetensors"
 _ROW_ID = "row_id"
@@ -196,6 +196,21 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def plain(value: Any) -> Any:
+    """NamedTuples, mappings and arrays as JSON values; numbers that are not finite become None."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return plain(np.asarray(value).tolist())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    return value
+
+
 def save_json(path: Path, value: Any) -> None:
     """Indented UTF-8 JSON; a float is read back as the same float."""
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -204,3 +219,35 @@ def save_json(path: Path, value: Any) -> None:
 def load_json(path: Path) -> Any:
     """Reads what `save_json` wrote."""
     return json.loads(path.read_bytes())
+
+
+def save_transported(folder: Path, transported: Transported) -> None:
+    """Writes transported weights and their masks."""
+    for part, arrays in transported._asdict().items():
+        save_arrays(folder / _PARTS[part], arrays)
+
+
+def load_transported(folder: Path) -> Transported:
+    """Reads what `save_transported` wrote, onto the default device.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_transported(folder, Transported({"norm/scale": np.ones(2)}, {}))
+        >>> load_transported(folder).weights["norm/scale"].tolist()
+        [1.0, 1.0]
+    """
+    parts = {part: load_arrays(folder / name) for part, name in _PARTS.items()}
+    return Transported(**jax.device_put(parts))
+
+
+#: Fields of `Transported` -> folders.
+_PARTS = {"weights": "moved", "masks": "masks"}
+#: How the steps of `ot_merge_jax.merge.merge` are kept: ``(folder, compute)`` writes what it
+#: computes, ``(folder)`` reads it. Activations are written while they are gathered.
+ACTIVATIONS = (
+    lambda folder, compute: save_row_ids(folder, compute(allocate=allocator(folder))),
+    load_activations,
+)
+COUPLING = (lambda folder, compute: save_coupling(folder, compute()), load_coupling)
+TRANSPORTED = (lambda folder, compute: save_transported(folder, compute()), load_transported)

@@ -24,6 +24,7 @@ from ot_merge_jax.io import adapter as adapters
 from ot_merge_jax.io import location, publish, safetensors
 from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.model import Model
 from ot_merge_jax.types import Params
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -50,7 +51,7 @@ def load_hf(
     revision: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     dtype: Any = None,
-) -> tuple[ModelConfig, Params]:
+) -> Model:
     """Loads a Hugging Face folder.
 
     Args:
@@ -78,7 +79,7 @@ def load_hf(
 
 def load_folder(
     folder: ModelFolder, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
-) -> tuple[ModelConfig, Params]:
+) -> Model:
     """`load_hf` of a folder that has been opened."""
     opened = open_files(folder)
     broken: dict[str, dict[str, int]] = {}
@@ -111,7 +112,7 @@ def load_folder(
             f"{folder.where} holds NaN or infinite weights"
             f"{'' if dtype is None else f' in {np.dtype(dtype)}'}: {listed}; download it again."
         )
-    return folder.cfg, specs.unflatten(leaves)
+    return Model(folder.cfg, specs.unflatten(leaves))
 
 
 def stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:

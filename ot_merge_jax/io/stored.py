@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hf
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.model import Model
 from ot_merge_jax.types import Params
 
 
@@ -33,40 +33,20 @@ class StoredLayers(Sequence[jax.Array]):
         return self._spec.shape[0]
 
 
-class StoredParams(Mapping[str, Any]):
-    """Reads like the nested dict of `hf.load_hf`, but every leaf comes from disk anew.
-
-    A leaf is an array, or `StoredLayers` if it is stacked. `specs.get` and ``in`` work on it. jit
-    does not take it: ask for the leaves that are needed, or for one layer by `layer`.
-    """
+class StoredParams:
+    """Lazy parameters (`specs.LazyParams`) that stay in their files: every leaf is read anew."""
 
     def __init__(self, read: Callable[[specs.ParamSpec, int | None], np.ndarray],
                  table: Mapping[str, specs.ParamSpec]):  # fmt: skip
-        """Leaves by their path below this node, and the function that reads one."""
+        """The leaves by their path, and the function that reads one, or a layer of one."""
         self._read, self._table = read, table
 
-    def __getitem__(self, key: str) -> Any:
-        """A leaf, read now, or the parameters below a key."""
-        if (spec := self._table.get(key)) is not None:
-            if spec.is_stacked:
-                return StoredLayers(self._read, spec)
-            return jax.device_put(self._read(spec, None))
-        below = {
-            path.removeprefix(f"{key}/"): spec
-            for path, spec in self._table.items()
-            if path.startswith(f"{key}/")
-        }
-        if not below:
-            raise KeyError(key)
-        return StoredParams(self._read, below)
-
-    def __iter__(self) -> Iterator[str]:
-        """The keys at this node."""
-        return iter(dict.fromkeys(path.split("/")[0] for path in self._table))
-
-    def __len__(self) -> int:
-        """How many those are."""
-        return len(list(iter(self)))
+    def leaf(self, path: str) -> Any:
+        """A leaf, read now, or `StoredLayers` if it is stacked."""
+        spec = self._table[path]
+        if spec.is_stacked:
+            return StoredLayers(self._read, spec)
+        return jax.device_put(self._read(spec, None))
 
     def layer(self, l: int) -> Params:
         """The parameters of one layer, read now, without the stacking axis."""
@@ -79,7 +59,7 @@ class StoredParams(Mapping[str, Any]):
         )
 
 
-def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, StoredParams]:
+def open_stored(path: str | Path, *, dtype: Any = None) -> Model:
     """Opens a Hugging Face folder without reading weights.
 
     Args:
@@ -95,14 +75,14 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> tuple[ModelConfig, St
     Example:
         >>> from ot_merge_jax import assets
         >>> cfg, params = open_stored(assets.path("sibling"))
-        >>> params["layers"]["mlp"]["up_proj"]["kernel"][0].shape == (
+        >>> params.leaf("layers/mlp/up_proj/kernel")[0].shape == (
         ...     cfg.hidden_size, cfg.intermediate_size)
         True
     """
     return stored(open_folder(path), dtype=dtype)
 
 
-def stored(folder: ModelFolder, *, dtype: Any = None) -> tuple[ModelConfig, StoredParams]:
+def stored(folder: ModelFolder, *, dtype: Any = None) -> Model:
     """`open_stored` of a folder that has been opened."""
     opened, held = hf.open_files(folder), hf.stored_dtypes(folder)
 
@@ -119,4 +99,5 @@ def stored(folder: ModelFolder, *, dtype: Any = None) -> tuple[ModelConfig, Stor
             )
         return leaf if l is None else leaf[0]
 
-    return folder.cfg, StoredParams(read, {s.path: s for s in specs.param_specs(folder.cfg)})
+    table = {spec.path: spec for spec in specs.param_specs(folder.cfg)}
+    return Model(folder.cfg, StoredParams(read, table))

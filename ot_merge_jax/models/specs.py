@@ -6,7 +6,7 @@ The table is the only place that knows Hugging Face tensor names.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -171,23 +171,40 @@ def _fused_rows(widths: dict[str, int]) -> dict[str, tuple[str, tuple[int, int, 
     return found
 
 
+class LazyParams(Protocol):
+    """Parameters that nobody holds: read or computed when they are asked for.
+
+    jit does not take them; ask for the leaves that are needed, or for one layer.
+    """
+
+    def leaf(self, path: str) -> Any:
+        """The leaf at a ``/`` path; of a stacked one, what gives layer ``l`` as ``[l]``."""
+        ...
+
+    def layer(self, l: int) -> Params:
+        """The parameters of one layer, nested, without the stacking axis."""
+        ...
+
+
+def is_resident(params: Params) -> bool:
+    """Whether parameters are a pytree in memory, and not `LazyParams`."""
+    return not hasattr(params, "leaf")
+
+
 def get(params: Params, path: str) -> Any:
-    """The leaf (or subtree) at a ``/`` path; KeyError if there is none."""
+    """The leaf at a ``/`` path, of nested dicts also a subtree; KeyError if there is none."""
+    if not is_resident(params):
+        return params.leaf(path)
     for key in path.split("/"):
         params = params[key]
     return params
 
 
-def is_in_memory(params: Any) -> bool:
-    """Whether parameters are a pytree, and not `ot_merge_jax.io.stored.StoredParams`."""
-    return isinstance(params, dict)
-
-
-def layer(params: Any, l: int) -> Params:
+def layer(params: Params, l: int) -> Params:
     """The parameters of one layer, without the stacking axis."""
-    if is_in_memory(params):
-        return jax.tree.map(lambda leaf: leaf[l], params["layers"])
-    return params.layer(l)
+    if not is_resident(params):
+        return params.layer(l)
+    return jax.tree.map(lambda leaf: leaf[l], params["layers"])
 
 
 def has(params: Params, path: str) -> bool:

@@ -1,6 +1,6 @@
 """The decoder layer by layer: one layer's parameters in memory, and all hidden states.
 
-For parameters larger than memory (`ot_merge_jax.io.stored.StoredParams`); `decoder.forward` is the
+For parameters larger than memory (`specs.LazyParams`); `decoder.forward` is the
 same in one program.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import decoder, specs
+from ot_merge_jax.spaces import VOCABULARY
 from ot_merge_jax.types import Batch, Params
 
 #: Bytes of hidden states that are kept at a time; the layers are read again for the next ones.
@@ -39,7 +40,7 @@ _embed = jax.jit(decoder.embed, static_argnames="cfg")
 
 def embedded(params: Params, batches: Sequence[Batch], *, cfg: ModelConfig) -> list[np.ndarray]:
     """The residual stream before the first layer, on the host, for each batch ``[b, s, d]``."""
-    table = {"embed_tokens": {"embedding": specs.get(params, "embed_tokens/embedding")}}
+    table = specs.unflatten({VOCABULARY["embed"]: specs.get(params, VOCABULARY["embed"])})
     return [np.asarray(_embed(table, batch.tokens, cfg=cfg)) for batch in batches]
 
 
@@ -87,8 +88,8 @@ def residuals(
 
 def of_head(params: Params, *, cfg: ModelConfig) -> Params:
     """The parameters that `decoder.head` reads, in memory."""
-    table = "embed_tokens" if cfg.tie_word_embeddings else "lm_head"
-    return {key: dict(params[key]) for key in ("norm", table)}
+    table = VOCABULARY["embed" if cfg.tie_word_embeddings else "head"]
+    return specs.unflatten({path: specs.get(params, path) for path in ("norm/scale", table)})
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "kind", "sites"))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ot_merge_jax import controls
 from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
 from ot_merge_jax.evaluate.nll import Scores
 from ot_merge_jax.recipe import CONTROLS
 from ot_merge_jax.report.verdict import Compared, Verdict, judge
-from ot_merge_jax.trials import Setting, Trial, every_seed, pooled, why_not
+from ot_merge_jax.trials import Trial, every_seed, pooled
 
 _METRIC = {"metric": "nll_per_token"}  # all of them have the target's tokenizer
 
@@ -29,25 +28,32 @@ def against(pairs: Sequence[tuple[Scores, Scores]], *, seed: int) -> Compared:
     return Compared(paired_bootstrap(first, second, seed=seed), seeds, documents)
 
 
-def outcome(trials: Sequence[Trial], setting: Setting) -> tuple[Verdict, Compared, dict[str, Any]]:
+def outcome(
+    trials: Sequence[Trial],
+    target: Scores,
+    reasons: Mapping[str, str | None],
+    *,
+    asked: Sequence[str],
+    seed: int,
+) -> tuple[Verdict, Compared, dict[str, Any]]:
     """The verdict of several calibration seeds, merge minus target, and `facts`.
 
     Args:
         trials: Of every calibration seed.
-        setting: Of the first.
+        target: The target's scores on the held-out text.
+        reasons: Every control that was asked for -> why it does not apply, or None.
+        asked: The kinds of control that were asked for.
+        seed: Of the bootstrap.
     """
-    recipe, target = setting.inputs.recipe, setting.target
-    merge = against([(one.arms["merge"].scores, target) for one in trials], seed=recipe.seed)
-    found = {name: against(pairs, seed=recipe.seed) for name, pairs in every_seed(trials).items()}
+    merge = against([(one.arms["merge"].scores, target) for one in trials], seed=seed)
+    found = {name: against(pairs, seed=seed) for name, pairs in every_seed(trials).items()}
     # what does not apply cannot fail, but for the gain beyond unigram, which the rule asks for
     has_beyond = "unigram" in found
     missing = [
-        name
-        for name in CONTROLS
-        if name not in recipe.controls or (name == "unigram" and not has_beyond)
+        name for name in CONTROLS if name not in asked or (name == "unigram" and not has_beyond)
     ]
     measured = judge(merge, found, missing=missing)
-    return measured, merge, facts(trials, target, merge, found, setting)
+    return measured, merge, facts(trials, target, merge, found, reasons, seed=seed)
 
 
 def facts(
@@ -55,7 +61,9 @@ def facts(
     target: Scores,
     merge: Compared,
     found: Mapping[str, Compared],
-    setting: Setting,
+    reasons: Mapping[str, str | None],
+    *,
+    seed: int,
 ) -> dict[str, Any]:
     """What several calibration seeds and the controls showed.
 
@@ -64,7 +72,8 @@ def facts(
         target: The target's scores on the held-out text.
         merge: Merge minus target.
         found: Merge minus every control.
-        setting: Of the first trial.
+        reasons: Every control that was asked for -> why it does not apply, or None.
+        seed: Of the bootstrap.
 
     Returns:
         ``seeds``; ``pooled``: merge minus target over all of them; ``per_seed``: seed, strength and
@@ -73,15 +82,14 @@ def facts(
         (control minus target), ``merge_minus_control`` and ``seeds`` (the same of each); of
         ``unigram`` instead ``gamma`` and ``beyond``: merge and target with a bias each.
     """
-    recipe = setting.inputs.recipe
     every = every_seed(trials)
     controlled: dict[str, Any] = {}
-    for name in controls.arms(recipe.controls):
-        if (why := why_not(setting, name)) is not None:
+    for name, why in reasons.items():
+        if why is not None:
             controlled[name] = {"not_applicable": why}
             continue
         alone = [control for _, control in every[name]]
-        change = against([(one, target) for one in alone], seed=recipe.seed).pooled
+        change = against([(one, target) for one in alone], seed=seed).pooled
         shared = {**pooled(alone).totals, "against_target": {**_METRIC, **change._asdict()}}
         of_merge = {**_METRIC, **found[name].pooled._asdict()}
         seeds = _by_seed(trials, found[name].seeds)

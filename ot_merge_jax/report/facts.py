@@ -11,27 +11,12 @@ import numpy as np
 
 from ot_merge_jax.evaluate.compare import paired_bootstrap
 from ot_merge_jax.evaluate.nll import Scores
-from ot_merge_jax.merge import Prepared
+from ot_merge_jax.io.checkpoint import plain
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics
-from ot_merge_jax.types import Activations, MergeReport, MergeSpec, Potentials
+from ot_merge_jax.types import Activations, Alignment, MergeReport, MergeSpec, Potentials
 
 _CURVE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-
-
-def plain(value: Any) -> Any:
-    """NamedTuples, mappings and arrays as JSON values; numbers that are not finite become None."""
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        return plain(np.asarray(value).tolist())
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return value
 
 
 def weights(report: MergeReport) -> dict[str, Any]:
@@ -40,7 +25,7 @@ def weights(report: MergeReport) -> dict[str, Any]:
 
 
 def sites(
-    prepared: Prepared,
+    alignment: Alignment | None,
     held_out: tuple[Activations, Activations] | None,
     *,
     spec: MergeSpec,
@@ -49,7 +34,7 @@ def sites(
     """Diagnostics of every site: layer plan and cost, how sharp the plans are, what they predict.
 
     Args:
-        prepared: From `merge.prepare`.
+        alignment: From `merge.align_activations`; None if only the vocabulary moved.
         held_out: Activations of rows the plans have not seen, or None if there are none.
         spec: What moved and how.
         seed: Of the permutation the plan is compared with.
@@ -61,9 +46,9 @@ def sites(
         solved in log form. Of a wide site a sample of target neurons stands for all
         (`diagnostics.sample`).
     """
-    found, x, y = prepared.coupling, prepared.target, prepared.source
-    if found is None or x is None or y is None:
+    if alignment is None:
         return {}
+    found, x, y = alignment
     result = {}
     for site, layer in found.layer.items():
         potentials = found.feature[site]

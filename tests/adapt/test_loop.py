@@ -1,4 +1,4 @@
-"""Packing, batches, AdamW against torch, and the loop around one pure step."""
+"""AdamW against torch, and the loop around one pure step."""
 
 import jax
 import jax.numpy as jnp
@@ -7,72 +7,23 @@ import optax
 import pytest
 
 from ot_merge_jax.adapt import loop
-from ot_merge_jax.errors import NonFiniteError
+from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.models.decoder import forward, token_nll
 from ot_merge_jax.types import Batch
 
 STEPS = 12
-_loss = jax.jit(loop.next_token_loss, static_argnames="cfg")
-
-# ------------------------------------------------------------------------ pack
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 20])
-def test_pack_cuts_the_stream_and_drops_the_tail(rng, length):
-    documents = [rng.integers(0, 99, int(n)).tolist() for n in (5, 0, 9, 1, 7)]
-    stream = [token for document in documents for token in document]
-    blocks = loop.pack(documents, length)
-    assert blocks.shape == (22 // length, length)
-    assert blocks.dtype == np.int32
-    assert blocks.ravel().tolist() == stream[: 22 // length * length]
+def next_token_loss(params, blocks, *, cfg):
+    """Mean loss of full blocks, in nats per token."""
+    no_rows = jnp.zeros((len(blocks), 1), jnp.int32)
+    batch = Batch(jnp.asarray(blocks), jnp.ones(blocks.shape, bool), no_rows, no_rows - 1)
+    losses, weights = token_nll(forward(params, batch, cfg=cfg)[0], batch)
+    return losses.sum() / weights.sum()
 
 
-@pytest.mark.parametrize("documents", [[], [[]], [[1, 2], [3]]])
-def test_too_little_text_raises(documents):
-    with pytest.raises(ValueError, match="do not fill one block"):
-        loop.pack(documents, 4)
-
-
-# ------------------------------------------------------------------------ batches
-
-
-def take(blocks, count, **kw):
-    batches = loop.shuffled_batches(blocks, **kw)
-    return [next(batches) for _ in range(count)]
-
-
-@pytest.fixture
-def blocks():
-    return np.arange(36, dtype=np.int32).reshape(12, 3)
-
-
-@pytest.mark.parametrize("batch_size", [1, 3, 12])
-def test_each_epoch_shows_every_block_once(blocks, batch_size):
-    per_epoch = 12 // batch_size
-    taken = take(blocks, 2 * per_epoch, batch_size=batch_size, seed=0)
-    epochs = [np.concatenate(taken[:per_epoch]), np.concatenate(taken[per_epoch:])]
-    for epoch in epochs:
-        np.testing.assert_array_equal(epoch[np.argsort(epoch[:, 0])], blocks)
-    assert (epochs[0] != epochs[1]).any()  # a new order
-
-
-def test_incomplete_batches_are_skipped(blocks):
-    taken = take(blocks, 4, batch_size=5, seed=0)
-    assert [batch.shape for batch in taken] == [(5, 3)] * 4
-    assert len({int(x) for x in np.concatenate(taken[:2])[:, 0]}) == 10
-
-
-def test_a_large_batch_is_lowered_to_the_blocks(blocks):
-    [batch] = take(blocks, 1, batch_size=100, seed=0)
-    np.testing.assert_array_equal(batch[np.argsort(batch[:, 0])], blocks)
-
-
-def test_batches_follow_their_seed(blocks):
-    one, same, other = (take(blocks, 5, batch_size=4, seed=s) for s in (0, 0, 1))
-    np.testing.assert_array_equal(one, same)
-    assert (np.array(one) != np.array(other)).any()
-
+_loss = jax.jit(next_token_loss, static_argnames="cfg")
 
 # ------------------------------------------------------------------------ optimiser
 
@@ -144,7 +95,7 @@ def model(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def tokens(model):
     """Eight blocks of a repeating text that can be learned."""
-    return loop.pack([[5, 9, 2, 7, 11, 3] * 22], 16)
+    return np.array(([5, 9, 2, 7, 11, 3] * 22)[:128], np.int32).reshape(8, 16)
 
 
 class Run:
@@ -155,14 +106,30 @@ class Run:
         self.start = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         self.before = jax.tree.map(np.array, self.start)
         self.calls = []
-        self.params, self.losses = loop.train(
-            self.start,
-            loop.shuffled_batches(tokens, batch_size=4, seed=0),
-            cfg=self.cfg,
+        transform = transform or loop.optimizer(learning_rate=0.02, steps=steps)
+
+        def loss(params, _, blocks):
+            return next_token_loss(params, blocks, cfg=self.cfg)
+
+        def after(course):
+            self.calls.append((len(course.losses), course.losses[-1]))
+
+        course = loop.fit(
+            loop.Course(loop.start(self.start, transform), [], [], []),
+            loop.compiled(loop.one_step(loss, transform)),
+            None,
+            lambda index: batch_at(tokens, index),
             steps=steps,
-            transform=transform or loop.optimizer(learning_rate=0.02, steps=steps),
-            on_step=lambda step, loss: self.calls.append((step, loss)),
+            dev_loss=lambda params: 0.0,
+            eval_every=steps,
+            after=after,
         )
+        self.params, self.losses = course.state.params, np.array(course.losses)
+
+
+def batch_at(tokens, index):
+    """Four of the blocks, in turn."""
+    return tokens[4 * (index % 2) :][:4]
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +155,7 @@ def test_the_loss_falls(trained):
 
 
 def test_the_first_loss_is_that_of_the_start(trained, tokens):
-    [first] = take(tokens, 1, batch_size=4, seed=0)
-    expected = _loss(trained.start, first, cfg=trained.cfg)
+    expected = _loss(trained.start, batch_at(tokens, 0), cfg=trained.cfg)
     np.testing.assert_allclose(trained.losses[0], expected, rtol=1e-5)
 
 
@@ -198,7 +164,7 @@ def test_every_parameter_learns(trained):
     assert all(jax.tree.leaves(changed))
 
 
-def test_on_step_hears_every_step(trained):
+def test_after_hears_every_step(trained):
     assert [step for step, _ in trained.calls] == list(range(1, STEPS + 1))
     np.testing.assert_array_equal([loss for _, loss in trained.calls], trained.losses)
 
@@ -228,5 +194,5 @@ def test_half_precision_trains_as_float32(model, tokens):
 def test_a_loss_that_is_not_finite_names_its_step(model, tokens):
     """The second update is NaN, so the third loss is."""
     breaking = optax.sgd(lambda step: jnp.where(step == 1, jnp.nan, 0.0))
-    with pytest.raises(NonFiniteError, match="training step 3;"):
+    with pytest.raises(DivergedError, match="training step 3;"):
         Run(model, tokens, transform=breaking)

@@ -13,8 +13,9 @@ from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.io.stored import open_stored
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.families import FAMILIES
+from ot_merge_jax.models.model import Models
 from ot_merge_jax.spaces import PROJECTIONS, SITES, VOCABULARY
-from ot_merge_jax.types import HParams, MergeSpec, VocabularyMatch
+from ot_merge_jax.types import AlignedBatches, HParams, MergeSpec, VocabularyMatch
 
 
 def batches_of(cfg, random_batch):
@@ -68,7 +69,7 @@ def test_layer_by_layer_scores_the_same(tied, tiny_checkpoint, texts):
     tokenizer = calibration.load_tokenizer(folder)
     cut = nll.windows(texts[:6], tokenizer, max_positions=32)
     whole = nll.score(loaded, cut, cfg=cfg)
-    layered = nll.score(open_stored(folder)[1], cut, cfg=cfg)
+    layered = nll.score(open_stored(folder).params, cut, cfg=cfg)
     np.testing.assert_allclose(layered.nll, whole.nll, rtol=1e-6)
 
 
@@ -79,15 +80,14 @@ def test_merging_from_disk_is_merging_from_memory(rule, tiny_checkpoint, random_
     folders = [tiny_checkpoint("qwen2", seed=s, drift=d) for s, d in ((1, 0), (2, 0.3), (2, 0))]
     target, source, base = (load_hf(folder) for folder in folders)
     stored = [open_stored(folder) for folder in folders[1:]]
-    batches = batches_of(target[0], random_batch)
+    batches = batches_of(target.cfg, random_batch)
     ids = jnp.arange(50)
     given = {"spec": spec, "vocabulary": VocabularyMatch(ids, ids)}
-    whole = merge.merge(target, source, (batches, batches), HParams(0.5), source_base=base, **given)
-    layered = merge.merge(
-        target, stored[0], (batches, batches), HParams(0.5), source_base=stored[1], **given
-    )
-    for spec in specs.param_specs(target[0]):
-        ours, theirs = (np.asarray(specs.get(one[0], spec.path)) for one in (layered, whole))
+    both = AlignedBatches(batches, batches)
+    whole = merge.merge(Models(target, source, base), both, HParams(0.5), **given)
+    layered = merge.merge(Models(target, *stored), both, HParams(0.5), **given)
+    for spec in specs.param_specs(target.cfg):
+        ours, theirs = (np.asarray(specs.get(one.params, spec.path)) for one in (layered, whole))
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
@@ -100,11 +100,7 @@ def test_a_leaf_is_read_when_it_is_asked_for_and_not_before(tiny_checkpoint, mon
         hf, "read_leaf", lambda f, o, spec, *a: reads.append(spec.path) or was(f, o, spec, *a)
     )
     cfg, stored = open_stored(tiny_checkpoint())
-    mlp = stored["layers"]["mlp"]
-    assert reads == []
-    assert set(mlp) == {"gate_proj", "up_proj", "down_proj"}
-    assert len(mlp) == 3
-    kernels = mlp["up_proj"]["kernel"]
+    kernels = specs.get(stored, "layers/mlp/up_proj/kernel")
     assert (len(kernels), reads) == (cfg.num_layers, [])
     _ = kernels[1]
     assert reads == ["layers/mlp/up_proj/kernel"]

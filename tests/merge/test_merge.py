@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, calibration, fuse, merge, recipe
+from ot_merge_jax import activations, calibration, fuse, merge, recipe, weight_diagnostics
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.model import Model, Models
 from ot_merge_jax.spaces import PROJECTIONS, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
-from ot_merge_jax.types import HParams, MergeSpec
+from ot_merge_jax.types import AlignedBatches, Choice, HParams, MergeSpec, Point
 
 PATHS = {name: projection.path for name, projection in PROJECTIONS.items()}
 EMBED, HEAD = "embed_tokens/embedding", "lm_head/kernel"
@@ -26,7 +27,7 @@ def batches():
     rows = [([3, 7, 11, 15], list(range(4 * i, 4 * i + 4))) for i in range(16)]
     target = calibration.batches(sequences, rows)
     source = calibration.batches([s[::-1] for s in sequences[::-1]][::-1], rows)
-    return target, source
+    return AlignedBatches(target, source)
 
 
 def spec_of(preset):
@@ -55,21 +56,16 @@ HPARAMS = HParams(0.1)
 
 @pytest.fixture(scope="module", params=PRESETS)
 def merged(request, model, batches, matched):
-    """(spec, target, source, base, prepared, params, report): llama from a deeper qwen2."""
+    """(spec, models, merged): llama from a deeper qwen2."""
     spec = spec_of(request.param)
-    target, source, base = model("target"), model("source", "qwen2"), model("base", "qwen2")
-    base = base if request.param == "delta" else None
-    prepared = merge.prepare(
-        target, source, batches, HPARAMS, spec=spec, source_base=base, vocabulary=matched
-    )
-    params = fuse.fuse(target[1], prepared.moved, HPARAMS.strength, spec=spec, mask=prepared.masks)
-    return spec, target, source, base, prepared, params, merge.describe(
-        target, prepared, HPARAMS, spec=spec
-    )  # fmt: skip
+    base = model("base", "qwen2") if request.param == "delta" else None
+    models = Models(model("target"), model("source", "qwen2"), base)
+    return spec, models, merge.merge(models, batches, HPARAMS, spec=spec, vocabulary=matched)
 
 
 def test_the_result_has_the_targets_shapes_and_dtypes(merged):
-    _, (_, before), *_, params, _ = merged
+    _, models, (params, *_) = merged
+    before = models.target.params
     assert jax.tree.structure(params) == jax.tree.structure(before)
     for new, old in zip(jax.tree.leaves(params), jax.tree.leaves(before), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)
@@ -85,7 +81,8 @@ def moving(spec, cfg):
 
 
 def test_what_moves_moves_and_nothing_else(merged):
-    spec, (cfg, before), *_, params, _ = merged
+    spec, models, (params, *_) = merged
+    cfg, before = models.target
     for leaf in specs.param_specs(cfg):
         new, old = specs.get(params, leaf.path), specs.get(before, leaf.path)
         if leaf.path in moving(spec, cfg):
@@ -95,42 +92,40 @@ def test_what_moves_moves_and_nothing_else(merged):
 
 
 def test_strength_zero_is_the_target_bit_for_bit(merged):
-    spec, target, _, _, prepared, *_ = merged
-    fused = fuse.fuse(target[1], prepared.moved, 0.0, spec=spec, mask=prepared.masks)
-    jax.tree.map(same_bits, fused, target[1])
+    spec, models, (_, (weights, masks), *_) = merged
+    fused = fuse.fuse(models.target.params, weights, 0.0, spec=spec, mask=masks)
+    jax.tree.map(same_bits, fused, models.target.params)
 
 
 def test_transported_weights_are_those_of_the_operator(merged):
     """Alignment by the source (or its base), weights of the source (or the delta)."""
-    spec, _, source, base, prepared, *_ = merged
+    spec, models, (_, (weights, masks), alignment, *_) = merged
     for name in spec.weights:
         if name not in PATHS:
             continue
         path, wiring = f"{PATHS[name]}/kernel", PROJECTIONS[name]
-        kernels = specs.get(source[1], path)
-        if base is not None:
-            kernels = kernels - specs.get(base[1], path)
+        kernels = specs.get(models.source.params, path)
+        if models.base is not None:
+            kernels = kernels - specs.get(models.base.params, path)
         expected = operator.transported(
             kernels,
-            prepared.coupling,
-            prepared.target,
-            prepared.source,
+            *alignment,
             in_site=wiring.in_site,
             out_site=wiring.out_site,
             spec=spec,
         )
-        mask = np.broadcast_to(prepared.masks[path], expected.shape)
+        mask = np.broadcast_to(masks[path], expected.shape)
         scale = float(np.abs(expected).max())
-        np.testing.assert_allclose(prepared.moved[path], mask * expected, rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(weights[path], mask * expected, rtol=0, atol=1e-5 * scale)
         assert 0 < mask.mean() <= 1
 
 
 def test_alignment_is_by_the_base_where_there_is_one(merged, batches):
-    spec, target, source, base, prepared, *_ = merged
+    spec, models, (_, _, alignment, *_) = merged
     sites = sites_of(spec.weights)
     for (cfg, params), side, found in (
-        (target, batches[0], prepared.target),
-        (base or source, batches[1], prepared.source),
+        (models.target, batches.target, alignment.target),
+        (models.base or models.source, batches.source, alignment.source),
     ):
         expected = activations.gather(params, side, cfg=cfg, sites=sites)
         assert set(found.values) == set(sites)
@@ -139,18 +134,19 @@ def test_alignment_is_by_the_base_where_there_is_one(merged, batches):
 
 
 def test_report(merged):
-    spec, (cfg, before), _, _, prepared, params, report = merged
+    spec, models, (params, transported, alignment, _, report) = merged
+    cfg, before = models.target
     assert set(report.weights) == set(spec.weights)
     assert report.rows == 64
-    assert report.coupling is prepared.coupling
+    assert report.coupling is alignment.coupling
     for name, facts in report.weights.items():
         count = cfg.num_layers if name in PATHS else 1
         for field, value in facts._asdict().items():
             assert np.shape(value) == (count,), (name, field)
             assert np.isfinite(value).all(), (name, field)
         path = f"{PATHS[name]}/kernel" if name in PATHS else {"embed": EMBED, "head": HEAD}[name]
-        old, moved = specs.get(before, path), prepared.moved[path]
-        mask = np.broadcast_to(prepared.masks.get(path, 1.0), old.shape)
+        old, moved = specs.get(before, path), transported.weights[path]
+        mask = np.broadcast_to(transported.masks.get(path, 1.0), old.shape)
         change = specs.get(params, path) - old
 
         def norms(x, count=count):
@@ -163,7 +159,8 @@ def test_report(merged):
 
 def test_report_of_the_plans(merged):
     """Source layers, neighbours and solver facts of the plans that were used."""
-    spec, (cfg, _), _, _, prepared, _, report = merged
+    spec, models, (_, _, alignment, _, report) = merged
+    cfg = models.target.cfg
     for name in spec.weights:
         facts = report.weights[name]
         if name not in PATHS:
@@ -173,7 +170,7 @@ def test_report_of_the_plans(merged):
             continue
         wiring = PROJECTIONS[name]
         share = operator.layer_weights(
-            prepared.coupling, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
+            alignment.coupling, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
         )
         np.testing.assert_array_equal(facts.source_layer, np.asarray(share).argmax(1))
         for site, found in (
@@ -181,21 +178,14 @@ def test_report_of_the_plans(merged):
             (wiring.out_site, facts.neighbours_out),
         ):
             for l in range(cfg.num_layers):
-                plan = couplings.plan(
-                    prepared.coupling,
-                    prepared.target,
-                    prepared.source,
-                    site=site,
-                    l=l,
-                    m=int(facts.source_layer[l]),
-                )
+                plan = couplings.plan(*alignment, site=site, l=l, m=int(facts.source_layer[l]))
                 p = np.asarray(plan, np.float64) * len(plan)
                 p = p / p.sum(1, keepdims=True)
                 expected = np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum(1)).mean()
                 np.testing.assert_allclose(found[l], expected, rtol=1e-3)
         used = np.asarray(share) > 0
         assert used.sum() == (used.size if spec.layers == "soft" else cfg.num_layers)
-        potentials = [prepared.coupling.feature[s] for s in (wiring.in_site, wiring.out_site)]
+        potentials = [alignment.coupling.feature[s] for s in (wiring.in_site, wiring.out_site)]
         for fact, field in ((facts.error, "error"), (facts.iterations, "iterations")):
             worst = np.max([np.where(used, getattr(p, field), 0) for p in potentials], 0).max(1)
             np.testing.assert_allclose(fact, worst, rtol=1e-6)
@@ -203,16 +193,17 @@ def test_report_of_the_plans(merged):
 
 
 def test_only_the_joint_form_transfers_nothing(merged):
-    spec, *_, report = merged
-    assert merge.is_nothing_transferred(report, HPARAMS) == (spec.form == "joint")
-    assert merge.is_nothing_transferred(report, HPARAMS._replace(strength=0.0))
+    spec, _, (*_, report) = merged
+    assert weight_diagnostics.is_nothing_transferred(report, HPARAMS) == (spec.form == "joint")
+    assert weight_diagnostics.is_nothing_transferred(report, HPARAMS._replace(strength=0.0))
     groups = HPARAMS._replace(strength={"projections": 0.1, "vocabulary": 0.1})
-    assert merge.is_nothing_transferred(report, groups) == (spec.form == "joint")
+    assert weight_diagnostics.is_nothing_transferred(report, groups) == (spec.form == "joint")
 
 
 @pytest.mark.parametrize("merged", ["paper"], indirect=True)
 def test_the_mask_keeps_k_neurons(merged):
-    spec, (_, before), *_, params, _ = merged
+    spec, models, (params, *_) = merged
+    before = models.target.params
     for name in spec.weights:
         path = f"{PATHS[name]}/kernel"
         changed = bits(specs.get(params, path)) != bits(specs.get(before, path))
@@ -223,12 +214,11 @@ def test_the_mask_keeps_k_neurons(merged):
 
 @pytest.mark.parametrize("merged", ["delta"], indirect=True)
 def test_source_equal_to_its_base_is_the_target_bit_for_bit(merged, batches, matched):
-    spec, target, source, *_ = merged
-    params, report = merge.merge(
-        target, source, batches, HParams(1.2), spec=spec, source_base=source, vocabulary=matched
-    )
-    jax.tree.map(same_bits, params, target[1])
-    assert merge.is_nothing_transferred(report, HParams(1.2))
+    spec, models, _ = merged
+    same = models._replace(base=models.source)
+    params, *_, report = merge.merge(same, batches, HParams(1.2), spec=spec, vocabulary=matched)
+    jax.tree.map(same_bits, params, models.target.params)
+    assert weight_diagnostics.is_nothing_transferred(report, HParams(1.2))
 
 
 # ------------------------------------------------------------------------ one weight
@@ -238,60 +228,109 @@ UP_PATH = f"{PATHS['up']}/kernel"
 
 
 def test_merge_is_its_stages(model, batches):
-    target, source = model("target"), model("source", "qwen2")
-    params, report = merge.merge(target, source, batches, HParams(0.3), spec=UP)
-    prepared = merge.prepare(target, source, batches, HParams(0.3), spec=UP)
-    expected = fuse.fuse(target[1], prepared.moved, 0.3, spec=UP, mask=prepared.masks)
+    models = Models(model("target"), model("source", "qwen2"))
+    params, *_, report = merge.merge(models, batches, HParams(0.3), spec=UP)
+    alignment = merge.align_activations(models, batches, HParams(0.3), spec=UP)
+    weights, masks = merge.transport_weights(models, alignment, spec=UP)
+    target = models.target.params
+    expected = fuse.fuse(target, weights, 0.3, spec=UP, mask=masks)
     jax.tree.map(same_bits, params, expected)
-    same = merge.describe(target, prepared, HParams(0.3), spec=UP)
+    same = weight_diagnostics.describe(
+        target, merge.Transported(weights, masks), alignment, HParams(0.3), spec=UP
+    )
     jax.tree.map(np.testing.assert_array_equal, report, same)
 
 
+def test_known_steps_are_not_computed_and_the_strength_is_chosen_between(model, batches):
+    """`given` hands out what is known; ``choose`` sees what was transported."""
+    models = Models(model("target"), model("source", "qwen2"))
+    first = merge.merge(models, batches, HParams(0.3), spec=UP)
+    seen, asked = [], []
+
+    def choose(transported):
+        seen.append(transported)
+        return Choice(HParams(0.7), [Point(0.7, 1.0)])
+
+    def otherwise(name, compute, *more, needs=()):
+        asked.append(name)
+        return compute()
+
+    steps = merge.steps_of(first)
+    del steps["report"]
+    again = merge.merge(
+        models,
+        AlignedBatches([], []),
+        HParams(0.0),
+        spec=UP,
+        stage=merge.given(steps, otherwise),
+        choose=choose,
+    )
+    assert asked == ["report"]
+    assert [one is first.transported for one in seen] == [True]
+    assert again.choice == Choice(HParams(0.7), [Point(0.7, 1.0)])
+    expected = merge.merge(models, batches, HParams(0.7), spec=UP)
+    jax.tree.map(same_bits, again.params, expected.params)
+    jax.tree.map(np.testing.assert_array_equal, again.report, expected.report)
+
+
+def test_a_stand_in_takes_the_place_of_the_reference_alone(model, batches):
+    """Aligned with the stand-in, the source's own weights are carried."""
+    source, other = model("source", "qwen2"), model("base", "qwen2")
+    models = Models(model("target"), source, stand_in=other)
+    alignment = merge.align_activations(models, batches, HPARAMS, spec=UP)
+    expected = merge.align_activations(Models(models.target, other), batches, HPARAMS, spec=UP)
+    jax.tree.map(np.testing.assert_array_equal, alignment, expected)
+    wiring = PROJECTIONS["up"]
+    carried = operator.transported(
+        specs.get(source.params, UP_PATH), *expected,
+        in_site=wiring.in_site, out_site=wiring.out_site, spec=UP,
+    )  # fmt: skip
+    moved = merge.transport_weights(models, alignment, spec=UP)
+    np.testing.assert_array_equal(moved.weights[UP_PATH], carried)
+
+
 def test_strength_zero_through_merge(model, batches):
-    target, source = model("target"), model("source", "qwen2")
-    params, report = merge.merge(target, source, batches, HParams(0.0), spec=UP)
-    jax.tree.map(same_bits, params, target[1])
+    models = Models(model("target"), model("source", "qwen2"))
+    params, *_, report = merge.merge(models, batches, HParams(0.0), spec=UP)
+    jax.tree.map(same_bits, params, models.target.params)
     np.testing.assert_array_equal(report.weights["up"].ratio_change, 0)
 
 
 def test_half_precision_targets_stay_half_precision(model, batches):
     cfg, params = model("target")
-    half = cfg, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    source = model("source", "qwen2")
-    prepared = merge.prepare(half, source, batches, HParams(0.3), spec=UP)
-    still, moved = (
-        fuse.fuse(half[1], prepared.moved, s, spec=UP, mask=prepared.masks) for s in (0.0, 0.3)
-    )
-    jax.tree.map(same_bits, still, half[1])
+    half = Model(cfg, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    models = Models(half, model("source", "qwen2"))
+    moved, (weights, masks), *_ = merge.merge(models, batches, HParams(0.3), spec=UP)
+    still = fuse.fuse(half.params, weights, 0.0, spec=UP, mask=masks)
+    jax.tree.map(same_bits, still, half.params)
     assert {leaf.dtype for leaf in jax.tree.leaves(moved)} == {jnp.dtype(jnp.bfloat16)}
-    assert (bits(specs.get(moved, UP_PATH)) != bits(specs.get(half[1], UP_PATH))).any()
+    assert (bits(specs.get(moved, UP_PATH)) != bits(specs.get(half.params, UP_PATH))).any()
 
 
 def test_interpolate_with_a_base_aligns_by_it_and_carries_the_source(model, batches):
     target, source, base = model("target"), model("source", "qwen2"), model("base", "qwen2")
-    with_base = merge.prepare(target, source, batches, HPARAMS, spec=UP, source_base=base)
-    carried_base = merge.prepare(target, base, batches, HPARAMS, spec=UP)
-    for site, rows in with_base.source.values.items():
-        np.testing.assert_array_equal(rows, carried_base.source.values[site])
+    with_base = merge.merge(Models(target, source, base), batches, HPARAMS, spec=UP)
+    carried_base = merge.merge(Models(target, base), batches, HPARAMS, spec=UP)
+    for site, rows in with_base.alignment.source.values.items():
+        np.testing.assert_array_equal(rows, carried_base.alignment.source.values[site])
     wiring = PROJECTIONS["up"]
     expected = operator.transported(
-        specs.get(source[1], UP_PATH),
-        carried_base.coupling,
-        carried_base.target,
-        carried_base.source,
+        specs.get(source.params, UP_PATH),
+        *carried_base.alignment,
         in_site=wiring.in_site,
         out_site=wiring.out_site,
         spec=UP,
     )
-    np.testing.assert_allclose(with_base.moved[UP_PATH], expected, atol=1e-6)
-    assert np.abs(with_base.moved[UP_PATH] - carried_base.moved[UP_PATH]).max() > 1e-3
+    one, other = (x.transported.weights[UP_PATH] for x in (with_base, carried_base))
+    np.testing.assert_allclose(one, expected, atol=1e-6)
+    assert np.abs(one - other).max() > 1e-3
 
 
 def test_vmap_over_hparams_is_the_loop(model, batches):
-    target, source = model("target"), model("source", "qwen2")
+    models = Models(model("target"), model("source", "qwen2"))
 
     def run(strength, epsilon):
-        params, report = merge.merge(target, source, batches, HParams(strength, epsilon), spec=UP)
+        params, *_, report = merge.merge(models, batches, HParams(strength, epsilon), spec=UP)
         return specs.get(params, UP_PATH), report.weights["up"].ratio_change
 
     strengths, epsilons = (0.0, 0.3, 1.0), (0.02, 0.1, 0.5)
@@ -300,16 +339,16 @@ def test_vmap_over_hparams_is_the_loop(model, batches):
         kernel, ratio = run(strength, epsilon)
         np.testing.assert_allclose(swept[0][index], kernel, rtol=0, atol=1e-5)
         np.testing.assert_allclose(swept[1][index], ratio, rtol=1e-4, atol=1e-7)
-    same_bits(swept[0][0], specs.get(target[1], UP_PATH))
+    same_bits(swept[0][0], specs.get(models.target.params, UP_PATH))
 
 
 def test_the_second_merge_compiles_nothing(model, batches, caplog):
-    target, source = model("target"), model("source", "qwen2")
-    merge.merge(target, source, batches, HParams(0.3, 0.05), spec=UP)
-    others = [(cfg, jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * 0.9), params))
-              for cfg, params in (target, source)]  # fmt: skip
+    models = Models(model("target"), model("source", "qwen2"))
+    merge.merge(models, batches, HParams(0.3, 0.05), spec=UP)
+    others = [Model(cfg, jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * 0.9), params))
+              for cfg, params in models[:2]]  # fmt: skip
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        merge.merge(*others, batches, HParams(0.7, 0.03, 0.2, 1e-5), spec=UP)
+        merge.merge(Models(*others), batches, HParams(0.7, 0.03, 0.2, 1e-5), spec=UP)
     assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []
 
 
@@ -320,19 +359,16 @@ K_BIAS = f"{PATHS['k']}/bias"
 
 
 def biases_of(model, batches, families):
-    target, source = model("target", families[0]), model("source", families[1])
-    prepared = merge.prepare(target, source, batches, HPARAMS, spec=BIASED)
-    fused = fuse.fuse(target[1], prepared.moved, 0.5, spec=BIASED, mask=prepared.masks)
-    return target[1], source[1], prepared, fused
+    models = Models(model("target", families[0]), model("source", families[1]))
+    merged = merge.merge(models, batches, HPARAMS._replace(strength=0.5), spec=BIASED)
+    return models.target.params, models.source.params, merged, merged.params
 
 
 def test_a_bias_moves_where_both_have_one(model, batches):
-    before, source, prepared, fused = biases_of(model, batches, ("qwen2", "qwen2"))
+    before, source, merged, fused = biases_of(model, batches, ("qwen2", "qwen2"))
     expected = operator.transported_bias(
         specs.get(source, K_BIAS),
-        prepared.coupling,
-        prepared.target,
-        prepared.source,
+        *merged.alignment,
         in_site="attn_in",
         out_site="k_out",
         spec=BIASED,
@@ -351,9 +387,9 @@ def test_a_bias_without_a_counterpart_stays(model, batches):
 
 
 def test_a_target_without_biases_gets_none(model, batches):
-    _, source, prepared, fused = biases_of(model, batches, ("llama", "qwen2"))
+    _, source, merged, fused = biases_of(model, batches, ("llama", "qwen2"))
     assert specs.has(source, K_BIAS)
-    assert K_BIAS not in prepared.moved
+    assert K_BIAS not in merged.transported.weights
     assert not specs.has(fused, K_BIAS)
 
 
@@ -366,24 +402,23 @@ def test_a_model_merged_with_itself_finds_itself(model, batches):
     spec = MergeSpec(weights=("v", "down"), rule="interpolate")
     errors = []
     for epsilon in (0.5, 0.1, 0.02, 0.005):
-        prepared = merge.prepare(
-            target, target, (batches[0],) * 2, HParams(1.0, epsilon), spec=spec
-        )
+        twice = AlignedBatches(batches.target, batches.target)
+        merged = merge.merge(Models(target, target), twice, HParams(1.0, epsilon), spec=spec)
+        alignment = merged.alignment
         errors.append({})
         for name in spec.weights:
             path = f"{PATHS[name]}/kernel"
-            weight, moved = specs.get(target[1], path), prepared.moved[path]
+            weight = specs.get(target.params, path)
+            moved = merged.transported.weights[path]
             errors[-1][name] = float(jnp.linalg.norm(moved - weight) / jnp.linalg.norm(weight))
             wiring = PROJECTIONS[name]
             for site in (wiring.in_site, wiring.out_site):
                 np.testing.assert_array_equal(
-                    prepared.coupling.layer[site].argmax(1), np.arange(target[0].num_layers)
+                    alignment.coupling.layer[site].argmax(1), np.arange(target.cfg.num_layers)
                 )
-                for l in range(target[0].num_layers):
-                    plan = couplings.plan(
-                        prepared.coupling, prepared.target, prepared.source, site=site, l=l, m=l
-                    )
-                    is_active = prepared.target.values[site][l].std(0) > 0
+                for l in range(target.cfg.num_layers):
+                    plan = couplings.plan(*alignment, site=site, l=l, m=l)
+                    is_active = alignment.target.values[site][l].std(0) > 0
                     assert is_active.any()
                     np.testing.assert_array_equal(
                         np.asarray(plan).argmax(1)[is_active], np.flatnonzero(is_active)
@@ -422,7 +457,7 @@ def unpruned(pruned, batches):
     spec = MergeSpec(weights=("gate", "up", "down"), rule="interpolate")
     target, source, _ = pruned
     rows = [
-        activations.gather(params, batches[0], cfg=cfg, sites=sites_of(spec.weights))
+        activations.gather(params, batches.target, cfg=cfg, sites=sites_of(spec.weights))
         for cfg, params in (target, source)
     ]
     return spec, couplings.couple(*rows, HPARAMS, spec=spec), rows

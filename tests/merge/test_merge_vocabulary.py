@@ -11,10 +11,12 @@ import pytest
 from ot_merge_jax import merge
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.models import specs
-from ot_merge_jax.types import HParams, MergeSpec
+from ot_merge_jax.models.model import Models
+from ot_merge_jax.types import AlignedBatches, HParams, MergeSpec
 
 EMBED, HEAD = "embed_tokens/embedding", "lm_head/kernel"
 HPARAMS = HParams(0.1)
+NO_ROWS = AlignedBatches([], [])
 
 
 def same_bits(one, other):
@@ -54,16 +56,11 @@ def moved_table(models, matched, role, strength):
 def merge_tables(model, matched, ties, weights, strength=0.8):
     target = model("target", tied=ties[0])
     source, base = (model(role, "qwen2", tied=ties[1]) for role in ("source", "base"))
-    params, report = merge.merge(
-        target,
-        source,
-        ([], []),
-        HParams(strength),
-        spec=BOTH._replace(weights=weights),
-        source_base=base,
-        vocabulary=matched,
+    models = Models(target, source, base)
+    merged = merge.merge(
+        models, NO_ROWS, HParams(strength), spec=BOTH._replace(weights=weights), vocabulary=matched
     )
-    return (target, source, base), params, report
+    return models[:3], merged.params, merged.report
 
 
 @pytest.mark.parametrize("ties", TIES, ids=["t-s", "t-S", "T-s", "T-S"])  # capital: tied
@@ -116,13 +113,13 @@ def test_a_tied_table_moves_once_whatever_it_is_called(model, matched, source_ti
 @pytest.mark.parametrize(("weights", "still"), [(("embed",), HEAD), (("head",), EMBED)])
 def test_an_untied_table_that_is_not_named_stays(model, matched, weights, still):
     models, params, report = merge_tables(model, matched, (False, True), weights)
-    assert specs.get(params, still) is specs.get(models[0][1], still)
+    assert specs.get(params, still) is specs.get(models[0].params, still)
     assert set(report.weights) == set(weights)
 
 
 def test_strength_zero_of_the_vocabulary(model, matched):
     models, params, _ = merge_tables(model, matched, (False, False), ("embed", "head"), 0.0)
-    jax.tree.map(same_bits, params, models[0][1])
+    jax.tree.map(same_bits, params, models[0].params)
 
 
 def test_weights_of_the_match_reach_the_map(model, matched):
@@ -142,7 +139,7 @@ def test_weights_of_the_match_reach_the_map(model, matched):
 
 def test_delta_needs_a_base(model):
     with pytest.raises(RecipeError, match="source_base"):
-        merge.merge(model("target"), model("source"), ([], []), HPARAMS, spec=BOTH)
+        merge.merge(Models(model("target"), model("source")), NO_ROWS, HPARAMS, spec=BOTH)
 
 
 @pytest.mark.parametrize("weights", [("embed",), ("head",), ("embed", "head")])
@@ -150,7 +147,7 @@ def test_moving_tables_needs_the_matched_tokens(model, weights):
     target, source = model("target"), model("source", "qwen2")
     spec = MergeSpec(weights=weights, rule="interpolate")
     with pytest.raises(RecipeError, match="matched tokens"):
-        merge.merge(target, source, ([], []), HPARAMS, spec=spec)
+        merge.merge(Models(target, source), NO_ROWS, HPARAMS, spec=spec)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +166,10 @@ def test_a_base_of_other_shapes_is_refused(model, more, named, rule):
     source, base = model("source"), model("base", **more)
     spec = BOTH._replace(rule=rule)
     with pytest.raises(InputError, match=named):
-        merge.merge(model("target"), source, ([], []), HPARAMS, spec=spec, source_base=base)
+        merge.merge(Models(model("target"), source, base), NO_ROWS, HPARAMS, spec=spec)
 
 
 def test_a_base_of_another_family_is_refused(model):
     source, base = model("source", vocab_size=304), model("base", "qwen2", vocab_size=304)
     with pytest.raises(InputError, match="bias"):
-        merge.merge(model("target"), source, ([], []), HPARAMS, spec=BOTH, source_base=base)
+        merge.merge(Models(model("target"), source, base), NO_ROWS, HPARAMS, spec=BOTH)
