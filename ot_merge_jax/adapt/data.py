@@ -202,13 +202,11 @@ def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
             f"The text has {len(ids)} tokens to learn from, and one block has {length}; give more "
             "text or a smaller --block."
         )
-    whole = len(ids) // length * length
-    return Blocks(
-        *(
-            np.array(stream[:whole], kind).reshape(-1, length)
-            for stream, kind in ((ids, np.int32), (mask, bool), (counted, bool))
-        )
-    )
+
+    def blocks(stream: list[Any], kind: Any) -> np.ndarray:
+        return np.array(stream[: len(stream) // length * length], kind).reshape(-1, length)
+
+    return Blocks(blocks(ids, np.int32), blocks(mask, bool), blocks(counted, bool))
 
 
 def pair(
