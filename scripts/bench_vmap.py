@@ -54,16 +54,16 @@ def alternated(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 def compared(pairs: int, n: int, m: int, rounds: int) -> dict[str, Any]:
     """The loop, the vmap and the loop again, whose difference from itself is the noise."""
     costs, epsilons = costs_of(pairs, n, m), jnp.array(_EPSILONS)
-    swept = jax.jit(jax.vmap(lambda epsilon: solve.solve(costs, epsilon=epsilon)))
+    swept = jax.jit(jax.vmap(lambda costs, e: solve.solve(costs, epsilon=e), (None, 0)))
 
     def loop() -> Any:
         return [solve.solve(costs, epsilon=epsilon) for epsilon in _EPSILONS]
 
     seconds = alternated(
-        {"loop": loop, "vmap": lambda: swept(epsilons), "loop again": loop}, rounds
+        {"loop": loop, "vmap": lambda: swept(costs, epsilons), "loop again": loop}, rounds
     )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    together, alone = swept(epsilons), loop()
+    together, alone = swept(costs, epsilons), loop()
     return {
         "target": n,
         "source": m,

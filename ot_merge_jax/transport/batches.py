@@ -65,9 +65,9 @@ def listed(solve_batch: Callable[..., Any], size: int, *, groups: int = 1) -> Ca
         groups: Stretches of the list that are not solved side by side.
 
     Returns:
-        A function of costs ``[c, n, m]``, the index of each problem's cost ``[p]`` (None: ``p`` is
-        ``c``, and they are in order), epsilon ``[p]`` and threshold ``[p]``. A cost that many
-        problems share is not copied before their turn. It has no gradient.
+        A function of costs ``[c, n, m]``, the index of each problem's cost ``[p]`` (None: each
+        group has one problem for each cost, in their order), epsilon ``[p]`` and threshold ``[p]``.
+        A cost that many problems share is not copied before their turn. It has no gradient.
 
     Example:
         >>> solve = listed(lambda cost, epsilon, threshold: cost.sum((1, 2)) * epsilon, 2)
@@ -85,6 +85,12 @@ def listed(solve_batch: Callable[..., Any], size: int, *, groups: int = 1) -> Ca
             chosen, *numbers = problems
             return solve_batch(chosen if which is None else costs[chosen], *numbers)
 
+        if which is None and groups > 1:
+            if len(costs) <= size:  # nothing to choose, nothing to copy
+                numbers = (epsilon.reshape(groups, -1), threshold.reshape(groups, -1))
+                results = jax.lax.map(lambda group: solve_batch(costs, *group), numbers)
+                return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
+            which = jnp.tile(jnp.arange(len(costs)), groups)
         problems = (costs if which is None else which, epsilon, threshold)
         return in_batches(batch, problems, size, groups=groups)
 
@@ -109,13 +115,14 @@ def listed(solve_batch: Callable[..., Any], size: int, *, groups: int = 1) -> Ca
             leaf = swapped(leaf.reshape(*first, -1, *leaf.shape[1:]))
             return leaf.reshape(lanes, count, *leaf.shape[3:])
 
-        which = jnp.arange(count) if which is None else which
+        if which is None and (cost_is_batched or not is_apart):
+            which = jnp.tile(jnp.arange(costs.shape[-3]), groups)
         if cost_is_batched:
             which = which + costs.shape[1] * jnp.arange(lanes)[:, None]
             costs = costs.reshape(-1, *costs.shape[2:])
         results = listed(solve_batch, size, groups=groups * (lanes if is_apart else 1))(
             costs,
-            flat(which, cost_is_batched or bool(which_is_batched)),
+            None if which is None else flat(which, cost_is_batched or bool(which_is_batched)),
             *map(flat, (epsilon, threshold), numbers_are_batched),
         )
         return jax.tree.map(unflat, results), jax.tree.map(lambda _: True, results)
