@@ -122,6 +122,8 @@ class Recipe(pydantic.BaseModel):
         layers: ``soft`` or ``top1``.
         max_iterations: Sinkhorn iterations at most.
         threshold: L1 marginal error at which the solver stops.
+        solver: ``auto``, or ``ott`` for all transport by ott-jax in the log domain, a check of the
+            built-in solver that takes several times as long.
         signed: Whether anti-correlated neurons may match.
         form: ``joint`` or ``barycentric``.
         rule: ``interpolate``, ``residual`` or ``delta``.
@@ -154,6 +156,7 @@ class Recipe(pydantic.BaseModel):
     layers: Literal["soft", "top1"]
     max_iterations: Annotated[int, pydantic.Field(ge=1)]
     threshold: Positive = 1e-6
+    solver: Literal["auto", "ott"] = "auto"
     signed: bool = False
     form: Literal["joint", "barycentric"]
     rule: Literal["interpolate", "residual", "delta"]
@@ -214,6 +217,7 @@ class Recipe(pydantic.BaseModel):
             k=None if self.k == "all" else self.k,
             signed=self.signed,
             max_iterations=self.max_iterations,
+            solver=self.solver,
         )
 
     def hparams(self) -> HParams:

@@ -26,9 +26,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Bool, Float, Int
 
-#: Nested dict of arrays, of which leaves under ``layers`` are stacked over the layers; or lazy
-#: parameters (`ot_merge_jax.models.specs.LazyParams`), made when they are asked for.
-Params = Any
+#: How transport problems are solved; see `ot_merge_jax.transport.solve.solve`.
+Solver = Literal["auto", "scaling", "ott"]
 
 
 class Batch(NamedTuple):
@@ -85,7 +84,8 @@ class Potentials(NamedTuple):
         error: L1 error of the marginals of the plan, the larger of the two sides.
         iterations: Sinkhorn iterations spent.
         converged: Whether the solver's error reached the threshold. Callers must look at it.
-        is_log: Whether it was solved in log form, because epsilon is very small for the cost.
+        is_log: Whether it was solved in the log domain by ott-jax: because epsilon is very small
+            for the cost, or because the solver is ``ott``.
     """
 
     f: Float[jax.Array, "... n"]
@@ -207,6 +207,7 @@ class MergeSpec(NamedTuple):
         k: Neurons kept by the mask in each layer; None: all.
         signed: Whether anti-correlated neurons may match, with their sign.
         max_iterations: Of each neuron transport problem.
+        solver: Of neuron and layer transport: ``auto``, ``scaling`` or ``ott``.
     """
 
     weights: tuple[str, ...] = ("gate", "up", "down")
@@ -217,6 +218,7 @@ class MergeSpec(NamedTuple):
     k: int | None = None
     signed: bool = False
     max_iterations: int = 2000
+    solver: Solver = "auto"
 
 
 class WeightReport(NamedTuple):

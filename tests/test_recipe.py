@@ -92,6 +92,7 @@ def test_delta_is_the_default_preset():
         ("layers", "top1"),
         ("max_iterations", 7),
         ("threshold", 1e-4),
+        ("solver", "ott"),
         ("signed", True),
         ("form", "barycentric"),
         ("rule", "residual"),
@@ -118,6 +119,11 @@ def test_what_is_not_said_does_not_override():
 def test_weights_come_in_the_order_of_the_forward_pass():
     spec = resolve(weights=["head", "down", "q", "embed", "up"]).spec()
     assert spec.weights == ("q", "up", "down", "embed", "head")
+
+
+def test_the_solver_reaches_the_spec():
+    assert resolve().spec().solver == "auto"
+    assert resolve(solver="ott").spec().solver == "ott"
 
 
 def test_spec_is_hashable():
@@ -253,6 +259,7 @@ def test_a_missing_path_is_named():
         ("rule", "replace"),
         ("layers", "all"),
         ("layer_cost", "mean"),
+        ("solver", "scaling"),
         ("signed", "perhaps"),
         ("seed", -1),
         ("seed", 1.5),

@@ -50,6 +50,9 @@ def recipe_of(
     layers: Annotated[str | None, typer.Option(help="soft or top1.")] = None,
     max_iterations: Annotated[int | None, typer.Option(help="Sinkhorn iterations at most.")] = None,
     threshold: Annotated[float | None, typer.Option(help="L1 marginal error to stop at.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="auto, or ott (all by ott-jax: slow, a check).")
+    ] = None,
     signed: Annotated[bool | None, typer.Option(help="Let neurons match their negative.")] = None,
     form: Annotated[str | None, typer.Option(help="joint or barycentric.")] = None,
     rule: Annotated[str | None, typer.Option(help="interpolate, residual or delta.")] = None,
@@ -74,7 +77,7 @@ def recipe_of(
         "rows": rows, "max_rows": max_rows, "max_length": max_length,
         "epsilon": epsilon, "layer_epsilon": layer_epsilon,
         "layer_cost": layer_cost, "layers": layers, "max_iterations": max_iterations,
-        "threshold": threshold, "signed": signed, "form": form, "rule": rule,
+        "threshold": threshold, "solver": solver, "signed": signed, "form": form, "rule": rule,
         "strength": strength, "vocabulary_weights": vocabulary_weights, "k": k, "seed": seed,
         "controls": controls if controls in (None, "all", "none") else _listed(controls),
         "seeds": seeds, "continuations": continuations,

@@ -12,12 +12,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from ot_merge_jax import progress
 from ot_merge_jax.spaces import sites_of
-from ot_merge_jax.transport import cost, solve
-from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec, Potentials
+from ot_merge_jax.transport import batches, cost, solve
+from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec, Potentials, Solver
 
 #: The paper's iteration limit for the layer problem (Transport and Merge, A.3).
 LAYER_ITERATIONS = 1000
@@ -28,7 +28,13 @@ ROWS_AT_ONCE = 1 << 26
 
 
 def couple(
-    target: Activations, source: Activations, hparams: HParams, *, spec: MergeSpec
+    target: Activations,
+    source: Activations,
+    hparams: HParams,
+    *,
+    spec: MergeSpec,
+    pairs_at_once: int | None = None,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> Coupling:
     """Solves the neuron transport of every layer pair at every site, then the layer transport.
 
@@ -36,13 +42,18 @@ def couple(
         target: Activations of the target.
         source: Activations of the source (of the source base, for rule ``delta``); same row ids.
         hparams: ``epsilon``, ``layer_epsilon`` and ``threshold`` are used.
-        spec: ``weights`` (which decide the sites), ``layer_cost``, ``signed``, ``max_iterations``.
+        spec: ``weights`` (which decide the sites), ``layer_cost``, ``signed``, ``max_iterations``,
+            ``solver``. Under a trace a pair whose cost spans too many epsilons for the scaling form
+            comes back not converged, unless the solver is ``ott``.
+        pairs_at_once: Layer pairs solved side by side at most; None: `solve.pairs_at_once`.
+        rows_at_once: Entries of the source's rows on the device at a time, at least one layer's.
 
     Returns:
         The coupling of all sites that the weights need.
 
     Raises:
-        ValueError: if the rows of the two models do not correspond, or are fewer than 2.
+        ValueError: if the rows of the two models do not correspond, or are fewer than 2; if an
+            epsilon is not positive and finite, a budget is below 1 or the solver is unknown.
 
     Example:
         >>> import numpy as np
@@ -62,9 +73,11 @@ def couple(
             f"Rows of target and source must correspond one to one and be at least 2, "
             f"not {len(target.row_id)} and {len(source.row_id)}."
         )
+    solve.check_budgets(pairs_at_once=pairs_at_once, rows_at_once=rows_at_once)
     sites = sites_of(spec.weights)
     total = sum(
-        len(target.values[site]) * len(_blocks(source.values[site].shape)) for site in sites
+        len(target.values[site]) * len(_blocks(source.values[site].shape, rows_at_once))
+        for site in sites
     )
     for epsilon in (hparams.epsilon, hparams.layer_epsilon):
         solve.check_epsilon(epsilon)
@@ -72,38 +85,38 @@ def couple(
     feature, layer, std_target, std_source = {}, {}, {}, {}
     for site in sites:
         blocks = []
-        for part in _blocks(source.values[site].shape):
+        for part in _blocks(source.values[site].shape, rows_at_once):
             ys, solved = jax.device_put(source.values[site][part]), []
             for x in target.values[site]:
                 next(steps)
                 one_layer = functools.partial(
                     _one_layer, jax.device_put(x), ys, hparams.epsilon, hparams.threshold,
-                    max_iterations=spec.max_iterations, signed=spec.signed,
+                    max_iterations=spec.max_iterations, signed=spec.signed, size=pairs_at_once,
                 )  # fmt: skip
                 solved.append(
-                    solve.in_both_forms(
-                        lambda may_be_log, run=one_layer: run(may_be_log=may_be_log),
-                        lambda found: found[0].is_log,
-                    )
+                    solve.by_solver(spec.solver, lambda chosen, run=one_layer: run(solver=chosen))
                 )
             blocks.append(solved)
         feature[site], std_target[site], std_source[site] = _stacked(
             blocks, layers=source.values[site].shape[0]
         )
         layer[site] = layer_plan(
-            feature[site].cost, epsilon=hparams.layer_epsilon, layer_cost=spec.layer_cost
+            feature[site].cost,
+            epsilon=hparams.layer_epsilon,
+            layer_cost=spec.layer_cost,
+            solver=spec.solver,
         )
     next(steps, None)
     return Coupling(layer, feature, std_target, std_source)
 
 
-def _blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Stretches of source layers ``[M, t, m]`` whose rows stay within `ROWS_AT_ONCE`.
+def _blocks(shape: tuple[int, ...], rows_at_once: int) -> list[slice]:
+    """Stretches of source layers ``[M, t, m]`` whose rows stay within so many entries.
 
     All have one length, so that one program solves them; the last may begin before its neighbour
     ends, and what it solves again is dropped.
     """
-    layers, at_once = shape[0], max(1, ROWS_AT_ONCE // (shape[1] * shape[2]))
+    layers, at_once = shape[0], max(1, rows_at_once // (shape[1] * shape[2]))
     count = math.ceil(layers / at_once)
     size = math.ceil(layers / count)
     starts = [min(start, layers - size) for start in range(0, layers, size)]
@@ -131,7 +144,7 @@ def _joined(blocks: tuple[jax.Array, ...], layers: int) -> jax.Array:
     return jnp.concatenate([*whole, last[sum(map(len, blocks)) - layers :]])
 
 
-@functools.partial(jax.jit, static_argnames=("max_iterations", "signed", "may_be_log"))
+@functools.partial(jax.jit, static_argnames=("max_iterations", "signed", "solver", "size"))
 def _one_layer(
     x: Float[Array, "t n"],
     ys: Float[Array, "M t m"],
@@ -140,30 +153,28 @@ def _one_layer(
     *,
     max_iterations: int,
     signed: bool,
-    may_be_log: bool,
-) -> tuple[Potentials, Float[Array, " n"], Float[Array, "M m"]]:
+    solver: Solver,
+    size: int | None,
+) -> tuple[tuple[Potentials, Float[Array, " n"], Float[Array, "M m"]], Bool[Array, " M"]]:
     """One target layer against all source layers, a few pairs at a time.
 
-    Also the standard deviations of both. The source's rows are standardised again for each target
-    layer, which costs little beside the solve and keeps no second copy of them.
+    Also the standard deviations of both, and which pairs need the log domain. The source's rows are
+    standardised again for each target layer, which costs little beside the solve and keeps no
+    second copy of them.
     """
     units, std = cost.standardise(x)
+    size = size or solve.pairs_at_once(x.shape[1], ys.shape[2])
 
-    def pairs(chosen: jax.Array) -> tuple[Potentials, jax.Array]:
+    def pairs(chosen: jax.Array) -> tuple[Potentials, jax.Array, jax.Array]:
         others, stds = jax.vmap(cost.standardise)(chosen)
         costs = jax.vmap(lambda other: cost.of_units(units, other, signed=signed))(others)
-        found = solve.solve_batch(
-            costs,
-            jnp.full(len(costs), epsilon, jnp.float32),
-            threshold,
-            max_iterations=max_iterations,
-            may_be_log=may_be_log,
+        potentials, is_too_wide = solve.solve_batch(
+            costs, epsilon, threshold, max_iterations=max_iterations, solver=solver, size=size
         )
-        return found, stds
+        return potentials, stds, is_too_wide
 
-    at_once = solve.pairs_at_once(x.shape[1], ys.shape[2])
-    found, std_source = solve.in_batches(pairs, ys, at_once)
-    return found, std, std_source
+    potentials, std_source, is_too_wide = batches.in_batches(pairs, ys, size)
+    return (potentials, std, std_source), is_too_wide
 
 
 def layer_plan(
@@ -171,6 +182,7 @@ def layer_plan(
     *,
     epsilon: Any,
     layer_cost: Literal["plain", "median"] = "median",
+    solver: Solver = "auto",
 ) -> Float[Array, "L M"]:
     """Transport plan between layers, from the transport cost of each layer pair.
 
@@ -181,12 +193,15 @@ def layer_plan(
         layer_cost: ``plain`` takes the costs as they are. ``median`` subtracts the smallest and
             divides by the median (0 counts as 1), because the costs of a real model differ by a
             few hundredths and eta 0.1 would give a flat plan.
+        solver: As for `solve.solve`.
 
     Returns:
-        ``[L, M]``, summing to 1; rows sum to 1/L and columns to 1/M.
+        ``[L, M]``, summing to 1; rows sum to 1/L and columns to 1/M. NaN where costs span too many
+        epsilons for the scaling form and there is no other, under a trace or by ``solver``.
 
     Raises:
-        ValueError: for an unknown ``layer_cost``.
+        ValueError: for an unknown ``layer_cost`` or ``solver``, or an epsilon that is not positive
+            and finite.
 
     Example:
         >>> costs = jnp.array([[0.80, 0.83], [0.83, 0.80]])
@@ -203,30 +218,30 @@ def layer_plan(
     if layer_cost not in ("plain", "median"):
         raise ValueError(f"layer_cost is 'plain' or 'median', not {layer_cost!r}.")
     solve.check_epsilon(epsilon)
-    plan, _ = solve.in_both_forms(
-        lambda may_be_log: _layer_plan(
-            costs, epsilon, layer_cost=layer_cost, may_be_log=may_be_log
-        ),
-        lambda found: found[1],
+    return solve.by_solver(
+        solver,
+        lambda chosen: _layer_plan(costs, epsilon, layer_cost=layer_cost, solver=chosen),
     )
-    return plan
 
 
-@functools.partial(jax.jit, static_argnames=("layer_cost", "may_be_log"))
+@functools.partial(jax.jit, static_argnames=("layer_cost", "solver"))
 def _layer_plan(
-    costs: jax.Array, epsilon: Any, *, layer_cost: str, may_be_log: bool
+    costs: jax.Array, epsilon: Any, *, layer_cost: str, solver: Solver
 ) -> tuple[jax.Array, jax.Array]:
-    """`layer_plan` as one program, and whether the problem needs the log form."""
+    """`layer_plan` as one program, and whether the problem needs the log domain."""
     if layer_cost == "median":
         shifted = costs - costs.min()
         middle = jnp.median(shifted)
         costs = shifted / jnp.where(middle > 0, middle, 1.0)
     epsilon = jnp.asarray(epsilon, jnp.float32) * jnp.maximum(1.0, costs.max() / 1000)
-    found = solve.solve_batch(
-        costs[None], epsilon[None], 1e-6, max_iterations=LAYER_ITERATIONS, may_be_log=may_be_log
+    solved = solve.solve_batch(
+        costs[None], epsilon, 1e-6, max_iterations=LAYER_ITERATIONS, solver=solver
     )
-    one = jax.tree.map(lambda leaf: leaf[0], found)
-    return solve.plan(costs, one), one.is_log
+    potentials, is_too_wide = jax.tree.map(lambda leaf: leaf[0], solved)
+    plan = solve.plan(costs, potentials)
+    if solver == "scaling":  # a plan has no flag that would say that it was not solved
+        plan = jnp.where(is_too_wide, jnp.nan, plan)
+    return plan, is_too_wide
 
 
 def plan(
@@ -238,6 +253,7 @@ def plan(
     l: int,
     m: int,
     signed: bool = False,
+    plan_at_once: int = PLAN_AT_ONCE,
 ) -> Float[Array, "n_t n_s"]:
     """Rebuilds one neuron plan from its potentials and the activations.
 
@@ -250,16 +266,17 @@ def plan(
         m: Source layer.
         signed: Whether the coupling was made with ``signed``; the plan then carries the sign of
             the correlation.
+        plan_at_once: As for `rebuild`.
 
     Returns:
         ``[n_t, n_s]``; non-negative and summing to 1 unless ``signed``.
     """
     potentials = jax.tree.map(lambda leaf: leaf[l, m], coupling.feature[site])
     x, y = jnp.asarray(target.values[site][l]), jnp.asarray(source.values[site][m])
-    return rebuild(x, y, potentials, signed=signed)
+    return rebuild(x, y, potentials, signed=signed, plan_at_once=plan_at_once)
 
 
-@functools.partial(jax.jit, static_argnames=("signed",))
+@functools.partial(jax.jit, static_argnames=("signed", "plan_at_once"))
 def rebuild(
     x: Float[Array, "t n"],
     y: Float[Array, "t m"],
@@ -267,6 +284,7 @@ def rebuild(
     rows: Int[Array, " k"] | None = None,
     *,
     signed: bool = False,
+    plan_at_once: int = PLAN_AT_ONCE,
 ) -> Float[Array, "k m"]:
     """The plan of one layer pair from its activations and potentials, in blocks of rows.
 
@@ -276,6 +294,7 @@ def rebuild(
         potentials: Those of the pair.
         rows: Target neurons whose rows are wanted; None: all.
         signed: Whether the coupling was made with ``signed``.
+        plan_at_once: Entries of the plan that are made at a time, at least one row's; static.
 
     Returns:
         Rows of the plan; those of all neurons sum to 1.
@@ -284,7 +303,7 @@ def rebuild(
     if rows is not None:
         x, f = x[:, rows], f[rows]
     units, others = cost.standardise(x)[0], cost.standardise(y)[0]
-    at_once = max(1, PLAN_AT_ONCE // y.shape[1])
+    at_once = max(1, plan_at_once // y.shape[1])
 
     def block(chosen: jax.Array) -> jax.Array:
         rho = cost.correlation_of_units(units[:, chosen], others)
@@ -293,4 +312,4 @@ def rebuild(
         )
         return found * jnp.sign(rho) if signed else found
 
-    return solve.in_batches(block, jnp.arange(len(f)), at_once)
+    return batches.in_batches(block, jnp.arange(len(f)), at_once)

@@ -1,16 +1,19 @@
 """Entropic optimal transport with uniform marginals: cost -> `Potentials`.
 
-Potentials are kept, plans are rebuilt: ``plan(cost, potentials)``. Problems are solved in kernel
-form by `transport.scaling`; where the cost spans more than `WIDEST` epsilons they are solved in log
-form by ott-jax. Which one it was is recorded in the potentials.
+Potentials are kept, plans are rebuilt: ``plan(cost, potentials)``. Problems are solved in scaling
+form by `transport.scaling`; where the cost spans more than `MAX_COST_OVER_EPSILON` epsilons they
+are solved in the log domain by ott-jax. Which one it was is recorded in the potentials.
+
+A list of problems is solved a few at a time, and so is one that ``vmap`` makes: its lanes become
+further problems of the list (`transport.batches`), because lanes of one ``while_loop`` wait for the
+slowest.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +21,19 @@ import numpy as np
 from jax import core
 from jaxtyping import Array, Float
 
-from ot_merge_jax.transport import scaling
-from ot_merge_jax.types import Potentials
+from ot_merge_jax.transport import batches, implicit, log_domain, scaling
+from ot_merge_jax.types import Potentials, Solver
 
 T = TypeVar("T")
-#: Epsilons that a cost may span in kernel form. Beyond, the scalings leave float32 within a few
-#: iterations, and building the kernel again each time costs what the log form does.
-WIDEST = 1000.0
+#: Epsilons that a cost may span in scaling form. Beyond, the scalings leave float32 within a few
+#: iterations, and building the kernel again each time costs what the log domain does.
+MAX_COST_OVER_EPSILON = 1000.0
 #: Entries of the cost matrices that are solved side by side where the cache is the limit (CPU).
 _ENTRIES_IN_CACHE = 1 << 18
 #: Of a device with memory of its own, the share that costs, reduced costs and kernels may take.
 _SHARE = 1 / 8
-_CHECK_EVERY = 10
+#: Potentials, and which problems span too many epsilons for the scaling form.
+_Solved = tuple[Potentials, jax.Array]
 
 
 def pairs_at_once(n: int, m: int) -> int:
@@ -44,59 +48,44 @@ def pairs_at_once(n: int, m: int) -> int:
     return max(1, min(64, entries // (n * m)))
 
 
-def in_batches(solve_batch: Callable[[Any], Any], problems: Any, size: int) -> Any:
-    """Maps over the leading axis of a pytree, ``size`` entries at a time, as one program.
-
-    The last batch is filled up with the last problem, so that all have one shape.
-
-    Args:
-        solve_batch: From leaves ``[size, ...]`` to leaves ``[size, ...]``.
-        problems: Leaves ``[count, ...]``.
-        size: Entries at a time.
-
-    Returns:
-        Leaves ``[count, ...]``.
-
-    Example:
-        >>> in_batches(lambda x: 2 * x, jnp.arange(5), 2).tolist()
-        [0, 2, 4, 6, 8]
-    """
-    count = len(jax.tree.leaves(problems)[0])
-    size = min(size, count)
-    batches = math.ceil(count / size)
-    if batches == 1:
-        return solve_batch(problems)
-    places = jnp.minimum(jnp.arange(batches * size), count - 1).reshape(batches, size)
-    found = jax.lax.map(
-        lambda chosen: solve_batch(jax.tree.map(lambda leaf: leaf[chosen], problems)), places
-    )
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], found)
-
-
 def solve(
     cost: Float[Array, "n m"] | Float[Array, "batch n m"],
     *,
     epsilon: Any,
     max_iterations: int = 2000,
     threshold: Any = 1e-6,
+    solver: Solver = "auto",
+    pairs_at_once: int | None = None,
 ) -> Potentials:
     r"""Solves one entropic transport problem with uniform marginals, or a batch of them.
 
     .. math:: \min_Q \langle C, Q\rangle - \epsilon H(Q), \quad Q 1 = 1/n,\; Q^\top 1 = 1/m
 
+    It works under ``jit`` and ``vmap`` (over cost, epsilon, threshold or several at once): each
+    lane spends the iterations that it spends alone. ``jax.grad`` of ``cost``, ``f``, ``g`` and of
+    `plan` goes through the fixed point (`transport.implicit`), with respect to cost and epsilon;
+    forward mode does not.
+
     Args:
         cost: ``[n, m]`` or ``[batch, n, m]``, target by source.
         epsilon: Positive, in cost units; a number, or ``[batch]``.
         max_iterations: Sinkhorn iterations at most; static.
-        threshold: L1 marginal error at which to stop.
+        threshold: L1 marginal error at which to stop; a number, or ``[batch]``.
+        solver: ``scaling``: in scaling form; a cost that spans more than `MAX_COST_OVER_EPSILON`
+            epsilons is not attempted and comes back with ``converged`` False. ``ott``: all by
+            ott-jax in the log domain. ``auto``: ``scaling``, and what it does not attempt by
+            ott-jax; inside a trace, where nothing can be decided, ``auto`` is ``scaling``. Static.
+        pairs_at_once: Problems that are solved side by side at most; None: `pairs_at_once`. Static.
 
     Returns:
         Potentials with the batch axis leading, if there is one. ``converged`` must be looked at:
-        failure to converge, and a cost that is not finite, are data and not exceptions.
+        failure to converge, and a cost that is not finite, are data and not exceptions. A problem
+        that has not converged has no meaningful gradient either.
 
     Raises:
-        ValueError: if ``epsilon`` is not positive and finite, ``max_iterations`` is below 1 or
-            ``cost`` has not two or three axes.
+        ValueError: if ``epsilon`` is not positive and finite, ``max_iterations`` or
+            ``pairs_at_once`` is below 1, ``cost`` has not two or three axes, or ``solver`` is
+            unknown.
 
     Example:
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 0.0]])
@@ -112,29 +101,40 @@ def solve(
     if max_iterations < 1:
         raise ValueError(f"max_iterations must be at least 1, not {max_iterations}.")
     check_epsilon(epsilon)
-    return in_both_forms(
-        lambda may_be_log: _solve(
-            cost, epsilon, threshold, max_iterations=max_iterations, may_be_log=may_be_log
+    check_budgets(pairs_at_once=pairs_at_once)
+    return by_solver(
+        solver,
+        lambda chosen: _solve(
+            cost, epsilon, threshold,
+            max_iterations=max_iterations, solver=chosen, size=pairs_at_once,
         ),
-        lambda found: found.is_log,
-    )
+    )  # fmt: skip
 
 
-def in_both_forms(attempt: Callable[[bool], T], flags: Callable[[T], jax.Array]) -> T:
-    """Solves in kernel form, and again with both forms if some problem needs the log form.
+def by_solver(solver: Solver, attempt: Callable[[Solver], tuple[T, jax.Array]]) -> T:
+    """Solves in scaling form, and again if some problem needs the log domain; or as it is told.
 
-    The log form is seldom needed and takes as long to compile as everything else, so it is compiled
-    when it is. Under a trace nothing is known yet, and both are.
+    The log domain is seldom needed and takes as long to compile as everything else, so it is
+    compiled when it is. Under a trace nothing is known yet, and there is only the scaling form: a
+    condition would make ``vmap`` run both forms for every lane.
 
     Args:
-        attempt: Solves problems; its argument is `solve_batch`'s ``may_be_log``.
-        flags: Where ``is_log`` is in what it returns.
+        solver: As for `solve`.
+        attempt: Solves problems by `solve_batch`'s ``solver``; returns what is wanted and which
+            problems span too many epsilons for the scaling form.
+
+    Returns:
+        What is wanted.
+
+    Raises:
+        ValueError: if ``solver`` is unknown.
     """
-    found = attempt(False)
-    is_log = flags(found)
-    if isinstance(is_log, core.Tracer) or np.asarray(is_log).any():
-        return attempt(True)
-    return found
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver is {', '.join(map(repr, get_args(Solver)))}, not {solver!r}.")
+    result, is_too_wide = attempt("scaling" if solver == "auto" else solver)
+    if solver != "auto" or isinstance(is_too_wide, core.Tracer):
+        return result
+    return attempt("auto")[0] if np.asarray(is_too_wide).any() else result
 
 
 def check_epsilon(epsilon: Any) -> None:
@@ -145,108 +145,140 @@ def check_epsilon(epsilon: Any) -> None:
             raise ValueError(f"epsilon must be positive and finite, not {epsilon}.")
 
 
-@functools.partial(jax.jit, static_argnames=("max_iterations", "may_be_log"))
+def check_budgets(**budgets: int | None) -> None:
+    """ValueError if one of these, named by its keyword, is below 1; None is no budget."""
+    for name, value in budgets.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
+@functools.partial(jax.jit, static_argnames=("max_iterations", "solver", "size"))
 def _solve(
-    cost: jax.Array, epsilon: Any, threshold: Any, *, max_iterations: int, may_be_log: bool
-) -> Potentials:
+    cost: jax.Array,
+    epsilon: Any,
+    threshold: Any,
+    *,
+    max_iterations: int,
+    solver: Solver,
+    size: int | None,
+) -> _Solved:
     """`solve` without checks, one compilation for each shape."""
-    costs = cost[None] if cost.ndim == 2 else cost
-    found = in_batches(
-        lambda one: solve_batch(
-            one[0], one[1], threshold, max_iterations=max_iterations, may_be_log=may_be_log
-        ),
-        (costs, jnp.broadcast_to(jnp.asarray(epsilon, jnp.float32), costs.shape[:1])),
-        pairs_at_once(*costs.shape[1:]),
-    )
-    return jax.tree.map(lambda leaf: leaf[0], found) if cost.ndim == 2 else found
+    solved = solve_batch(
+        cost[None] if cost.ndim == 2 else cost, epsilon, threshold,
+        max_iterations=max_iterations, solver=solver, size=size,
+    )  # fmt: skip
+    return jax.tree.map(lambda leaf: leaf[0], solved) if cost.ndim == 2 else solved
 
 
 def solve_batch(
     cost: Float[Array, "b n m"],
-    epsilon: Float[Array, " b"],
+    epsilon: Any,
     threshold: Any,
     *,
     max_iterations: int,
-    may_be_log: bool = True,
-) -> Potentials:
-    """`solve` of problems that are all held at once, each in the form that suits it.
+    solver: Solver,
+    size: int | None = None,
+) -> _Solved:
+    """`solve` of a batch inside a program, where nothing is checked or decided.
 
     Args:
         cost: Target by source.
-        epsilon: One for each problem.
-        threshold: L1 marginal error at which to stop.
+        epsilon: A number, or one for each problem.
+        threshold: L1 marginal error at which to stop; likewise.
         max_iterations: At most.
-        may_be_log: Whether the log form is part of the program. If not, a problem that needs it
-            comes back flagged and not solved.
+        solver: As for `solve`, but that ``auto`` has the log domain in the program, for the
+            problems that need it.
+        size: Problems side by side at most; None: `pairs_at_once`.
 
     Returns:
-        Potentials, the batch axis leading.
+        Potentials, the batch axis leading, and which problems span more than
+        `MAX_COST_OVER_EPSILON` epsilons.
     """
-    cost = cost.astype(jnp.float32)
+    each = cost.shape[:1]
+    return _differentiable(
+        cost.astype(jnp.float32),
+        jnp.broadcast_to(jnp.asarray(epsilon, jnp.float32), each),
+        jnp.broadcast_to(jnp.asarray(threshold, jnp.float32), each),
+        max_iterations,
+        solver,
+        size or pairs_at_once(*cost.shape[1:]),
+    )
+
+
+# custom_vjp is outermost: custom_vmap has no reverse mode of its own
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _differentiable(
+    cost: jax.Array,
+    epsilon: jax.Array,
+    threshold: jax.Array,
+    max_iterations: int,
+    solver: Solver,
+    size: int,
+) -> _Solved:
+    """`solve_batch` with its gradient."""
+    return _listed(max_iterations, solver, size)(cost, None, epsilon, threshold)
+
+
+def _forward(
+    cost: jax.Array, epsilon: jax.Array, threshold: jax.Array, *static: Any
+) -> tuple[_Solved, tuple[jax.Array, Potentials]]:
+    solved: Any = _differentiable(cost, epsilon, threshold, *static)
+    return solved, (cost, solved[0])
+
+
+def _backward(
+    max_iterations: int, solver: Solver, size: int, saved: Any, cotangents: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    del max_iterations, solver, size
+    # one after the other, so that there is one plan and one linear system at a time
+    cost, epsilon = jax.lax.map(
+        lambda problem: implicit.pullback(*problem),
+        (*saved, cotangents[0].f, cotangents[0].g, cotangents[0].cost, cotangents[0].epsilon),
+    )
+    return cost, epsilon, jnp.zeros_like(epsilon)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+@functools.cache
+def _listed(max_iterations: int, solver: Solver, size: int) -> Callable[..., _Solved]:
+    """The solver of a list of problems; made once, so that it is one and the same function."""
+    return batches.listed(
+        functools.partial(_at_once, max_iterations=max_iterations, solver=solver), size
+    )
+
+
+def _at_once(
+    cost: jax.Array,
+    epsilon: jax.Array,
+    threshold: jax.Array,
+    *,
+    max_iterations: int,
+    solver: Solver,
+) -> _Solved:
+    """`solve_batch` of problems that are all held at once."""
     # the minima of rows are needed again
-    is_log = cost.max((1, 2)) - cost.min(2).min(1) > WIDEST * epsilon
-    # a problem for the log form counts as solved here
-    in_kernel_form = scaling.solve(
-        cost, epsilon, jnp.where(is_log, jnp.inf, threshold), max_iterations=max_iterations
+    is_too_wide = cost.max((1, 2)) - cost.min(2).min(1) > MAX_COST_OVER_EPSILON * epsilon
+
+    def in_log_domain(problem: tuple[jax.Array, ...]) -> Potentials:
+        return log_domain.solve(*problem[:3], max_iterations=max_iterations)
+
+    if solver == "ott":
+        return jax.lax.map(in_log_domain, (cost, epsilon, threshold)), is_too_wide
+    # a problem for the log domain counts as solved here, so that nobody waits for it
+    solved = scaling.solve(
+        cost, epsilon, jnp.where(is_too_wide, jnp.inf, threshold), max_iterations=max_iterations
     )
-    solved = in_kernel_form._replace(is_log=is_log)
-    if not may_be_log:
-        return solved
-
-    def in_log_form() -> Potentials:
-        return jax.lax.map(
-            lambda one: jax.lax.cond(
-                one[2].is_log,
-                lambda: _log_form(one[0], one[1], threshold, max_iterations),
-                lambda: one[2],
-            ),
-            (cost, epsilon, solved),
-        )
-
-    return jax.lax.cond(is_log.any(), in_log_form, lambda: solved)
-
-
-def _log_form(cost: jax.Array, epsilon: Any, threshold: Any, max_iterations: int) -> Potentials:
-    """One problem by ott-jax.
-
-    Row and column minima are taken out before the solve and put back into the potentials after: the
-    potentials of what remains are a few epsilon, not a few cost units, and their rounding no longer
-    keeps the marginal error above 1e-6.
-    """
-    # three seconds of imports for a form that is seldom needed
-    from ott.geometry import geometry  # noqa: PLC0415
-    from ott.problems.linear import linear_problem  # noqa: PLC0415
-    from ott.solvers.linear import sinkhorn  # noqa: PLC0415
-
-    row = cost.min(1)
-    column = (cost - row[:, None]).min(0)
-    reduced = cost - row[:, None] - column
-    with jax.default_matmul_precision("highest"):
-        solver = sinkhorn.Sinkhorn(
-            lse_mode=True,
-            threshold=threshold,
-            norm_error=1,
-            inner_iterations=math.gcd(_CHECK_EVERY, max_iterations),  # ott runs whole rounds
-            max_iterations=max_iterations,
-            implicit_diff=None,
-        )
-        output = solver(linear_problem.LinearProblem(geometry.Geometry(reduced, epsilon=epsilon)))
-    coupled = jnp.exp((output.f[:, None] + output.g - reduced) / epsilon)
-    n, m = cost.shape
-    error = jnp.maximum(
-        jnp.abs(coupled.sum(1) - 1 / n).sum(), jnp.abs(coupled.sum(0) - 1 / m).sum()
-    )
-    total = jnp.sum(coupled * cost)
-    return Potentials(
-        f=output.f + row,
-        g=output.g + column,
-        epsilon=epsilon,
-        cost=total,
-        error=error,
-        iterations=jnp.asarray(output.n_iters, jnp.int32),
-        converged=jnp.asarray(output.converged) & jnp.isfinite(error) & jnp.isfinite(total),
-        is_log=jnp.ones((), bool),
-    )
+    solved = solved._replace(converged=solved.converged & ~is_too_wide)
+    if solver == "scaling":
+        return solved, is_too_wide
+    return jax.lax.map(
+        lambda problem: jax.lax.cond(
+            problem[3], lambda: in_log_domain(problem), lambda: problem[4]
+        ),
+        (cost, epsilon, threshold, is_too_wide, solved),
+    ), is_too_wide
 
 
 def plan(cost: Float[Array, "n m"], potentials: Potentials) -> Float[Array, "n m"]:

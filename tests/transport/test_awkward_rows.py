@@ -93,10 +93,10 @@ def test_neurons_that_are_one_another_share_their_mass(rng):
 
 
 @pytest.mark.parametrize("layers_at_once", [5, 2])
-def test_programs_are_few(rng, caplog, monkeypatch, layers_at_once):
+def test_programs_are_few(rng, caplog, layers_at_once):
     """At most two for each shape of site in coupling, and two more; blocks share them."""
     odd = 40 + layers_at_once  # shapes that no other test has
-    monkeypatch.setattr(couplings, "ROWS_AT_ONCE", layers_at_once * odd * 19)
+    rows_at_once = layers_at_once * odd * 19
 
     def wide(layers, widths):
         return Activations(
@@ -109,6 +109,6 @@ def test_programs_are_few(rng, caplog, monkeypatch, layers_at_once):
     source = wide(5, {"mlp_in": 17, "gate_out": 19, "up_out": 19})
     spec = MergeSpec(weights=("gate", "up"))
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        couplings.couple(target, source, HParams(1.0, 0.05), spec=spec)
+        couplings.couple(target, source, HParams(1.0, 0.05), spec=spec, rows_at_once=rows_at_once)
     compiled = [one for one in caplog.messages if one.startswith("Finished XLA compilation")]
     assert 2 <= len(compiled) <= 2 * 2 + 2, compiled

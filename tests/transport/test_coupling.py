@@ -125,14 +125,14 @@ def test_a_wide_plan_rebuilt_is_the_plan_that_was_solved(rng):
 
 
 @pytest.mark.parametrize("layers_at_once", [1, 2, 3, 4])
-def test_blocks_of_source_layers_do_not_matter(rng, monkeypatch, layers_at_once):
+def test_blocks_of_source_layers_do_not_matter(rng, layers_at_once):
     """Blocks that divide the source's layers and blocks that do not, of which the last overlaps."""
     target, source = draw(rng, 2, 0), draw(rng, 5, 1)
     run = functools.partial(couplings.couple, target, source, HParams(1.0, EPSILON), spec=spec_of())
     whole = run()
-    monkeypatch.setattr(couplings, "ROWS_AT_ONCE", layers_at_once * ROWS * 7)
-    assert len(couplings._blocks((5, ROWS, 7))) > 1
-    parts = run()
+    rows_at_once = layers_at_once * ROWS * 7
+    assert len(couplings._blocks((5, ROWS, 7), rows_at_once)) > 1
+    parts = run(rows_at_once=rows_at_once)
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5),
         parts._replace(feature=_numbers(parts)),
@@ -157,9 +157,8 @@ def _numbers(coupling):
         (3, 1, [(0, 1), (1, 2), (2, 3)]),
     ],
 )
-def test_blocks_of_source_layers_have_one_size(monkeypatch, layers, at_once, expected):
-    monkeypatch.setattr(couplings, "ROWS_AT_ONCE", at_once * 10 * 4 + 39)
-    found = couplings._blocks((layers, 10, 4))
+def test_blocks_of_source_layers_have_one_size(layers, at_once, expected):
+    found = couplings._blocks((layers, 10, 4), at_once * 10 * 4 + 39)
     assert [(one.start, one.stop) for one in found] == expected
 
 

@@ -427,16 +427,18 @@ def test_only_pairs_with_a_weight_are_read_and_rebuilt(coupled, monkeypatch):
     assert sorted(mapped) == sorted(["in", "out"] * np.count_nonzero(share))
 
 
-def test_a_plan_in_blocks_is_the_plan(coupled, monkeypatch):
+def test_a_plan_in_blocks_is_the_plan(coupled):
     target, source, coupling, *_ = coupled
     where = {"site": ENDS["out_site"], "l": 0, "m": 1}
     expected = couplings.plan(coupling, target, source, **where)
     x, y = (np.asarray(one.values[where["site"]][i]) for one, i in ((target, 0), (source, 1)))
     solved = jax.tree.map(lambda leaf: leaf[0, 1], coupling.feature[where["site"]])
     for rows in (1, 3, 1000):
-        monkeypatch.setattr(couplings, "PLAN_AT_ONCE", rows * y.shape[1])
-        jax.clear_caches()
-        close(couplings.rebuild(x, y, solved), expected)
+        plan_at_once = rows * y.shape[1]
+        close(couplings.rebuild(x, y, solved, plan_at_once=plan_at_once), expected)
+        close(
+            couplings.plan(coupling, target, source, **where, plan_at_once=plan_at_once), expected
+        )
     few = np.array([2, 0])
     close(couplings.rebuild(x, y, solved, few), np.asarray(expected)[few])
 

@@ -6,7 +6,7 @@ import numpy as np
 import ot as pot
 import pytest
 
-from ot_merge_jax.transport import anderson, scaling, solve
+from ot_merge_jax.transport import anderson, batches, scaling, solve
 
 N, M = 33, 21
 THRESHOLD = 1e-6
@@ -212,24 +212,25 @@ def test_the_form_follows_the_epsilons_a_cost_spans(rng):
     costs = costs_of(rng, 1)[0]
     span = float(costs.max() - costs.min())
     for share, is_log in ((0.9, False), (1.1, True)):
-        found = solve.solve(costs, epsilon=span / solve.WIDEST / share, max_iterations=20)
+        found = solve.solve(
+            costs, epsilon=span / solve.MAX_COST_OVER_EPSILON / share, max_iterations=20
+        )
         assert bool(found.is_log) is is_log
 
 
-def test_both_forms_agree(rng, monkeypatch):
+def test_both_solvers_agree(rng):
     costs = costs_of(rng, 2)
-    kernel = solve.solve(costs, epsilon=0.05)
-    monkeypatch.setattr(solve, "WIDEST", 0.0)
-    log = solve.solve(costs, epsilon=0.05, max_iterations=1999)  # a program of its own
-    assert log.is_log.all()
-    assert log.converged.all()
-    assert not kernel.is_log.any()
-    for index in range(2):
-        ours, theirs = (
-            solve.plan(costs[index], jax.tree.map(lambda leaf: leaf[index], found))  # noqa: B023
-            for found in (kernel, log)
-        )
-        close(ours, theirs)
+    ours, theirs = (
+        jax.tree.map(np.asarray, solve.solve(costs, epsilon=0.05, solver=name))
+        for name in ("auto", "ott")
+    )
+    assert theirs.is_log.all()
+    assert not ours.is_log.any()
+    assert ours.converged.all()
+    assert theirs.converged.all()
+    difference = np.abs(plans(costs, ours, 0.05) - plans(costs, theirs, 0.05))
+    assert difference.sum((1, 2)).max() <= 1e-4
+    np.testing.assert_allclose(ours.cost, theirs.cost, rtol=0, atol=1e-5)
 
 
 def test_log_form_solves_what_the_kernel_form_cannot(rng):
@@ -266,6 +267,19 @@ def test_scale_does_not_matter(rng, scale):
 # ------------------------------------------------------------------------ batches
 
 
+def test_no_batch_has_problems_of_two_groups():
+    batched = []
+
+    def tag(x):
+        jax.debug.callback(lambda x: batched.append(x.tolist()), x, ordered=True)
+        return 2 * x
+
+    found = batches.in_batches(tag, jnp.arange(6), 2, groups=2)
+    np.testing.assert_array_equal(found, 2 * np.arange(6))
+    jax.effects_barrier()
+    assert batched == [[0, 1], [2, 2], [3, 4], [5, 5]]
+
+
 @pytest.mark.parametrize(("count", "size"), [(1, 4), (4, 4), (5, 4), (9, 4)])
 def test_batches_are_filled_up_and_cut(count, size):
     shapes = []
@@ -274,7 +288,7 @@ def test_batches_are_filled_up_and_cut(count, size):
         shapes.append(x.shape)
         return 2 * x
 
-    found = solve.in_batches(double, jnp.arange(3.0 * count).reshape(count, 3), size)
+    found = batches.in_batches(double, jnp.arange(3.0 * count).reshape(count, 3), size)
     np.testing.assert_array_equal(found, 2 * np.arange(3.0 * count).reshape(count, 3))
     assert set(shapes) == {(min(size, count), 3)}
 
