@@ -26,6 +26,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jaxtyping import Bool, Float, Int
 
+#: Nested dict of arrays, of which leaves under ``layers`` are stacked over the layers; or lazy
+#: parameters (`ot_merge_jax.models.specs.LazyParams`), made when they are asked for.
+Params = Any
 #: How transport problems are solved; see `ot_merge_jax.transport.solve.solve`.
 Solver = Literal["auto", "scaling", "ott"]
 
