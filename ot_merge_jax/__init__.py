@@ -9,32 +9,52 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import OtMergeError
 from ot_merge_jax.io.hf import load_hf, save_hf
 from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.models.model import Model, Models
+from ot_merge_jax.spaces import sites_of
+from ot_merge_jax.transport.coupling import couple
 from ot_merge_jax.types import (
     Activations,
+    AlignedBatches,
+    Alignment,
     Batch,
+    Choice,
     Coupling,
     HParams,
+    Merged,
     MergeReport,
     MergeSpec,
     Params,
     Potentials,
+    Transported,
     VocabularyMatch,
 )
+from ot_merge_jax.weight_transport import source_delta, transport_weights
 
 __all__ = [
     "Activations",
+    "AlignedBatches",
+    "Alignment",
     "Batch",
+    "Choice",
     "Coupling",
     "HParams",
     "MergeReport",
     "MergeSpec",
+    "Merged",
+    "Model",
     "ModelConfig",
+    "Models",
     "OtMergeError",
     "Params",
     "Potentials",
+    "Transported",
     "VocabularyMatch",
+    "couple",
     "forward",
     "gather",
     "load_hf",
     "save_hf",
+    "sites_of",
+    "source_delta",
+    "transport_weights",
 ]

@@ -4,9 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from ot_merge_jax import assets
+from ot_merge_jax import AlignedBatches, assets, merge
 from ot_merge_jax.io.hf import load_hf
 
 README = Path(__file__).parents[1] / "README.md"
@@ -15,6 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 def test_python_quick_start(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 1
+    assert len([line for line in blocks[0].splitlines() if line]) <= 15
     for name, model in (("SMALL", "sibling"), ("BIG", "source"), ("BIG_BASE", "source-base")):
         shutil.copytree(assets.path(model), tmp_path / name)
     documents = assets.path("calibration.jsonl").read_text().splitlines()[:3]
@@ -22,11 +25,16 @@ def test_python_quick_start(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(blocks[0], names)
-    assert names["report"].rows > 2
-    cfg, merged = load_hf(tmp_path / "MERGED")
-    assert cfg == names["target"][0]
-    moved = merged["layers"]["mlp"]["up_proj"]["kernel"]
-    assert (moved != load_hf(tmp_path / "SMALL")[1]["layers"]["mlp"]["up_proj"]["kernel"]).any()
+    models, spec, hparams = (names[name] for name in ("models", "spec", "hparams"))
+    cfg, written = load_hf(tmp_path / "MERGED")
+    assert cfg == models.target.cfg
+    moved = written["layers"]["mlp"]["up_proj"]["kernel"]
+    before = load_hf(tmp_path / "SMALL").params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert (moved != before).any()
+    batches = AlignedBatches(names["data"].target, names["data"].source)
+    merged = merge.merge(models, batches, hparams, spec=spec)
+    jax.tree.map(np.testing.assert_array_equal, merged.params, names["params"])
+    assert merged.report.rows > 2
 
 
 @pytest.mark.parametrize("word", ["--preset", "--source-base", "--eval-text"])
