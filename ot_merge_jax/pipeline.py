@@ -20,6 +20,7 @@ import yaml
 
 from ot_merge_jax import (
     calibration,
+    controls,
     fuse,
     memory,
     merge,
@@ -34,13 +35,23 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples
 from ot_merge_jax.evaluate.divergence import divergence
-from ot_merge_jax.io import details, hf, provenance, publish, safetensors, stages, stored
+from ot_merge_jax.io import (
+    checkpoint,
+    details,
+    hf,
+    provenance,
+    publish,
+    safetensors,
+    stages,
+    stored,
+)
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
-from ot_merge_jax.report import arms, facts
+from ot_merge_jax.report import arms, facts, schema
 from ot_merge_jax.report import verdict as verdicts
+from ot_merge_jax.report.schema import Report
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import cost
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, Params
@@ -60,7 +71,7 @@ class RunResult(NamedTuple):
     """
 
     out: Path
-    report: dict[str, Any]
+    report: Report
     merge: MergeReport
     warnings: list[str]
     scores: dict[str, nll.Scores]
@@ -127,7 +138,7 @@ def run(
         if resume and (done := details.read(out, key)):
             _LOG.info("resume: %s is finished", out)
             stages.clear(out, key)
-            return RunResult(out, *done, done[0]["warnings"], {})
+            return RunResult(out, *done, done[0].warnings, {})
         with stages.run_folder(
             out, key, command=command, resume=resume, overwrite=overwrite, keep=keep
         ) as state:
@@ -187,44 +198,51 @@ def _merge(
     if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
     scores, evaluation = _evaluate(state, inputs, models, model, known)
-    measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {"controls": {}}
+    measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {}
+    controlled: dict[str, schema.Entry] = {}
     if inputs.held_out is not None:
         setting = trials.Setting(
             state, models, inputs, prepared, recipe.hparams(), spec, dev,
             trials.target_windows(inputs, inputs.held_out), scores["target"],
         )  # fmt: skip
         merged = trials.Arm(hparams.strength, points, scores["merge"])
-        measured, against, shown = arms.outcome(trials.every(setting, merged), setting)
+        reasons = {name: trials.why_not(setting, name) for name in controls.arms(recipe.controls)}
+        measured, against, by_seed = arms.outcome(
+            trials.every(setting, merged), scores["target"], kinds=recipe.controls,
+            inapplicable={name: why for name, why in reasons.items() if why is not None},
+            seed=recipe.seed,
+        )  # fmt: skip
+        shown = by_seed._asdict()
         models_alone = {name: evaluation[name] for name in ("target", "source")}
-        shown["controls"] = models_alone | shown["controls"]
+        controlled = models_alone | shown.pop("controls")
     verdict = verdicts.of_merge(
         measured, report, hparams, spec, against, is_auto=recipe.strength == "auto"
     )
     if strict and (unconverged or measured.outcome == "worse"):
         raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
-    found = facts.plain(
-        {
-            "verdict": verdict.sentence,
-            "outcome": verdict.outcome,
-            "warnings": warnings,
-            **shown,
-            "evaluation": evaluation,
-            "strength": {
-                "chosen": hparams.strength,
-                "tried": points,
-                "split": {
-                    "train_documents": len(inputs.texts),
-                    "dev_documents": len(inputs.dev),
-                    "fraction": texts.DEV_FRACTION,
-                    "seed": recipe.seed,
-                },
-            },
-            "samples": _samples(state, inputs, models, model),
-            "weights": facts.weights(report),
-            "sites": site_facts,
-            "calibration": preflight.calibration_facts(inputs),
-            "settings": yaml.safe_load(provenance.public(recipe.to_yaml())),
-        }
+    run_report = Report(
+        version=schema.VERSION,
+        verdict=verdict.sentence,
+        outcome=verdict.outcome,
+        warnings=warnings,
+        controls=controlled,
+        evaluation=evaluation,
+        strength=schema.Strength(
+            chosen=hparams.strength,
+            tried=facts.tried(points),
+            split=schema.Split(
+                train_documents=len(inputs.texts),
+                dev_documents=len(inputs.dev),
+                fraction=texts.DEV_FRACTION,
+                seed=recipe.seed,
+            ),
+        ),
+        samples=_samples(state, inputs, models, model),
+        weights=facts.weights(report),
+        sites={name: schema.Site.model_validate(site) for name, site in site_facts.items()},
+        calibration=checkpoint.plain(preflight.calibration_facts(inputs)),
+        settings=yaml.safe_load(provenance.public(recipe.to_yaml())),
+        **shown,
     )
     stages.stage(
         state,
@@ -234,7 +252,7 @@ def _merge(
             recipe=recipe,
             folders=inputs.folders,
             coupling=prepared.coupling,
-            found=found,
+            report=run_report,
             side=side,
             started=started,
         ),
@@ -242,7 +260,7 @@ def _merge(
         needs=list(state.finished),
         folder=stages.MODEL,
     )
-    return RunResult(out, found, report, warnings, scores)
+    return RunResult(out, run_report, report, warnings, scores)
 
 
 def _versions() -> list[str]:
@@ -336,7 +354,7 @@ def _evaluate(
     models: staged.Models,
     merged: Path,
     known: Mapping[str, nll.Scores],
-) -> tuple[dict[str, nll.Scores], dict[str, Any]]:
+) -> tuple[dict[str, nll.Scores], dict[str, schema.Entry]]:
     """Scores on the held-out text, and what they say of every model."""
     documents = inputs.held_out
     if documents is None:
@@ -356,7 +374,7 @@ def _evaluate(
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
     found = facts.compared(scores, has_one_tokenizer=same, seed=seed)
     if inputs.recipe.controls:  # two passes more, spared like the controls
-        found["merge"]["kl_to_base"] = _divergence(state, inputs, models, merged)
+        found["merge"].kl_to_base = _divergence(state, inputs, models, merged)
     return scores, found
 
 
@@ -373,7 +391,7 @@ def _divergence(state: stages.Run, inputs: Inputs, models: staged.Models, merged
 
 def _samples(
     state: stages.Run, inputs: Inputs, models: staged.Models, merged: Path
-) -> list[dict[str, Any]]:
+) -> list[schema.Sample]:
     """What target and merge make of the beginnings of a few held-out documents."""
     count = inputs.recipe.continuations
     if inputs.held_out is None or not count:
@@ -388,7 +406,8 @@ def _samples(
             found[role] = samples.sample(params, cfg, tokenizer, prompts, stop=stop_ids(folder))
         return samples.facts(prompts, found)
 
-    return staged.kept(state, "samples", compute, needs=["model"])
+    written = staged.kept(state, "samples", compute, needs=["model"])
+    return [schema.Sample.model_validate(sample) for sample in written]
 
 
 def _scored_model(role: str, models: staged.Models, merged: Path) -> merge.Model:

@@ -11,12 +11,11 @@ from typing import Any
 
 import jax
 
-from ot_merge_jax import calibration, merge
+from ot_merge_jax import calibration, merge, site_diagnostics
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.activations import gather
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, stages
-from ot_merge_jax.report import facts
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import Activations, Batch, HParams, MergeSpec, VocabularyMatch
@@ -139,7 +138,7 @@ def site_facts(
     has_base: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """`facts.sites`, with rows that the plans have not seen if there are any."""
+    """`site_diagnostics.sites` as JSON values; with unseen rows, if there are any."""
     held_out, needs = None, []
     if prepared.coupling is not None and unseen is not None:
         reference = "source base" if has_base else "source"
@@ -148,16 +147,19 @@ def site_facts(
     if prepared.coupling is not None:
         needs += ["rows-target", "rows-source", "coupling"]
     return kept(
-        run, "sites", lambda: facts.sites(prepared, held_out, spec=spec, seed=seed), needs=needs
+        run,
+        "sites",
+        lambda: site_diagnostics.sites(prepared, held_out, spec=spec, seed=seed),
+        needs=needs,
     )
 
 
 def kept(run: stages.Run, name: str, compute: Callable[[], Any], *, needs: Sequence[str]) -> Any:
-    """A value that JSON can hold, as a stage of its own."""
+    """A value that `checkpoint.plain` takes, as a stage of its own."""
     return stages.stage(
         run,
         name,
-        lambda folder: checkpoint.save_json(folder / "value.json", facts.plain(compute())),
+        lambda folder: checkpoint.save_json(folder / "value.json", compute()),
         lambda folder: checkpoint.load_json(folder / "value.json"),
         needs=needs,
     )

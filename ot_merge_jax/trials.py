@@ -21,7 +21,6 @@ from ot_merge_jax.io import checkpoint, hf, stages
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.models import specs
 from ot_merge_jax.preflight import Inputs
-from ot_merge_jax.report import facts
 from ot_merge_jax.texts import Document
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import HParams, MergeSpec, Params
@@ -190,7 +189,7 @@ def _arm(s: Setting, name: str, make: Callable[[], Moved]) -> Arm:
             params = _fused(s, moved, hparams.strength)
             scores = nll.score(params, s.held_out, cfg=s.models("target")[0])
         found = {"strength": hparams.strength, "points": points}
-        checkpoint.save_json(folder / "arm.json", facts.plain(found))
+        checkpoint.save_json(folder / "arm.json", found)
         checkpoint.save_arrays(folder / "scores", scores._asdict())
 
     def load(folder: Any) -> Arm:
