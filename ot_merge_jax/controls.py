@@ -78,12 +78,13 @@ def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = T
 
 def inapplicable_reasons(
     kinds: Sequence[str], *, spec: MergeSpec, source_layers: int, has_dev: bool
-) -> dict[str, str | None]:
-    """Every control that some kinds stand for -> why it does not apply to a merge, or None."""
-    return {
+) -> dict[str, str]:
+    """The controls, of those that some kinds stand for, that do not apply -> why."""
+    reasons = {
         name: why_not(name, spec=spec, source_layers=source_layers, has_dev=has_dev)
         for name in arms(kinds)
     }
+    return {name: why for name, why in reasons.items() if why is not None}
 
 
 def remade(

@@ -12,6 +12,8 @@ from rich.table import Table
 from ot_merge_jax import assets, pipeline, recipe
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import publish
+from ot_merge_jax.report.numbers import number
+from ot_merge_jax.report.schema import Difference
 
 _LABELS = {
     "delta": "delta, sibling",
@@ -108,18 +110,24 @@ def table(results: Mapping[str, pipeline.RunResult]) -> Table:
     for name in ("target", "merged", "change", "95 % interval", "source", "|W~|/|W|"):
         made.add_column(name, justify="right", no_wrap=True)
     for name, result in results.items():
-        found = result.report["evaluation"]
-        change = found["merge"]["against_target"]
-        # a source with other tokens has another loss per token: not comparable
-        is_comparable = found["source"]["against_target"]["metric"] == "nll_per_token"
-        largest = max(max(one["ratio_transported"]) for one in result.report["weights"].values())
+        target, merge, source = (
+            result.report.evaluation[role] for role in ("target", "merge", "source")
+        )
+        change = merge.against_target or Difference()
+        ratios = [
+            ratio
+            for weight in result.report.weights.values()
+            for ratio in weight.ratio_transported
+            if ratio is not None
+        ]
         made.add_row(
             _LABELS[name],
-            f"{found['target']['nll_per_token']:.3f}",
-            f"{found['merge']['nll_per_token']:.3f}",
-            f"{change['difference']:+.3f}",
-            f"{change['low']:+.3f} {change['high']:+.3f}",
-            f"{found['source']['nll_per_token']:.3f}" if is_comparable else "",
-            f"{largest:.0e}",
+            number(target.nll_per_token, ".3f"),
+            number(merge.nll_per_token, ".3f"),
+            number(change.difference, "+.3f"),
+            f"{number(change.low, '+.3f')} {number(change.high, '+.3f')}",
+            # a source with other tokens has another loss per token: not comparable
+            "" if source.has_own_tokens else number(source.nll_per_token, ".3f"),
+            number(max(ratios, default=None), ".0e"),
         )
     return made

@@ -22,6 +22,10 @@ class InputError(OtMergeError):
     exit_code = 3
 
 
+class VersionError(InputError):
+    """A file of a run was written by a later version of this program (exit code 3)."""
+
+
 class ResourceError(OtMergeError):
     """Not enough memory or disk (exit code 4)."""
 

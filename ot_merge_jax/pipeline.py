@@ -25,6 +25,7 @@ from ot_merge_jax import (
     planning,
     preflight,
     run_controls,
+    site_diagnostics,
     staged,
     texts,
     trials,
@@ -50,8 +51,9 @@ from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
-from ot_merge_jax.report import arms, facts
+from ot_merge_jax.report import arms, facts, schema
 from ot_merge_jax.report import verdict as verdicts
+from ot_merge_jax.report.schema import Report
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import cost
 from ot_merge_jax.types import (
@@ -76,7 +78,7 @@ class RunResult(NamedTuple):
     """
 
     out: Path
-    report: dict[str, Any]
+    report: Report
     merge: MergeReport
     warnings: list[str]
     scores: dict[str, nll.Scores]
@@ -143,7 +145,7 @@ def run(
         if resume and (done := details.read(out, key)):
             _LOG.info("resume: %s is finished", out)
             stages.clear(out, key)
-            return RunResult(out, *done, done[0]["warnings"], {})
+            return RunResult(out, *done, done[0].warnings, {})
         with stages.run_folder(
             out, key, command=command, resume=resume, overwrite=overwrite, keep=keep
         ) as state:
@@ -198,7 +200,8 @@ def _merge(
     if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
     scores, evaluation = _evaluate(state, inputs, models, model, known)
-    measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {"controls": {}}
+    measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {}
+    controlled: dict[str, schema.Entry] = {}
     if inputs.held_out is not None:
         context = trials.TrialContext(
             models, hparams, spec, is_chosen, run_controls.target_windows(inputs, inputs.held_out),
@@ -208,43 +211,43 @@ def _merge(
             recipe.controls, spec=spec, source_layers=models.source.cfg.num_layers,
             has_dev=split.dev is not None,
         )  # fmt: skip
+        names = [name for name in controls.arms(recipe.controls) if name not in reasons]
         arm = trials.Arm(chosen.strength, points, scores["merge"])
-        every_trial = run_controls.every_seed(
-            state, inputs, context, merged, arm, [name for name, why in reasons.items() if not why]
-        )
-        measured, against, shown = arms.outcome(
-            every_trial, scores["target"], reasons, asked=recipe.controls, seed=seed
-        )
+        measured, against, by_seed = arms.outcome(
+            run_controls.every_seed(state, inputs, context, merged, arm, names),
+            scores["target"], kinds=recipe.controls, inapplicable=reasons, seed=seed,
+        )  # fmt: skip
+        shown = by_seed._asdict()
         models_alone = {name: evaluation[name] for name in ("target", "source")}
-        shown["controls"] = models_alone | shown["controls"]
+        controlled = models_alone | shown.pop("controls")
     for role in deferred.keys() - {TARGET}:
         deferred[role].release()  # what follows reads the target and the merge
     verdict = verdicts.of_merge(measured, merged.report, chosen, spec, against, is_auto=is_chosen)
     if strict and (unconverged or measured.outcome == "worse"):
         raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
-    found = checkpoint.plain(
-        {
-            "verdict": verdict.sentence,
-            "outcome": verdict.outcome,
-            "warnings": warnings,
-            **shown,
-            "evaluation": evaluation,
-            "strength": {
-                "chosen": chosen.strength,
-                "tried": points,
-                "split": {
-                    "train_documents": len(inputs.texts),
-                    "dev_documents": len(inputs.dev),
-                    "fraction": texts.DEV_FRACTION,
-                    "seed": seed,
-                },
-            },
-            "samples": _samples(state, inputs, models, model),
-            "weights": facts.weights(merged.report),
-            "sites": sites,
-            "calibration": preflight.calibration_facts(inputs),
-            "settings": yaml.safe_load(provenance.public(recipe.to_yaml())),
-        }
+    report = Report(
+        version=schema.VERSION,
+        verdict=verdict.sentence,
+        outcome=verdict.outcome,
+        warnings=warnings,
+        controls=controlled,
+        evaluation=evaluation,
+        strength=schema.Strength(
+            chosen=chosen.strength,
+            tried=facts.tried(points),
+            split=schema.Split(
+                train_documents=len(inputs.texts),
+                dev_documents=len(inputs.dev),
+                fraction=texts.DEV_FRACTION,
+                seed=seed,
+            ),
+        ),
+        samples=_samples(state, inputs, models, model),
+        weights=facts.weights(merged.report),
+        sites=sites,
+        calibration=checkpoint.plain(preflight.calibration_facts(inputs)),
+        settings=yaml.safe_load(provenance.public(recipe.to_yaml())),
+        **shown,
     )
     stages.stage(
         state,
@@ -254,7 +257,7 @@ def _merge(
             recipe=recipe,
             folders=inputs.folders,
             coupling=None if merged.alignment is None else merged.alignment.coupling,
-            found=found,
+            report=report,
             side=side,
             started=started,
         ),
@@ -262,7 +265,7 @@ def _merge(
         needs=list(state.finished),
         folder=stages.MODEL,
     )
-    return RunResult(out, found, merged.report, warnings, scores)
+    return RunResult(out, report, merged.report, warnings, scores)
 
 
 def _deferred(
@@ -287,8 +290,8 @@ def _site_facts(
     unseen: calibration.Calibration | None,
     spec: MergeSpec,
     seed: int,
-) -> dict[str, Any]:
-    """`facts.sites`, with rows that the plans have not seen if there are any."""
+) -> dict[str, schema.Site]:
+    """Diagnostics of every site, with rows that the plans have not seen if there are any."""
     held_out, needs = None, []
     if alignment is not None and unseen is not None:
         rows = functools.partial(
@@ -301,9 +304,14 @@ def _site_facts(
         needs = ["unseen-target", "unseen-source"]
     if alignment is not None:
         needs += ["rows-target", "rows-source", "coupling"]
-    return staged.kept(
-        state, "sites", lambda: facts.sites(alignment, held_out, spec=spec, seed=seed), needs=needs
-    )
+
+    def compute() -> dict[str, Any]:
+        if alignment is None:
+            return {}
+        return site_diagnostics.sites(alignment, held_out, signed=spec.signed, seed=seed)
+
+    sites = staged.kept(state, "sites", compute, needs=needs)
+    return {name: schema.Site.model_validate(site) for name, site in sites.items()}
 
 
 def _versions() -> list[str]:
@@ -391,7 +399,7 @@ def _evaluate(
     models: Models,
     merged: Path,
     known: Mapping[str, nll.Scores],
-) -> tuple[dict[str, nll.Scores], dict[str, Any]]:
+) -> tuple[dict[str, nll.Scores], dict[str, schema.Entry]]:
     """Scores on the held-out text, and what they say of every model."""
     documents = inputs.held_out
     if documents is None:
@@ -417,7 +425,7 @@ def _evaluate(
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
     found = facts.compared(scores, has_one_tokenizer=same, seed=seed)
     if inputs.recipe.controls:  # two passes more, spared like the controls
-        found["merge"]["kl_to_base"] = _divergence(state, inputs, models, merged)
+        found["merge"].kl_to_base = _divergence(state, inputs, models, merged)
     return scores, found
 
 
@@ -434,7 +442,7 @@ def _divergence(state: stages.Run, inputs: Inputs, models: Models, merged: Path)
 
 def _samples(
     state: stages.Run, inputs: Inputs, models: Models, merged: Path
-) -> list[dict[str, Any]]:
+) -> list[schema.Sample]:
     """What target and merge make of the beginnings of a few held-out documents."""
     count = inputs.recipe.continuations
     if inputs.held_out is None or not count:
@@ -451,7 +459,8 @@ def _samples(
             )
         return samples.facts(prompts, found)
 
-    return staged.kept(state, "samples", compute, needs=["model"])
+    written = staged.kept(state, "samples", compute, needs=["model"])
+    return [schema.Sample.model_validate(sample) for sample in written]
 
 
 def _scored_model(role: str, models: Models, merged: Path) -> AnyModel:

@@ -39,7 +39,7 @@ def kept(run: stages.Run, name: str, compute: Callable[[], Any], *, needs: Seque
     return stages.stage(
         run,
         name,
-        lambda folder: checkpoint.save_json(folder / "value.json", checkpoint.plain(compute())),
+        lambda folder: checkpoint.save_json(folder / "value.json", compute()),
         lambda folder: checkpoint.load_json(folder / "value.json"),
         needs=needs,
     )

@@ -206,7 +206,7 @@ def _arm(context: TrialContext, run: stages.Run, name: str, make: Callable[[], M
             params = as_stored(merged.params, context.dtypes)
             scores = nll.score(params, context.held_out, cfg=context.models.target.cfg)
         summary = {"strength": strength, "points": merged.choice.tried}
-        checkpoint.save_json(folder / "arm.json", checkpoint.plain(summary))
+        checkpoint.save_json(folder / "arm.json", summary)
         staged.save_scores(folder / "scores", {"arm": scores})
 
     def load(folder: Path) -> Arm:

@@ -104,7 +104,7 @@ def test_published_folder(preset, target, source, model, text, tmp_path):
     found = pipeline.run(
         recipe.resolve(settings), out, command=f"ot-merge run --preset {preset} --out out"
     )
-    assert found.report["calibration"]["rows"] > 20
+    assert found.report.calibration["rows"] > 20
     folders = output_contract.Folders(out, Path(settings["target"]), Path(settings["source"]))
     output_contract.check(folders)
 

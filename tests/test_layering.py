@@ -38,6 +38,15 @@ STOREYS = (
     ("cli", "demo", "demo_adapt"),
 )
 
+#: What else than the schema of reports a module outside `report` may import of it.
+PRESENTS = {
+    "pipeline": {"arms", "facts", "verdict"},
+    "adapt.baselines": {"baselines"},
+    "io.details": {"html"},
+    "adapt.publishing": {"html"},
+    "demo": {"numbers"},
+}
+
 #: Files that may import transformers: tokenisation, and the self-check of an export.
 TRANSFORMERS = {"calibration.py", "io/check.py", "io/selfcheck.py"}
 
@@ -176,6 +185,16 @@ def test_imports_point_downwards(name):
             target for target in own(name) if storey(target) is not None and storey(target) > level
         }
         assert not above
+
+
+@each_module
+def test_execution_knows_the_schema_of_reports_and_no_page_or_table(name):
+    allowed = {"ot_merge_jax.report", "ot_merge_jax.report.schema"}
+    presents = PRESENTS.get(name.removeprefix("ot_merge_jax."), set())
+    allowed |= {f"ot_merge_jax.report.{module}" for module in presents}
+    if not name.startswith(("ot_merge_jax.report", "ot_merge_jax.commands")):
+        reports = {one for one in own(name) if one.startswith("ot_merge_jax.report")}
+        assert reports <= allowed
 
 
 def test_no_cycle():

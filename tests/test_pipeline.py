@@ -1,7 +1,6 @@
 """The pipeline: which texts go where, what it says, and that a run that fails leaves nothing."""
 
 import errno
-import json
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from checkpoints import mixed, recast
+from published import report_of
 
 from ot_merge_jax import (
     calibration,
@@ -130,9 +130,9 @@ def test_strength_is_chosen_on_the_dev_split_and_nothing_else(resolved, out, lin
     )
     result = pipeline.run(resolved(strength="auto"), out, command="test")
     assert cut == [texts.split(lines, seed=0)[1]]
-    assert len(result.report["strength"]["tried"]) == 7  # one group moves: no search over groups
-    best = min(result.report["strength"]["tried"], key=lambda one: one["loss"])
-    assert result.report["strength"]["chosen"] == best["strength"]
+    assert len(result.report.strength.tried) == 7  # one group moves: no search over groups
+    best = min(result.report.strength.tried, key=lambda point: point.loss)
+    assert result.report.strength.chosen == best.strength
 
 
 def test_held_out_text_is_only_reported(resolved, out, text_file, tmp_path):
@@ -168,12 +168,12 @@ def test_check_reads_no_weights(resolved, out, monkeypatch):
 
 def test_verdict_of_a_run_is_in_report_and_result(resolved, out, text_file):
     result = pipeline.run(resolved(evaluation=str(text_file)), out, command="test")
-    report = json.loads((out / "ot_merge" / "report.json").read_text())
+    report = report_of(out)
     assert result.report == report
     assert result.out == out
-    change = report["evaluation"]["merge"]["against_target"]
-    said = verdict.said(Difference(*(change[key] for key in ("difference", "low", "high"))))
-    assert said in report["verdict"]
+    change = report.evaluation["merge"].against_target
+    said = verdict.said(Difference(change.difference, change.low, change.high))
+    assert said in report.verdict
 
 
 @pytest.mark.parametrize("is_nothing", [False, True], ids=["moved", "nothing-moved"])
@@ -434,8 +434,8 @@ def test_run_within_less_memory_gives_the_same_weights(
     for name in one:
         close = 1e-5 * np.abs(one[name]).max()
         np.testing.assert_allclose(one[name], other[name], rtol=0, atol=close)
-    ours, theirs = (one.report["evaluation"]["source"] for one in (less, whole))
-    assert ours["nll_per_token"] == pytest.approx(theirs["nll_per_token"], rel=1e-6)
+    ours, theirs = (one.report.evaluation["source"] for one in (less, whole))
+    assert ours.nll_per_token == pytest.approx(theirs.nll_per_token, rel=1e-6)
 
 
 def test_rows_are_lowered_before_a_run_is_refused(resolved, out, monkeypatch, caplog):

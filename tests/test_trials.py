@@ -2,12 +2,11 @@
 one that knows nothing. The verdict must be right in all of them.
 """
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import assert_nothing_is_lost, report_of
 
 from ot_merge_jax import calibration, pipeline, recipe
 from ot_merge_jax.evaluate import nll
@@ -101,56 +100,57 @@ def reports(target, sources, walks, tmp_path_factory):
         }
         out = tmp_path_factory.mktemp("out") / name
         pipeline.run(recipe.resolve(settings), out, command="test")
-        found[name] = json.loads((out / "ot_merge" / "report.json").read_text())
+        assert_nothing_is_lost(out)
+        found[name] = report_of(out)
     return found
 
 
 def test_a_source_that_knows_the_next_word_improves_the_target(reports):
     report = reports["knows"]
-    assert report["outcome"] == "improved", report["verdict"]
-    assert "2 calibration seeds agree" in report["verdict"]
-    assert report["seeds"] == [0, 1]
-    assert [one["seed"] for one in report["per_seed"]] == [0, 1]
-    assert report["controls"]["unigram"]["beyond"]["high"] < 0
+    assert report.outcome == "improved", report.verdict
+    assert "2 calibration seeds agree" in report.verdict
+    assert report.seeds == [0, 1]
+    assert [one.seed for one in report.per_seed] == [0, 1]
+    assert report.controls["unigram"].beyond.high < 0
 
 
 def test_a_source_that_counts_words_does_not_improve_it_beyond_counting(reports):
     report = reports["counts"]
-    assert report["evaluation"]["merge"]["against_target"]["high"] < 0
-    assert report["outcome"] == "no measurable difference", report["verdict"]
-    assert "beyond unigram" in report["verdict"]
+    assert report.evaluation["merge"].against_target.high < 0
+    assert report.outcome == "no measurable difference", report.verdict
+    assert "beyond unigram" in report.verdict
 
 
 def test_a_source_that_learned_nothing_changes_nothing(reports):
-    assert reports["nothing"]["outcome"] in ("unchanged", "worse", "no measurable difference")
+    assert reports["nothing"].outcome in ("unchanged", "worse", "no measurable difference")
 
 
 def test_every_control_is_there_with_its_interval(reports):
-    found = reports["knows"]["controls"]
+    found = reports["knows"].controls
     assert list(found) == [
         "target", "source", "shrink", *(f"noise {n}" for n in range(1, 6)),
         "permuted", "wrong-layer", "wrong-source", "unigram",
     ]  # fmt: skip
-    assert {name for name, one in found.items() if "not_applicable" in one} == {
+    assert {name for name, one in found.items() if one.not_applicable is not None} == {
         "shrink", "wrong-layer",
     }  # fmt: skip
     for name in ("noise 1", "permuted", "wrong-source"):
         one = found[name]
-        change = one["merge_minus_control"]
-        assert change["low"] <= change["difference"] <= change["high"] < 0
+        change = one.merge_minus_control
+        assert change.low <= change.difference <= change.high < 0
         # the same strengths, the same documents
-        tried = [point["strength"] for point in one["strength"]["tried"]]
-        assert tried == [point["strength"] for point in reports["knows"]["strength"]["tried"]]
-        assert one["documents"] == reports["knows"]["evaluation"]["target"]["documents"]
-    assert 0 < found["unigram"]["gamma"] <= 1
+        tried = [point.strength for point in one.strength.tried]
+        assert tried == [point.strength for point in reports["knows"].strength.tried]
+        assert one.documents == reports["knows"].evaluation["target"].documents
+    assert 0 < found["unigram"].gamma <= 1
 
 
 def test_the_split_and_the_continuations_are_in_the_report(reports):
     report = reports["knows"]
-    split = report["strength"]["split"]
-    assert (split["train_documents"], split["dev_documents"], split["seed"]) == (48, 12, 0)
-    [sample] = report["samples"]
-    assert list(sample["continuations"]) == ["target", "merge"]
+    split = report.strength.split
+    assert (split.train_documents, split.dev_documents, split.seed) == (48, 12, 0)
+    [sample] = report.samples
+    assert list(sample.continuations) == ["target", "merge"]
 
 
 @pytest.fixture(scope="module")
@@ -169,20 +169,21 @@ def of_neurons(target, walks, tiny_checkpoint, tmp_path_factory):
     }
     out = tmp_path_factory.mktemp("out") / "neurons"
     pipeline.run(recipe.resolve(settings), out, command="test")
-    return json.loads((out / "ot_merge" / "report.json").read_text())
+    assert_nothing_is_lost(out)
+    return report_of(out)
 
 
 def test_every_control_of_neurons_is_another_model(of_neurons):
     """Another than the merge and than every other control, with every calibration seed."""
-    found = of_neurons["controls"]
-    assert not [name for name, one in found.items() if "not_applicable" in one]
-    assert of_neurons["seeds"] == [0, 1]
+    found = of_neurons.controls
+    assert not [name for name, one in found.items() if one.not_applicable is not None]
+    assert of_neurons.seeds == [0, 1]
     broken = ["shrink", "noise 1", "permuted", "wrong-layer", "wrong-source"]
-    losses = [found[name]["nll_per_token"] for name in broken]
-    losses.append(of_neurons["evaluation"]["merge"]["nll_per_token"])
+    losses = [found[name].nll_per_token for name in broken]
+    losses.append(of_neurons.evaluation["merge"].nll_per_token)
     assert len({round(loss, 6) for loss in losses}) == len(losses)
     for name in broken:
-        seeds = found[name]["seeds"]
-        assert [one["seed"] for one in seeds] == [0, 1]
-        assert all(one["difference"] != 0 for one in seeds)
-        assert found[name]["strength"]["chosen"] == of_neurons["strength"]["chosen"]
+        seeds = found[name].seeds
+        assert [one.seed for one in seeds] == [0, 1]
+        assert all(one.difference != 0 for one in seeds)
+        assert found[name].strength.chosen == of_neurons.strength.chosen

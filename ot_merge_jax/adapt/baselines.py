@@ -31,6 +31,7 @@ from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, hf, stages
 from ot_merge_jax.report import baselines as reporting
 from ot_merge_jax.report.baselines import Outcome
+from ot_merge_jax.report.schema import Report
 from ot_merge_jax.types import MergeSpec, Params
 
 _LOG = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def moved_by(path: str, added: jax.Array) -> jax.Array:
     return found.astype(jnp.float32)
 
 
-def _compare(job: run.Job) -> dict[str, Any]:
+def _compare(job: run.Job) -> Report:
     """The stages, up to the folder that is published."""
     settings = job.found.settings
     parts, source = run.load(job)
@@ -141,8 +142,8 @@ def _compare(job: run.Job) -> dict[str, Any]:
     best = min(found, key=lambda one: found[one]["merge"][0].dev[-1][1])
     missing = [one for one in ("shrink", "noise") if one not in applicable]
     missing = [one for one in missing if why_not(job.found.start, one) is None]
-    more = reporting.facts(
-        found, settings=settings, best=best, missing=missing,
+    comparison = reporting.facts(
+        found, seed=settings.seed, rates=settings.grid, best=best, missing=missing,
         not_applicable={name: why for name, why in applicable.items() if why is not None},
     )  # fmt: skip
     chosen = found[best]["merge"][0]
@@ -155,7 +156,7 @@ def _compare(job: run.Job) -> dict[str, Any]:
         Course(None, chosen.losses, [], chosen.dev),  # pyright: ignore[reportArgumentType]
         _events(found),
     )
-    return run.finish(job, whole, before, needs=[stage], more=checkpoint.plain(more))
+    return run.finish(job, whole, before, needs=[stage], more=comparison._asdict())
 
 
 def _ordered(names: Sequence[str]) -> list[str]:
@@ -220,7 +221,7 @@ def _arm(
             leaves = jax.tree.leaves(arm.trained)
             checkpoint.save_tree(folder / "trained", {_key(i): x for i, x in enumerate(leaves)})
         best = arm.best._asdict() | {"tried": [(one.rate, one.loss) for one in arm.tried]}
-        checkpoint.save_json(folder / "arm.json", checkpoint.plain(best))
+        checkpoint.save_json(folder / "arm.json", best)
         checkpoint.save_arrays(folder / "scores", scores._asdict())
 
     def load(folder: Path) -> Outcome:

@@ -10,9 +10,11 @@ from typing import Any
 from ot_merge_jax.adapt import start
 from ot_merge_jax.adapt.inputs import Inputs
 from ot_merge_jax.adapt.start import Parts
+from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import checkpoint, details, provenance
-from ot_merge_jax.report import html
+from ot_merge_jax.report import html, schema
+from ot_merge_jax.report.schema import Report
 
 
 def write(
@@ -20,7 +22,7 @@ def write(
     *,
     found: Inputs,
     parts: Parts,
-    report: Mapping[str, Any],
+    report: Report,
     events: Sequence[str],
     side: Mapping[str, Any],
     began: float,
@@ -34,7 +36,7 @@ def write(
         folder: Holds the model.
         found: The inputs.
         parts: The trained base and the residual that was held constant.
-        report: JSON values.
+        report: What was found.
         events: Lines of ``events.jsonl``.
         side: ``run`` (the key), ``command``, and what `details.inputs` returned.
         began: ``time.monotonic()`` when this process began.
@@ -46,13 +48,13 @@ def write(
     (inside / "recipe.yaml").write_text(text, encoding="utf-8")
     (inside / "events.jsonl").write_text("".join(events), encoding="utf-8")
     start.save_residual(inside, found.start, parts)
-    checkpoint.save_json(inside / "report.json", report)
+    (inside / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(
         provenance.model_card(
             name=found.start.folder.name,
             models={role: (one.path, one.origin) for role, one in found.folders.items()},
-            verdict=report["verdict"],
-            evaluation=provenance.losses(report["evaluation"]),
+            verdict=report.verdict,
+            evaluation=provenance.losses(report.evaluation),
             command=command,
             recipe=text,
             relation="finetune",
@@ -64,7 +66,7 @@ def write(
         "command": command,
         "recipe_sha256": provenance.sha256(inside / "recipe.yaml"),
         "seed": found.settings.seed,
-        "evaluation": report["evaluation"],
+        "evaluation": report.to_dict()["evaluation"],
         "output": provenance.file_hashes(folder, details.FILES),
         "wall_seconds": round(time.monotonic() - began, 2),
         **provenance.environment(),
@@ -73,8 +75,12 @@ def write(
     html.write(inside)
 
 
-def read(folder: Path, run_key: str) -> dict[str, Any] | None:
-    """The report of a published folder, if it is the unchanged result of the run of this key."""
+def read(folder: Path, run_key: str) -> Report | None:
+    """The report of a published folder, if it is the unchanged result of the run of this key.
+
+    Raises:
+        VersionError: if it is, and a later version of this program wrote the report.
+    """
     inside = folder / "ot_merge"
     try:
         side = checkpoint.load_json(inside / "provenance.json")
@@ -82,8 +88,10 @@ def read(folder: Path, run_key: str) -> dict[str, Any] | None:
             provenance.sha256(folder / name) != digest for name, digest in side["output"].items()
         ):
             return None
-        return checkpoint.load_json(inside / "report.json")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return schema.read(inside / "report.json")
+    except VersionError:
+        raise
+    except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None  # anything may lie in that folder
 
 

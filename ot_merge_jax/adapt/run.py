@@ -31,6 +31,8 @@ from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import compare, nll
 from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, stages
 from ot_merge_jax.models import specs
+from ot_merge_jax.report import schema
+from ot_merge_jax.report.schema import Report
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = "settings"
@@ -59,7 +61,7 @@ class Job(NamedTuple):
 
 
 #: Runs the stages of a job, up to the folder that is published, and returns the report.
-Work = Callable[[Job], dict[str, Any]]
+Work = Callable[[Job], Report]
 
 
 class Trained(NamedTuple):
@@ -87,7 +89,7 @@ class AdaptResult(NamedTuple):
     """
 
     out: Path
-    report: dict[str, Any]
+    report: Report
 
 
 def adapt(
@@ -183,7 +185,7 @@ def scores_before(job: Job, trainable: Any, constants: Constants) -> Written:
     )
 
 
-def _adapt(job: Job) -> dict[str, Any]:
+def _adapt(job: Job) -> Report:
     """The stages of one training, up to the folder that is published."""
     run, problem = job.run, job.found.problem
     parts, source = load(job)
@@ -210,7 +212,7 @@ def finish(
     *,
     needs: Sequence[str],
     more: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """The stages after training: the model, its check, the details.
 
     Args:
@@ -218,7 +220,7 @@ def finish(
         trained: What was trained.
         before: From `scores_before`.
         needs: Stages that hold it.
-        more: Of the report, instead of or beside what one training says.
+        more: Fields of the report, instead of or beside what one training says.
 
     Returns:
         The report.
@@ -240,7 +242,7 @@ def finish(
         run, "after", lambda folder: _save_written(folder, found, model), _load_scores,
         needs=["model"],
     )  # fmt: skip
-    report = _report(found, course, before, after) | dict(more or {})
+    report = _report(found, course, before, after).model_copy(update=more)
     stages.stage(
         run,
         "details",
@@ -337,7 +339,7 @@ def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constan
     if constants.residual:
         models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
     scores = {name: score(found, make()) for name, make in models.items()} if found.held_out else {}
-    checkpoint.save_json(folder / "scores.json", checkpoint.plain({"scores": scores, "dev": None}))
+    checkpoint.save_json(folder / "scores.json", {"scores": scores, "dev": None})
 
 
 def _save_written(folder: Path, found: Inputs, model: Path) -> None:
@@ -347,7 +349,7 @@ def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     if not np.isfinite(dev):
         raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
     scores = {"after": score(found, written)} if found.held_out else {}
-    checkpoint.save_json(folder / "scores.json", checkpoint.plain({"scores": scores, "dev": dev}))
+    checkpoint.save_json(folder / "scores.json", {"scores": scores, "dev": dev})
 
 
 def score(found: Inputs, params: Any) -> nll.Scores:
@@ -367,40 +369,41 @@ def _load_scores(folder: Path) -> Written:
     return scores, found["dev"]
 
 
-def _report(
-    found: Inputs,
-    course: Course,
-    before: Written,
-    after: Written,
-) -> dict[str, Any]:
-    """What was found, as JSON values."""
-    settings, seed = found.settings, found.settings.seed
-    scores = before[0] | after[0]
-    evaluation: dict[str, Any] = {name: dict(one.totals) for name, one in scores.items()}
+def _report(found: Inputs, course: Course, before: Written, after: Written) -> Report:
+    """What one training has shown."""
+    settings, scores = found.settings, before[0] | after[0]
+    evaluation = {name: schema.Entry(**of_model.totals) for name, of_model in scores.items()}
     change = None
     if "after" in scores:
-        change = compare.paired_bootstrap(scores["after"], scores["before"], seed=seed)
-        evaluation["after"]["against_before"] = change
-        if "target" in scores:
-            lead = compare.paired_bootstrap(scores["after"], scores["target"], seed=seed)
-            evaluation["after"]["against_target"] = lead
-    best = min(course.dev, key=lambda one: one[1])
+        changes = {
+            name: compare.paired_bootstrap(scores["after"], scores[name], seed=settings.seed)
+            for name in ("before", "target")
+            if name in scores
+        }
+        change = changes["before"]
+        differences: dict[str, Any] = {
+            f"against_{name}": schema.Difference(**difference._asdict())
+            for name, difference in changes.items()
+        }
+        evaluation["after"] = schema.Entry(**scores["after"].totals, **differences)
+    best = min(course.dev, key=lambda point: point[1])
     blocks, pairs = found.problem.train, found.problem.train.pairs
-    return checkpoint.plain(
-        {
-            "verdict": publishing.verdict(change, steps=len(course.losses)),
-            "controls": {},
-            "objective": settings.objective,
-            "steps": len(course.losses),
-            "losses": course.losses,
-            "dev": {
-                "before": course.dev[0][1],
-                "after": after[1],
-                "best_step": best[0],
-                "curve": course.dev,
-            },
-            "evaluation": evaluation,
-            "data": {
+    return Report(
+        version=schema.VERSION,
+        verdict=publishing.verdict(change, steps=len(course.losses)),
+        controls={},
+        objective=settings.objective,
+        steps=len(course.losses),
+        losses=list(course.losses),
+        dev=schema.Dev(
+            before=course.dev[0][1],
+            after=after[1],
+            best_step=best[0],
+            curve=[list(point) for point in course.dev],
+        ),
+        evaluation=evaluation,
+        data=checkpoint.plain(
+            {
                 **found.counts,
                 "blocks": len(blocks.tokens),
                 "tokens_that_count": blocks.count,
@@ -408,10 +411,10 @@ def _report(
                 "universal_distillation": found.problem.objective.is_universal,
                 "target_matched": pairs and pairs.target_matched,
                 "source_matched": pairs and pairs.source_matched,
-            },
-            "residual": {"merged_at": found.start.merged, "held_at": found.factor},
-            "settings": yaml.safe_load(provenance.public(settings.to_yaml())),
-        }
+            }
+        ),
+        residual=schema.Residual(merged_at=found.start.merged, held_at=found.factor),
+        settings=yaml.safe_load(provenance.public(settings.to_yaml())),
     )
 
 

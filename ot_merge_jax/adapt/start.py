@@ -22,6 +22,7 @@ from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import checkpoint, hf, location
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
+from ot_merge_jax.report import schema
 from ot_merge_jax.spaces import GROUPS
 from ot_merge_jax.types import Params
 
@@ -75,12 +76,14 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
 
     Raises:
         InputError: if the target of a merge is not there or fits no longer, or its details are
-            damaged.
+            damaged or of a later version.
         RecipeError: if a target is named for what is no merge.
     """
     folder = open_folder(model, offline=offline)
     details = folder.path / "ot_merge"
     if (details / RESIDUAL).is_dir():
+        if (details / "report.json").is_file():
+            schema.read(details / "report.json")  # a later version may mean something else
         said = location.read_json(details / RESIDUAL / _STRENGTH)
         return Start(
             folder, None, details / RESIDUAL, _by_group(said.get("merged"), details),
@@ -105,8 +108,7 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
         ) from error
     if before.cfg != folder.cfg:
         raise InputError(f"{named} has another shape than {model}, so it is not its target.")
-    chosen = location.read_json(details / "report.json").get("strength")
-    merged = _by_group(chosen.get("chosen") if isinstance(chosen, dict) else None, details)
+    merged = _by_group(schema.read(details / "report.json").strength.chosen, details)
     return Start(folder, before, None, merged, residuals.AS_MERGED)
 
 

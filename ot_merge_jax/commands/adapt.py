@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -21,10 +21,12 @@ from ot_merge_jax.console import (
     Seed,
     Verbose,
     guarded,
-    print_json,
     say,
     session,
 )
+
+if TYPE_CHECKING:
+    from ot_merge_jax.report.schema import Report
 
 
 @guarded
@@ -123,6 +125,7 @@ def adapt(
     from ot_merge_jax.adapt import baselines as comparison
     from ot_merge_jax.adapt import run
     from ot_merge_jax.adapt import settings as adaptations
+    from ot_merge_jax.report.numbers import number
 
     of_text = {"field": field, "encoding": encoding}
     of_text = {key: value for key, value in of_text.items() if value is not None}
@@ -142,7 +145,7 @@ def adapt(
     settings = adaptations.resolve(said)
     work = run.adapt if settings.baselines is None else comparison.compare
     with session(verbose=verbose, quiet=quiet):
-        found = work(
+        report = work(
             settings,
             out,
             # a resumed run publishes the same bytes, so it is the same command
@@ -155,33 +158,33 @@ def adapt(
             show=None if quiet else lambda decided: say(decided.to_yaml()),
         ).report
     if as_json:
-        print_json(found)
+        sys.stdout.write(report.to_json())
         return
-    if settings.baselines is not None:
-        say_baselines(found)
-    dev = found["dev"]
-    say(f"dev loss: {dev['before']:.4f} -> {dev['after']:.4f} nats per token after "
-        f"{found['steps']} steps", OUT)  # fmt: skip
-    for name, one in found["evaluation"].items():
-        say(f"held-out, {name}: {one['nll_per_token']:.4f} nats per token, "
-            f"{one['bits_per_byte']:.4f} bits per byte", OUT)  # fmt: skip
-    if found["residual"]["merged_at"] is not None:
-        say(f"residual held at: {json.dumps(found['residual']['held_at'])} of the merge", OUT)
-    say(f"verdict: {found['verdict']}", OUT)
+    say_baselines(report)
+    if report.dev is not None:
+        say(f"dev loss: {number(report.dev.before)} -> {number(report.dev.after)} nats per token "
+            f"after {report.steps} steps", OUT)  # fmt: skip
+    for name, entry in report.evaluation.items():
+        say(f"held-out, {name}: {number(entry.nll_per_token)} nats per token, "
+            f"{number(entry.bits_per_byte)} bits per byte", OUT)  # fmt: skip
+    if report.residual is not None and report.residual.merged_at is not None:
+        say(f"residual held at: {json.dumps(report.residual.held_at)} of the merge", OUT)
+    say(f"verdict: {report.verdict}", OUT)
     say(f"written: {out}", OUT)
 
 
-def say_baselines(found: dict[str, Any]) -> None:
-    """The table of a comparison, what was not run, and its warnings."""
+def say_baselines(report: Report) -> None:
+    """The table of a comparison, what was not run, and its warnings; nothing without baselines."""
     from ot_merge_jax.report import tables
 
-    compared = found["baselines"]
-    OUT.print(tables.baselines_table(compared))
-    for name, why in compared["not_applicable"].items():
+    if report.baselines is None:
+        return
+    OUT.print(tables.baselines_table(report.baselines))
+    for name, why in report.baselines.not_applicable.items():
         say(f"{name}: not applicable, {why}", OUT)
-    for sentence in compared["not_run"]:
+    for sentence in report.baselines.not_run:
         say(f"not run: {sentence}", OUT)
-    for sentence in found["warnings"]:
+    for sentence in report.warnings:
         say(f"warning: {sentence}", OUT)
 
 

@@ -53,20 +53,22 @@ def demo(
     if adapt:
         with session(verbose=verbose, quiet=quiet):
             trained = demo_adapt.run(out, seed=seed, overwrite=overwrite, offline=offline)
-        found = trained.adapted.report
+        adapted = trained.adapted.report
         if as_json:
-            print_json({"delta": trained.merge.report, "delta-adapted": found})
+            print_json({
+                "delta": trained.merge.report.to_dict(), "delta-adapted": adapted.to_dict()
+            })  # fmt: skip
             return
         OUT.print(demos.table({"delta": trained.merge}))
-        say_baselines(found)
-        say(f"delta-adapted: {found['verdict']}", OUT)
+        say_baselines(adapted)
+        say(f"delta-adapted: {adapted.verdict}", OUT)
         say(f"written: {trained.merge.out}, {trained.adapted.out} "
             f"({time.monotonic() - started:.0f} s)", OUT)  # fmt: skip
         return
     with session(verbose=verbose, quiet=quiet):
         results = demos.run(out, is_full=full, seed=seed, overwrite=overwrite, offline=offline)
     if as_json:
-        print_json({name: result.report for name, result in results.items()})
+        print_json({name: result.report.to_dict() for name, result in results.items()})
         return
     OUT.print(demos.table(results))
     for name, result in results.items():
@@ -75,6 +77,6 @@ def demo(
             OUT.print(tables.controls_table(result.report))
         for sentence in result.warnings:
             say(f"{name}: warning: {sentence}", OUT)
-        say(f"{name}: {result.report['verdict']}", OUT)
+        say(f"{name}: {result.report.verdict}", OUT)
     say(f"written: {', '.join(str(one.out) for one in results.values())} "
          f"({time.monotonic() - started:.0f} s)", OUT)  # fmt: skip

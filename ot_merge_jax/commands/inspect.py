@@ -21,12 +21,12 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """What a model folder holds, from its config and headers alone."""
+    from ot_merge_jax.io.checkpoint import plain
     from ot_merge_jax.io.folder import open_folder
     from ot_merge_jax.models import specs
-    from ot_merge_jax.report import facts
 
     folder = open_folder(model, offline=offline)
-    cfg = facts.plain({name: getattr(folder.cfg, name) for name in folder.cfg.__slots__})
+    cfg = plain({name: getattr(folder.cfg, name) for name in folder.cfg.__slots__})
     dtypes = sorted({info.dtype for info in folder.tensors.values()})
     shards = sorted(set(folder.files.values()))
     parameters = [

@@ -24,20 +24,19 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write the report of a run again, from what lies in its folder."""
-    from ot_merge_jax.report import document, html
+    from ot_merge_jax.report import html, run_folder, schema
 
-    details = document.details_of(run)
+    details = run_folder.details_of(run)
     if out is not None and (out.is_dir() or (out.exists() and not overwrite)):
         advice = "name a file in it" if out.is_dir() else "choose another or pass --overwrite"
         raise InputError(f"The file {out} exists; {advice}.")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"There is no folder {out.parent} to write {out.name} into; make it.")
     files = html.write(details, file=out)
-    found = document.read(details).report
+    read = schema.read(details / "report.json")
     if as_json:
-        print_json(
-            {"outcome": found.outcome, "verdict": found.verdict, "files": [str(f) for f in files]}
-        )
+        paths = [str(file) for file in files]
+        print_json({"outcome": read.outcome, "verdict": read.verdict, "files": paths})
         return
-    say(f"verdict: {found.verdict}", OUT)
+    say(f"verdict: {read.verdict}", OUT)
     say(f"written: {files[0]}", OUT)

@@ -20,7 +20,6 @@ from ot_merge_jax.console import (
     Quiet,
     Verbose,
     guarded,
-    print_json,
     say,
     session,
 )
@@ -67,16 +66,17 @@ def run(
             show=None if quiet else lambda decided: say(decided.to_yaml()),
         )
     if as_json:
-        print_json(result.report)
+        sys.stdout.write(result.report.to_json())
         return
     OUT.print(tables.weights_table(result.merge))
-    if result.report["evaluation"]:
-        title = f"Held-out text ({result.report['evaluation']['target']['documents']} documents)"
-        OUT.print(tables.evaluation_table(result.report["evaluation"], title=title))
-        if len(result.report["controls"]) > 2:  # more than target and source
-            OUT.print(tables.controls_table(result.report))
-    say(f"strength: {json.dumps(result.report['strength']['chosen'])}", OUT)
+    report = result.report
+    if report.evaluation:
+        title = f"Held-out text ({report.evaluation['target'].documents} documents)"
+        OUT.print(tables.evaluation_table(report.evaluation, title=title))
+        if len(report.controls) > 2:  # more than target and source
+            OUT.print(tables.controls_table(report))
+    say(f"strength: {json.dumps(report.strength.chosen)}", OUT)
     for sentence in result.warnings:
         say(f"warning: {sentence}", OUT)
-    say(f"verdict: {result.report['verdict']}", OUT)
+    say(f"verdict: {report.verdict}", OUT)
     say(f"written: {out}", OUT)

@@ -55,7 +55,7 @@ class Scores(NamedTuple):
         return float(self.nll.sum() / self.bytes.sum() / math.log(2))
 
     @property
-    def totals(self) -> dict[str, int | float]:
+    def totals(self) -> dict[str, Any]:
         """The whole text in numbers, for reports."""
         return {
             "documents": len(self.tokens),

@@ -197,13 +197,18 @@ def _quiet() -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """NamedTuples, mappings and arrays as JSON values; numbers that are not finite become None."""
+    """NamedTuples, mappings and arrays as JSON values; numbers that are not finite become None.
+
+    Example:
+        >>> plain({"losses": np.array([1.5, np.inf]), 2: (jax.numpy.int32(3), "text")})
+        {'losses': [1.5, None], '2': [3, 'text']}
+    """
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(part) for part in value]
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return plain(np.asarray(value).tolist())
     if isinstance(value, float):
@@ -212,8 +217,9 @@ def plain(value: Any) -> Any:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Indented UTF-8 JSON; a float is read back as the same float."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented UTF-8 JSON of what `plain` takes; a float is read back as the same float."""
+    text = json.dumps(plain(value), indent=1, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def load_json(path: Path) -> Any:

@@ -9,14 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.io import adapter, checkpoint, hub, provenance, records
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.recipe import Recipe
-from ot_merge_jax.report import html
+from ot_merge_jax.report import html, schema
+from ot_merge_jax.report.schema import Report
 from ot_merge_jax.types import Coupling, MergeReport, WeightReport
 
 #: Every file of a model folder that decides what a run writes.
 FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+#: What the provenance says of the plans of a site.
+_TRANSPORT = ("largest_error", "most_iterations", "converged", "in_log_form")
 
 
 def inputs(
@@ -62,7 +66,7 @@ def write(
     recipe: Recipe,
     folders: Mapping[str, ModelFolder],
     coupling: Coupling | None,
-    found: dict[str, Any],
+    report: Report,
     side: Mapping[str, Any],
     started: float,
 ) -> None:
@@ -76,7 +80,7 @@ def write(
         recipe: The resolved recipe.
         folders: Role -> model folder.
         coupling: Of the merge; None when only the vocabulary moved.
-        found: The report, JSON values.
+        report: What was found.
         side: ``run`` (the key), ``command``, and what `inputs` returned.
         started: ``time.monotonic()`` when this process began.
     """
@@ -87,13 +91,13 @@ def write(
     (details / "recipe.yaml").write_text(text, encoding="utf-8")
     if coupling is not None:
         checkpoint.save_coupling(details / "coupling", coupling)
-    checkpoint.save_json(details / "report.json", found)
+    (details / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(
         provenance.model_card(
             name=" + ".join(folders[role].name for role in ("target", "source")),
             models=_by_role(folders),
-            verdict=found["verdict"],
-            evaluation=provenance.losses(found["evaluation"]),
+            verdict=report.verdict,
+            evaluation=provenance.losses(report.evaluation),
             command=command,
             recipe=text,
         ),
@@ -103,16 +107,13 @@ def write(
         **side,
         "command": command,
         "recipe_sha256": provenance.sha256(details / "recipe.yaml"),
-        "calibration": found["calibration"],
+        "calibration": report.calibration,
         "seed": recipe.seed,
-        "transport": found["sites"]
-        and {
-            site: {
-                k: one[k] for k in ("largest_error", "most_iterations", "converged", "in_log_form")
-            }
-            for site, one in found["sites"].items()
+        "transport": {
+            site: diagnostics.model_dump(include=set(_TRANSPORT))
+            for site, diagnostics in report.sites.items()
         },
-        "evaluation": found["evaluation"],
+        "evaluation": report.to_dict()["evaluation"],
         "output": provenance.file_hashes(folder, FILES),
         "wall_seconds": round(time.monotonic() - started, 2),
         **provenance.environment(),
@@ -131,7 +132,7 @@ def _by_role(folders: Mapping[str, ModelFolder]) -> dict[str, tuple[Path, hub.Or
     return found
 
 
-def read(folder: Path, run_key: str) -> tuple[dict[str, Any], MergeReport] | None:
+def read(folder: Path, run_key: str) -> tuple[Report, MergeReport] | None:
     """The report of a published folder, if it is the unchanged result of the run of this key.
 
     Args:
@@ -140,6 +141,9 @@ def read(folder: Path, run_key: str) -> tuple[dict[str, Any], MergeReport] | Non
 
     Returns:
         The report and the diagnostics; None if the folder is something else.
+
+    Raises:
+        VersionError: if it is that run, and a later version of this program wrote the report.
     """
     details = folder / "ot_merge"
     try:
@@ -148,14 +152,19 @@ def read(folder: Path, run_key: str) -> tuple[dict[str, Any], MergeReport] | Non
             provenance.sha256(folder / name) != digest for name, digest in side["output"].items()
         ):
             return None
-        found = checkpoint.load_json(details / "report.json")
-        weights = {
-            name: WeightReport(**{key: np.array(value) for key, value in one.items()})  # pyright: ignore[reportArgumentType]
-            for name, one in found["weights"].items()
-        }
+        report = schema.read(details / "report.json")
+        weights = {name: _arrays(weight) for name, weight in report.weights.items()}
         has_coupling = (details / "coupling").exists()
         coupling = checkpoint.load_coupling(details / "coupling") if has_coupling else None
-        rows = found["calibration"]["rows"] if has_coupling else 0
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        rows = report.calibration["rows"] if has_coupling else 0
+    except VersionError:
+        raise
+    except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return None  # anything may lie in that folder
-    return found, MergeReport(weights, coupling, rows)
+    return report, MergeReport(weights, coupling, rows)
+
+
+def _arrays(weight: schema.Weight) -> WeightReport:
+    """The diagnostics of a weight; TypeError if some are missing."""
+    diagnostics = weight.model_dump(exclude_unset=True)
+    return WeightReport(**{key: np.array(values) for key, values in diagnostics.items()})  # pyright: ignore[reportArgumentType]

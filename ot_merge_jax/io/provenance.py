@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ot_merge_jax.io import hub
 from ot_merge_jax.redaction import redacted
+from ot_merge_jax.report.schema import Entry
 
 _PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "safetensors",
              "transformers", "huggingface-hub", "numpy")  # fmt: skip
@@ -86,25 +87,25 @@ def fenced(text: str) -> str:
 
 
 def losses(
-    evaluation: Mapping[str, Mapping[str, Any]],
-) -> list[tuple[str, float | None, float]]:
+    evaluation: Mapping[str, Entry],
+) -> list[tuple[str, float | None, float | None]]:
     """(model, nats per token, bits per byte) of the models of a report, for the card.
 
     Where a model has other tokens than the target its loss per token compares with nothing, and is
     None.
 
     Example:
-        >>> other = {"nll_per_token": 3.0, "bits_per_byte": 1.0,
-        ...          "against_target": {"metric": "bits_per_byte"}}
-        >>> losses({"target": {"nll_per_token": 4.0, "bits_per_byte": 2.0}, "source": other})
+        >>> from ot_merge_jax.report.schema import Difference
+        >>> target = Entry(nll_per_token=4.0, bits_per_byte=2.0)
+        >>> in_bytes = {"against_target": Difference(metric="bits_per_byte")}
+        >>> source = Entry(nll_per_token=3.0, bits_per_byte=1.0, **in_bytes)
+        >>> losses({"target": target, "source": source})
         [('target', 4.0, 2.0), ('source', None, 1.0)]
     """
-    found = []
-    for name, one in evaluation.items():
-        has_own_tokens = (one.get("against_target") or {}).get("metric") == "bits_per_byte"
-        loss = None if has_own_tokens else one["nll_per_token"]
-        found.append((name, loss, one["bits_per_byte"]))
-    return found
+    return [
+        (name, None if entry.has_own_tokens else entry.nll_per_token, entry.bits_per_byte)
+        for name, entry in evaluation.items()
+    ]
 
 
 def model_card(
@@ -112,7 +113,7 @@ def model_card(
     name: str,
     models: Mapping[str, tuple[Path, hub.Origin | None]],
     verdict: str,
-    evaluation: Sequence[tuple[str, float | None, float]],
+    evaluation: Sequence[tuple[str, float | None, float | None]],
     command: str,
     recipe: str,
     relation: Literal["merge", "finetune"] = "merge",
@@ -165,7 +166,8 @@ def model_card(
         lines += ["", "Held-out text (see `ot_merge/report.json`):", ""]
         lines += ["| model | nats per token | bits per byte |", "|---|---|---|"]
         lines += [
-            f"| {_plain(who)} | {'other tokens' if loss is None else f'{loss:.4f}'} | {bits:.4f} |"
+            f"| {_plain(who)} | {'other tokens' if loss is None else f'{loss:.4f}'} "
+            f"| {'unknown' if bits is None else f'{bits:.4f}'} |"
             for who, loss, bits in evaluation
         ]
     lines += [

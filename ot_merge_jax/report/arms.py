@@ -1,17 +1,37 @@
-"""What the controls of a run showed, as plain JSON values."""
+"""What the controls of a run showed, as parts of its report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
+from ot_merge_jax import controls
+from ot_merge_jax.evaluate.compare import paired_bootstrap
 from ot_merge_jax.evaluate.nll import Scores
 from ot_merge_jax.recipe import CONTROLS
+from ot_merge_jax.report import facts, schema
 from ot_merge_jax.report.verdict import Compared, Verdict, judge
 from ot_merge_jax.trials import Trial, every_seed, pooled
 
-_METRIC = {"metric": "nll_per_token"}  # all of them have the target's tokenizer
+_METRIC = "nll_per_token"  # all of them have the target's tokenizer
+
+
+class Controlled(NamedTuple):
+    """What several calibration seeds and the controls showed, each named as in the report.
+
+    Attributes:
+        seeds: Of the calibration.
+        pooled: Merge minus target over all of them.
+        per_seed: Seed, strength and merge minus target of each.
+        controls: Every one that was asked for. ``strength`` is that of the first seed,
+            ``against_target`` control minus target, ``seeds`` merge minus control of each; of
+            ``unigram`` ``beyond`` is merge minus target with a bias each.
+    """
+
+    seeds: list[int]
+    pooled: schema.Difference
+    per_seed: list[schema.Difference]
+    controls: dict[str, schema.Entry]
 
 
 def against(pairs: Sequence[tuple[Scores, Scores]], *, seed: int) -> Compared:
@@ -31,88 +51,67 @@ def against(pairs: Sequence[tuple[Scores, Scores]], *, seed: int) -> Compared:
 def outcome(
     trials: Sequence[Trial],
     target: Scores,
-    reasons: Mapping[str, str | None],
     *,
-    asked: Sequence[str],
+    kinds: Sequence[str],
+    inapplicable: Mapping[str, str],
     seed: int,
-) -> tuple[Verdict, Compared, dict[str, Any]]:
-    """The verdict of several calibration seeds, merge minus target, and `facts`.
+) -> tuple[Verdict, Compared, Controlled]:
+    """The verdict of several calibration seeds, merge minus target, and what the controls showed.
 
     Args:
         trials: Of every calibration seed.
         target: The target's scores on the held-out text.
-        reasons: Every control that was asked for -> why it does not apply, or None.
-        asked: The kinds of control that were asked for.
+        kinds: The controls that were asked for, as a recipe names them.
+        inapplicable: Control -> why it does not apply.
         seed: Of the bootstrap.
     """
-    merge = against([(one.arms["merge"].scores, target) for one in trials], seed=seed)
-    found = {name: against(pairs, seed=seed) for name, pairs in every_seed(trials).items()}
+    merge = against([(trial.arms["merge"].scores, target) for trial in trials], seed=seed)
+    changes = {name: against(pairs, seed=seed) for name, pairs in every_seed(trials).items()}
     # what does not apply cannot fail, but for the gain beyond unigram, which the rule asks for
-    has_beyond = "unigram" in found
+    has_beyond = "unigram" in changes
     missing = [
-        name for name in CONTROLS if name not in asked or (name == "unigram" and not has_beyond)
+        name for name in CONTROLS if name not in kinds or (name == "unigram" and not has_beyond)
     ]
-    measured = judge(merge, found, missing=missing)
-    return measured, merge, facts(trials, target, merge, found, reasons, seed=seed)
-
-
-def facts(
-    trials: Sequence[Trial],
-    target: Scores,
-    merge: Compared,
-    found: Mapping[str, Compared],
-    reasons: Mapping[str, str | None],
-    *,
-    seed: int,
-) -> dict[str, Any]:
-    """What several calibration seeds and the controls showed.
-
-    Args:
-        trials: Of every calibration seed.
-        target: The target's scores on the held-out text.
-        merge: Merge minus target.
-        found: Merge minus every control.
-        reasons: Every control that was asked for -> why it does not apply, or None.
-        seed: Of the bootstrap.
-
-    Returns:
-        ``seeds``; ``pooled``: merge minus target over all of them; ``per_seed``: seed, strength and
-        merge minus target of each; ``controls``: for every one that was asked for
-        ``{"not_applicable": why}``, or totals, ``strength`` (of the first seed), ``against_target``
-        (control minus target), ``merge_minus_control`` and ``seeds`` (the same of each); of
-        ``unigram`` instead ``gamma`` and ``beyond``: merge and target with a bias each.
-    """
-    every = every_seed(trials)
-    controlled: dict[str, Any] = {}
-    for name, why in reasons.items():
-        if why is not None:
-            controlled[name] = {"not_applicable": why}
-            continue
-        alone = [control for _, control in every[name]]
-        change = against([(one, target) for one in alone], seed=seed).pooled
-        shared = {**pooled(alone).totals, "against_target": {**_METRIC, **change._asdict()}}
-        of_merge = {**_METRIC, **found[name].pooled._asdict()}
-        seeds = _by_seed(trials, found[name].seeds)
-        if name == "unigram":
-            gammas = {role: one.gamma for role, one in trials[0].biased.items()}
-            beyond = {**of_merge, "seeds": seeds, "merge_gamma": gammas["merge"]}
-            controlled[name] = {**shared, "gamma": gammas["target"], "beyond": beyond}
-            continue
-        arm = trials[0].arms[name]
-        strength = {"chosen": arm.strength, "tried": arm.points}
-        own = {"strength": strength, "merge_minus_control": of_merge, "seeds": seeds}
-        controlled[name] = {**shared, **own}
+    entries = {
+        name: schema.Entry(not_applicable=inapplicable[name])
+        if name in inapplicable
+        else _control(name, trials, target, changes[name], seed=seed)
+        for name in controls.arms(kinds)
+    }
     per_seed = [
-        {**fact, "strength": one.arms["merge"].strength}
-        for one, fact in zip(trials, _by_seed(trials, merge.seeds), strict=True)
+        schema.Difference(
+            seed=trial.seed, **change._asdict(), strength=trial.arms["merge"].strength
+        )
+        for trial, change in zip(trials, merge.seeds, strict=True)
     ]
-    seeds = [one.seed for one in trials]
-    whole = {**_METRIC, **merge.pooled._asdict()}
-    return {"seeds": seeds, "pooled": whole, "per_seed": per_seed, "controls": controlled}
+    pooled_change = schema.Difference(metric=_METRIC, **merge.pooled._asdict())
+    shown = Controlled([trial.seed for trial in trials], pooled_change, per_seed, entries)
+    return judge(merge, changes, missing=missing), merge, shown
 
 
-def _by_seed(trials: Sequence[Trial], changes: Sequence[Difference]) -> list[dict[str, Any]]:
-    """The difference of every calibration seed."""
-    return [
-        {"seed": one.seed, **change._asdict()} for one, change in zip(trials, changes, strict=True)
+def _control(
+    name: str, trials: Sequence[Trial], target: Scores, of_merge: Compared, *, seed: int
+) -> schema.Entry:
+    """A control that applies; ``of_merge`` is the merge minus it."""
+    own = [control for _, control in every_seed(trials)[name]]
+    change = against([(scores, target) for scores in own], seed=seed).pooled
+    shared: dict[str, Any] = {
+        **pooled(own).totals,
+        "against_target": schema.Difference(metric=_METRIC, **change._asdict()),
+    }
+    minus = {"metric": _METRIC, **of_merge.pooled._asdict()}
+    seeds = [
+        schema.Difference(seed=trial.seed, **change._asdict())
+        for trial, change in zip(trials, of_merge.seeds, strict=True)
     ]
+    if name == "unigram":
+        gamma = {role: biased.gamma for role, biased in trials[0].biased.items()}
+        beyond = schema.Beyond(**minus, seeds=seeds, merge_gamma=gamma["merge"])
+        return schema.Entry(**shared, gamma=gamma["target"], beyond=beyond)
+    arm = trials[0].arms[name]
+    return schema.Entry(
+        **shared,
+        strength=schema.Strength(chosen=arm.strength, tried=facts.tried(arm.points)),
+        merge_minus_control=schema.Difference(**minus),
+        seeds=seeds,
+    )

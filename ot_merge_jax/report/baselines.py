@@ -1,13 +1,14 @@
-"""What training a merge and its baselines at equal budget showed, as plain JSON values."""
+"""What training a merge and its baselines at equal budget showed, as a part of its report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.report import schema
 from ot_merge_jax.report.arms import against
 from ot_merge_jax.report.verdict import Compared, of_training
 from ot_merge_jax.trials import pooled
@@ -33,66 +34,71 @@ class Outcome(NamedTuple):
     scores: Scores
 
 
+class Comparison(NamedTuple):
+    """What a comparison says in its report, each named as there."""
+
+    verdict: str
+    outcome: str
+    warnings: list[str]
+    objective: str
+    baselines: schema.Baselines
+
+
 #: Objective -> start -> an outcome for each seed.
 Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
 
 
 def facts(
-    found: Outcomes,
+    arms: Outcomes,
     *,
-    settings: Any,
+    seed: int,
+    rates: Sequence[float],
     best: str,
     missing: Sequence[str],
     not_applicable: Mapping[str, str],
-) -> dict[str, Any]:
+) -> Comparison:
     """What the arms showed.
 
     Args:
-        found: Every arm, ``merge`` and ``base`` among the starts.
-        settings: The adaptation's.
+        arms: Every arm, ``merge`` and ``base`` among the starts.
+        seed: Of the bootstrap.
+        rates: Those that every arm tried.
         best: The objective of the merge that is published.
         missing: Starts that apply and were not asked for.
         not_applicable: Start -> why it does not apply.
-
-    Returns:
-        Of the report: ``verdict``, ``outcome``, ``warnings``, ``objective`` and ``baselines``. The
-        last holds ``arms``: objective -> start -> totals on the held-out text, the chosen ``rate``
-        and the ``tried``, the ``curve`` of the dev loss (mean over seeds), ``merge_minus`` (with
-        ``seeds``), and ``merge_steps``: after how many steps the merge's curve is at or below this
-        arm's last point, None if never.
     """
     compared = {
         objective: {
-            name: against(_pairs(of_name["merge"], of_name[name]), seed=settings.seed)
+            name: against(_pairs(of_name["merge"], of_name[name]), seed=seed)
             for name in of_name
             if name != "merge"
         }
-        for objective, of_name in found.items()
+        for objective, of_name in arms.items()
     }
-    steps = len(found[best]["merge"][0].losses)
+    steps = len(arms[best]["merge"][0].losses)
     verdict = of_training(compared, best=best, steps=steps, missing=missing)
-    arms = {
+    trained = {
         objective: {
             name: _arm(outcomes, of_name["merge"], compared[objective].get(name))
             for name, outcomes in of_name.items()
         }
-        for objective, of_name in found.items()
+        for objective, of_name in arms.items()
     }
-    return {
-        "verdict": verdict.sentence,
-        "outcome": verdict.outcome,
-        "objective": best,
-        "warnings": _warnings(found),
-        "baselines": {
-            "best": best,
-            "steps": steps,
-            "seeds": [one.seed for one in found[best]["merge"]],
-            "rates": settings.grid,
-            "not_run": [] if "kd" in found else ["kd: it needs --source, a teacher"],
-            "not_applicable": dict(not_applicable),
-            "arms": arms,
-        },
-    }
+    return Comparison(
+        verdict.sentence,
+        verdict.outcome,
+        _warnings(arms),
+        best,
+        schema.Baselines(
+            best=best,
+            steps=steps,
+            seeds=[outcome.seed for outcome in arms[best]["merge"]],
+            rates=list(rates),
+            not_run=[] if "kd" in arms else ["kd: it needs --source, a teacher"],
+            not_applicable=dict(not_applicable),
+            arms=trained,
+        ),
+    )
 
 
 def _pairs(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[tuple[Scores, Scores]]:
@@ -102,24 +108,24 @@ def _pairs(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[tuple[Sc
 
 def _arm(
     outcomes: Sequence[Outcome], merge: Sequence[Outcome], compared: Compared | None
-) -> dict[str, Any]:
-    """One arm."""
+) -> schema.Trained:
+    """One arm; ``compared`` is the merge minus it, None of the merge itself."""
     own, of_merge = curve(outcomes), curve(merge)
-    change = None
+    minus = None
     if compared is not None:
         seeds = [
-            {"seed": one.seed, **found._asdict()}
-            for one, found in zip(outcomes, compared.seeds, strict=True)
+            schema.Difference(seed=outcome.seed, **change._asdict())
+            for outcome, change in zip(outcomes, compared.seeds, strict=True)
         ]
-        change = {"metric": "nll_per_token", **compared.pooled._asdict(), "seeds": seeds}
-    return {
-        **pooled([one.scores for one in outcomes]).totals,
-        "rate": outcomes[0].rate,
-        "tried": [{"rate": rate, "loss": loss} for rate, loss in outcomes[0].tried],
-        "curve": own,
-        "merge_minus": change,
-        "merge_steps": None if compared is None else steps_to(of_merge, own[-1][1]),
-    }
+        minus = schema.Minus(metric="nll_per_token", **compared.pooled._asdict(), seeds=seeds)
+    return schema.Trained(
+        **pooled([outcome.scores for outcome in outcomes]).totals,
+        rate=outcomes[0].rate,
+        tried=[schema.Rate(rate=rate, loss=loss) for rate, loss in outcomes[0].tried],
+        curve=[list(point) for point in own],
+        merge_minus=minus,
+        merge_steps=None if compared is None else steps_to(of_merge, own[-1][1]),
+    )
 
 
 def curve(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
@@ -138,10 +144,10 @@ def steps_to(points: Sequence[tuple[int, float]], loss: float) -> int | None:
     return next((step for step, found in points if found <= loss), None)
 
 
-def _warnings(found: Outcomes) -> list[str]:
+def _warnings(arms: Outcomes) -> list[str]:
     """Arms whose best rate lies at an edge of the grid: a better one may lie outside."""
     sentences = []
-    for objective, of_name in found.items():
+    for objective, of_name in arms.items():
         for name, (first, *_) in of_name.items():
             rates = [rate for rate, _ in first.tried]
             if len(rates) > 1 and first.rate in (min(rates), max(rates)):

@@ -20,8 +20,10 @@ from markupsafe import Markup
 
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.redaction import visible
-from ot_merge_jax.report import document
-from ot_merge_jax.report.document import Difference, Entry, Report, Run, Strength, Weight
+from ot_merge_jax.report import run_folder
+from ot_merge_jax.report.numbers import interval, number
+from ot_merge_jax.report.run_folder import Run
+from ot_merge_jax.report.schema import Difference, Entry, Report, Strength, Weight
 
 FILE = "report.html"
 PLOTS = "plots"
@@ -75,7 +77,7 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     Raises:
         InputError: if a file of the run is missing or damaged, or ``plots`` is a link.
     """
-    run = document.read(details)
+    run = run_folder.read(details)
     folder = details / PLOTS
     if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
@@ -144,7 +146,7 @@ def _template() -> jinja2.Template:
         finalize=_seen,
     )
     environment.filters |= {
-        "number": _number, "amount": _amount, "reading": _reading, "strengths": _strengths,
+        "number": number, "amount": _amount, "reading": _reading, "strengths": _strengths,
         "bytes": _bytes,
     }  # fmt: skip
     text = importlib.resources.files(__package__ or "").joinpath(_TEMPLATE).read_text("utf-8")
@@ -173,7 +175,6 @@ def _rows(report: Report) -> list[Row]:
         if one == Entry():
             continue
         kind = name.removesuffix(" 1")  # of several seeds the first says what they are
-        change = one.against_target
         notes = [_ROLES.get(name) or _CONTROLS.get(kind, ""), _choice(name, one, report)]
         rows.append(
             Row(
@@ -181,7 +182,7 @@ def _rows(report: Report) -> list[Row]:
                 "; ".join(filter(None, notes)),
                 one,
                 minus.get(name, one.merge_minus_control),
-                change is not None and change.metric == "bits_per_byte",
+                one.has_own_tokens,
             )
         )
     return rows
@@ -243,7 +244,7 @@ def _moved(weight: Weight) -> list[str]:
     return [carried, change, near, error, " ".join(map(str, weight.source_layer))]
 
 
-def _mean(values: Sequence[float | None], form: str = ".1e") -> str:
+def _mean(values: Sequence[int | float | None], form: str = ".1e") -> str:
     """The mean of the numbers that are there."""
     known = [one for one in values if one is not None]
     return format(float(np.mean(known)), form) if known else "-"
@@ -273,24 +274,19 @@ def _is_zero(strength: Strength) -> bool:
     return not any(chosen.values() if isinstance(chosen, dict) else [chosen])
 
 
-def _strengths(chosen: float | dict[str, float] | None) -> str:
+def _strengths(chosen: int | float | dict[str, Any] | None) -> str:
     """One strength, or those of the groups."""
     if isinstance(chosen, dict):
         return ", ".join(f"{group} {value:g}" for group, value in chosen.items())
     return "" if chosen is None else f"{chosen:g}"
 
 
-def _number(value: float | None, form: str = ".4f") -> str:
-    """A number, or a dash."""
-    return "-" if value is None else format(value, form)
-
-
 def _amount(change: Difference, *, has_unit: bool = False) -> str:
     """A difference with its interval."""
-    numbers = f"{_number(change.difference, '+.4f')} [{_number(change.low, '+.4f')}, "
     unit = _METRICS.get(change.metric, change.metric)
     is_said = has_unit or change.metric != "nll_per_token"
-    return f"{numbers}{_number(change.high, '+.4f')}]{f' {unit}' if is_said else ''}"
+    numbers = f"{number(change.difference, '+.4f')} {interval(change)}"
+    return f"{numbers} {unit}" if is_said else numbers
 
 
 def _reading(change: Difference) -> str:
@@ -300,7 +296,7 @@ def _reading(change: Difference) -> str:
     return "better" if change.high < 0 else "worse" if change.low > 0 else "no difference"
 
 
-def _bytes(count: float | None) -> str:
+def _bytes(count: int | float | None) -> str:
     """A size of memory."""
     return "-" if count is None else f"{count / 2**30:.2f} GiB"
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ot_merge_jax.report import drawing
-from ot_merge_jax.report.document import Difference, Report, Tried
+from ot_merge_jax.report.schema import Difference, Report, Tried
 
 _LOWEST_R2 = -1.5
 _LEAST_RATIO = 1e-30

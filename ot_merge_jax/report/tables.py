@@ -13,6 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ot_merge_jax.redaction import visible
+from ot_merge_jax.report.numbers import interval, number
+from ot_merge_jax.report.schema import Baselines, Difference, Entry, Report
 from ot_merge_jax.types import MergeReport
 
 
@@ -45,50 +47,47 @@ def weights_table(report: MergeReport) -> Table:
     return table
 
 
-def evaluation_table(evaluation: Mapping[str, Any], *, title: str) -> Table:
+def evaluation_table(evaluation: Mapping[str, Entry], *, title: str) -> Table:
     """One row for each model: loss, bits per byte, difference from the target."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
     for name in ("nats/token", "bits/byte", "minus target", "95 % interval"):
         table.add_column(name, justify="right")
-    for name, one in evaluation.items():
-        change = one.get("against_target")
-        has_own_tokens = change is not None and change["metric"] == "bits_per_byte"
-        unit = " bits/byte" if has_own_tokens else ""
+    for name, entry in evaluation.items():
+        change = entry.against_target
+        unit = " bits/byte" if entry.has_own_tokens else ""
         table.add_row(
             Text(name),
-            "other tokens" if has_own_tokens else f"{one['nll_per_token']:.4f}",
-            f"{one['bits_per_byte']:.4f}",
-            "" if change is None else f"{change['difference']:+.4f}{unit}",
-            ""
-            if change is None
-            else f"[{change['low']:+.4f}, {change['high']:+.4f}]".replace("[", "\\["),
+            "other tokens" if entry.has_own_tokens else number(entry.nll_per_token),
+            number(entry.bits_per_byte),
+            "" if change is None else f"{number(change.difference, '+.4f')}{unit}",
+            Text("" if change is None else interval(change)),
         )
     return table
 
 
-def controls_table(report: Mapping[str, Any]) -> Table:
+def controls_table(report: Report) -> Table:
     """One row for each control: the merge must be better than every one that applies."""
-    seeds = len(report["seeds"])
+    seeds = len(report.seeds)
     title = f"Controls ({seeds} calibration seed{'s' * (seeds > 1)})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("control")
     for name in ("nats/token", "minus target", "merge minus control, 95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
     notes = []
-    for name, one in report["controls"].items():
+    for name, entry in report.controls.items():
         if name in ("target", "source"):
             continue  # they stand among the models
-        if "not_applicable" in one:
+        if entry.not_applicable is not None:
             table.add_row(name, "", "", "not applicable")
-            notes.append(f"{name}: {one['not_applicable']}")
+            notes.append(f"{name}: {entry.not_applicable}")
             continue
-        change = one.get("merge_minus_control") or one["beyond"]
+        own = entry.against_target
         table.add_row(
             name if name != "unigram" else "unigram (*)",
-            f"{one['nll_per_token']:.4f}",
-            f"{one['against_target']['difference']:+.4f}",
-            f"{change['difference']:+.4f} \\[{change['low']:+.4f}, {change['high']:+.4f}]",
+            number(entry.nll_per_token),
+            "" if own is None else number(own.difference, "+.4f"),
+            _amount(entry.merge_minus_control or entry.beyond),
         )
         if name == "unigram":
             notes.append("(*) compared with a bias per token fitted to each of the two")
@@ -96,40 +95,40 @@ def controls_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
-def baselines_table(found: Mapping[str, Any]) -> Table:
-    """One row for each trained start: what it ends with, and the merge minus it.
-
-    Args:
-        found: ``baselines`` of a report.
-    """
-    seeds = len(found["seeds"])
-    title = f"Trained by {found['steps']} steps ({seeds} seed{'s' * (seeds > 1)}), held-out text"
+def baselines_table(baselines: Baselines) -> Table:
+    """One row for each trained start: what it ends with, and the merge minus it."""
+    seeds = len(baselines.seeds)
+    title = f"Trained by {baselines.steps} steps ({seeds} seed{'s' * (seeds > 1)}), held-out text"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("start", no_wrap=True)
     for name in ("rate", "nats/token", "merge minus it, 95 %", "steps (*)"):
         table.add_column(name, justify="right", no_wrap=True)
-    for objective, arms in found["arms"].items():
-        for name, one in arms.items():
-            change = one["merge_minus"]
-            amount = "" if change is None else (
-                f"{change['difference']:+.4f} \\[{change['low']:+.4f}, {change['high']:+.4f}]"
-            )  # fmt: skip
-            steps = "never" if one["merge_steps"] is None else str(one["merge_steps"])
-            loss = f"{one['nll_per_token']:.4f}"
-            table.add_row(f"{objective} from {name}", f"{one['rate']:g}", loss, amount,
+    for objective, arms in baselines.arms.items():
+        for name, arm in arms.items():
+            change = arm.merge_minus
+            steps = "never" if arm.merge_steps is None else str(arm.merge_steps)
+            table.add_row(f"{objective} from {name}", number(arm.rate, "g"),
+                          number(arm.nll_per_token), _amount(change),
                           "" if change is None else steps)  # fmt: skip
-        for name in found["not_applicable"]:
+        for name in baselines.not_applicable:
             table.add_row(f"{objective} from {name}", "", "", "not applicable", "")
     table.caption = "(*) until the merge's dev loss is at or below this one's last"
     table.caption_justify = "left"
     return table
 
 
+def _amount(change: Difference | None) -> Text:
+    """A difference with its interval; empty if there is none."""
+    if change is None:
+        return Text()
+    return Text(f"{number(change.difference, '+.4f')} {interval(change)}")
+
+
 def samples(found: Sequence[Mapping[str, Any]]) -> Group:
     """Prompts, and below each what every model wrote, as `evaluate.samples.facts` has them."""
     blocks = []
-    for number, one in enumerate(found, 1):
-        blocks += [Text(), Text(f"{number}. {visible(one['prompt'])}", overflow="fold")]
+    for place, one in enumerate(found, 1):
+        blocks += [Text(), Text(f"{place}. {visible(one['prompt'])}", overflow="fold")]
         for model, continuation in one["continuations"].items():
             end = " [end of text]" if continuation["ended"] else ""
             name = Text(visible(model), style="bold", overflow="fold")

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 from desk import Desk
+from published import report_of
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -206,7 +207,7 @@ def merged(tmp_path_factory, calls, place, models, text_files):
             assert called.code == 0, called.err
             assert digests(place) == before, "a run changed its inputs"
             arguments = calls[name]
-            report = json.loads((out / "ot_merge" / "report.json").read_text())
+            report = report_of(out)
             target, source = (
                 Path(arguments[arguments.index(flag) + 1]) for flag in ("--target", "--source")
             )

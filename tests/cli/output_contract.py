@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import yaml
 from desk import INDEX, SINGLE
-from published import tensors
+from published import report_of, tensors
 
 #: Weights in a form that vLLM and others prefer over safetensors, or that can hold code.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "consolidated*", "*.py")
@@ -128,8 +128,8 @@ def has_a_card_that_says_what_it_is(merge):
     assert found["library_name"] == "transformers"
     assert found["license"] == "other"  # the tiny models state none, so none is invented
     assert "2602.05495" in body
-    report = json.loads((merge.out / "ot_merge" / "report.json").read_text())
-    assert report["verdict"] in re.sub(r"\\(\W)", r"\1", body)  # Markdown is escaped
+    report = report_of(merge.out)
+    assert report.verdict in re.sub(r"\\(\W)", r"\1", body)  # Markdown is escaped
 
 
 def has_a_provenance_of_hashes_versions_and_the_command(merge):

@@ -1,6 +1,10 @@
-"""What tests of finished merges share: the merges by name, and the tensors that a folder holds."""
+"""What tests of finished merges share: the merges by name, what a folder holds and reports."""
+
+import json
 
 import safetensors
+
+from ot_merge_jax.report import schema
 
 CROSS = [
     "paper llama<-qwen2",
@@ -9,6 +13,28 @@ CROSS = [
     "barycentric qwen2<-llama",
 ]
 ALL = [*CROSS, "delta llama<-llama"]
+
+
+def report_of(folder):
+    """The report of a published folder."""
+    return schema.read(folder / "ot_merge" / "report.json")
+
+
+def assert_nothing_is_lost(folder):
+    """Every key of a report, with its kind of number, is one of the schema."""
+    text = (folder / "ot_merge" / "report.json").read_text(encoding="utf-8")
+    again = report_of(folder)
+    wanted = json.loads(text)
+    assert wanted["version"] == schema.VERSION
+    for value in (json.loads(again.to_json()), again.to_dict()):
+        assert json.dumps(value) == json.dumps(wanted)  # 1 is not 1.0, and the order is the same
+    assert again.to_json() == text
+
+
+def of_a_later_version(folder):
+    """Changes a published folder as if a later version had written its report."""
+    path = folder / "ot_merge" / "report.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}), encoding="utf-8")
 
 
 def tensors(folder):

@@ -9,7 +9,7 @@ import numpy as np
 import output_contract
 import pytest
 import yaml
-from published import tensors
+from published import assert_nothing_is_lost, of_a_later_version, report_of, tensors
 
 from ot_merge_jax import assets, load_hf
 from ot_merge_jax.adapt import residual, run, start
@@ -25,7 +25,7 @@ class Adapted:
 
     def __init__(self, out, called):
         self.out, self.called = out, called
-        self.report = json.loads((out / "ot_merge" / "report.json").read_text())
+        self.report = report_of(out)
 
     def settings(self):
         return yaml.safe_load((self.out / "ot_merge" / "recipe.yaml").read_text())
@@ -105,20 +105,21 @@ def test_transformers_loads_it_and_gives_our_logits(of_a_merge):
 
 
 def test_the_report_says_what_happened(of_a_merge):
+    assert_nothing_is_lost(of_a_merge.out)
     found = of_a_merge.report
-    assert found["steps"] == len(found["losses"]) == 4
-    assert found["dev"]["curve"][0] == [0, found["dev"]["before"]]
-    assert found["dev"]["curve"][-1][0] == 4
-    assert found["dev"]["after"] == pytest.approx(found["dev"]["curve"][-1][1], abs=1e-5)
-    held_out = found["evaluation"]
+    assert found.steps == len(found.losses) == 4
+    assert found.dev.curve[0] == [0, found.dev.before]
+    assert found.dev.curve[-1][0] == 4
+    assert found.dev.after == pytest.approx(found.dev.curve[-1][1], abs=1e-5)
+    held_out = found.evaluation
     assert set(held_out) == {"before", "after", "target"}
-    change = held_out["after"]["against_before"]
-    assert change["difference"] == pytest.approx(
-        held_out["after"]["nll_per_token"] - held_out["before"]["nll_per_token"]
+    change = held_out["after"].against_before
+    assert change.difference == pytest.approx(
+        held_out["after"].nll_per_token - held_out["before"].nll_per_token
     )
-    assert change["low"] < change["difference"] < change["high"]
-    assert found["verdict"] in " ".join(of_a_merge.called.out.split("\n"))
-    assert found["data"]["universal_distillation"] is False
+    assert change.low < change.difference < change.high
+    assert found.verdict in " ".join(of_a_merge.called.out.split("\n"))
+    assert found.data["universal_distillation"] is False
 
 
 def test_the_page_speaks_of_the_training_and_of_no_merge(of_a_merge, every_plot, cli, tmp_path):
@@ -128,8 +129,8 @@ def test_the_page_speaks_of_the_training_and_of_no_merge(of_a_merge, every_plot,
     said = " ".join(said.split())
     found = of_a_merge.report
     assert "after minus before training, on held-out text" in said
-    assert f"{found['evaluation']['after']['against_before']['difference']:+.4f} [" in said
-    assert f"is {found['dev']['after']:.4f} of what was written" in said
+    assert f"{found.evaluation['after'].against_before.difference:+.4f} [" in said
+    assert f"is {found.dev.after:.4f} of what was written" in said
     assert "Loss while training" in said
     for other in ("transported", "How far it went", "calibration seed", "No controls"):
         assert other not in said
@@ -145,6 +146,32 @@ def test_a_damaged_provenance_of_a_merge_is_refused(merge, text_files, cli, tmp_
         assert "are not those that copy was merged from" in " ".join(called.err.split())
 
 
+def test_a_folder_of_a_later_version_is_refused(merge, of_a_merge, text_files, cli, tmp_path):
+    """A merge, and what was adapted from one."""
+    for name, folder in (("merge", merge.out), ("adapted", of_a_merge.out)):
+        copy = shutil.copytree(folder, tmp_path / name)
+        of_a_later_version(copy)
+        called = cli("adapt", copy, "--text", text_files[0], *COMMON, "--out", tmp_path / "out")
+        assert (called.code, called.out) == (3, "")
+        assert called.err.splitlines()[-1].startswith("error: ")
+        assert "report.json is a report of version 2" in called.err.splitlines()[-1]
+
+
+def test_a_finished_training_of_a_later_version_is_not_taken_for_this_one(
+    models, text_files, cli, tmp_path
+):
+    words = ("adapt", models["llama-target"], "--text", text_files[0], *COMMON, "--steps", 0,
+             "--out", tmp_path / "out")  # fmt: skip
+    assert cli(*words).code == 0
+    assert cli(*words, "--resume").code == 0
+    of_a_later_version(tmp_path / "out")
+    refused = cli(*words, "--resume")
+    assert (refused.code, refused.out) == (3, "")
+    assert "report.json is a report of version 2" in refused.err.splitlines()[-1]
+    assert cli(*words, "--overwrite").code == 0
+    assert_nothing_is_lost(tmp_path / "out")
+
+
 def test_the_progress_says_losses_and_the_rate():
     course = Course(None, [2.5], [1.0], [(0, 3.0)])
     assert run._note(course, 12.4) == "loss 2.5000, dev 3.0000, 12 tokens/s"
@@ -154,9 +181,7 @@ def test_the_progress_says_losses_and_the_rate():
 def test_held_out_losses_are_those_of_eval(of_a_merge, merge, text_files, cli):
     called = cli("eval", merge.target, merge.out, of_a_merge.out, "--text", text_files[1], "--json")
     losses = [one["nll_per_token"] for one in called.json["models"].values()]
-    ours = [
-        of_a_merge.report["evaluation"][x]["nll_per_token"] for x in ("target", "before", "after")
-    ]
+    ours = [of_a_merge.report.evaluation[x].nll_per_token for x in ("target", "before", "after")]
     np.testing.assert_allclose(ours, losses, atol=1e-5)
 
 
@@ -164,9 +189,9 @@ def test_events_are_one_line_of_json_for_each_step(of_a_merge):
     lines = (of_a_merge.out / "ot_merge" / "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     assert [one["step"] for one in events] == [1, 2, 3, 4]
-    assert [one["loss"] for one in events] == of_a_merge.report["losses"]
+    assert [one["loss"] for one in events] == of_a_merge.report.losses
     assert all(one["tokens_per_second"] > 0 for one in events)
-    assert events[-1]["dev_loss"] == of_a_merge.report["dev"]["curve"][-1][1]
+    assert events[-1]["dev_loss"] == of_a_merge.report.dev.curve[-1][1]
 
 
 def test_the_card_says_what_was_done(of_a_merge, merge):
@@ -199,17 +224,17 @@ def test_the_residual_is_the_merge_minus_its_target(of_a_merge, merge):
 
 def test_no_steps_and_another_strength_rescale_the_merge(adapted, merge):
     """0 takes the merge back, and the strength it was merged at leaves it alone."""
-    chosen = merge.report["strength"]["chosen"]
+    chosen = merge.report.strength.chosen
     target, merged = (load_hf(one, dtype=jnp.float32)[1] for one in (merge.target, merge.out))
     flags = ("--steps", 0)
     none = load_hf(adapted(merge.out, *flags, "--strength", 0).out, dtype=jnp.float32)[1]
     for path in residual.between(merged, target):
         np.testing.assert_array_equal(specs.get(none, path), specs.get(target, path))
     same = adapted(merge.out, *flags)
-    assert same.report["residual"]["held_at"] == {"projections": 1.0, "vocabulary": 1.0}
+    assert same.report.residual.held_at == {"projections": 1.0, "vocabulary": 1.0}
     for name, (_, one) in tensors(merge.out).items():
         np.testing.assert_array_equal(tensors(same.out)[name][1], one)
-    assert set(same.report["residual"]["merged_at"]) == {"projections", "vocabulary"}
+    assert set(same.report.residual.merged_at) == {"projections", "vocabulary"}
     assert chosen is not None
 
 
@@ -256,10 +281,10 @@ def test_a_teacher_with_another_vocabulary_distils_universally(adapted, models):
         models["llama-target"], "--objective", "kd", "--source", models["qwen2-source"],
         "--learning-rate", 0.02,
     ).report  # fmt: skip
-    assert found["data"]["universal_distillation"] is True
-    assert 0.3 < found["data"]["target_matched"] <= 1
-    assert found["losses"][-1] < found["losses"][0]
-    assert found["dev"]["after"] < found["dev"]["before"]
+    assert found.data["universal_distillation"] is True
+    assert 0.3 < found.data["target_matched"] <= 1
+    assert found.losses[-1] < found.losses[0]
+    assert found.dev.after < found.dev.before
 
 
 def test_the_demos_source_teaches_its_stranger(cli, tmp_path):
@@ -273,14 +298,14 @@ def test_the_demos_source_teaches_its_stranger(cli, tmp_path):
     budget = ("--block", 64, "--batch-size", 4, "--steps", 24, "--learning-rate", 0.0003)
     called = cli(
         "adapt", assets.path("stranger"), *teacher, *budget, "--text", files["calibration"],
-        "--eval-text", files["heldout"], "--out", tmp_path / "out", "--json",
+        "--eval-text", files["heldout"], "--out", tmp_path / "out",
     )  # fmt: skip
     assert called.code == 0, called.err
-    found = called.json
-    assert found["data"]["universal_distillation"] is True
-    assert min(found["data"]["target_matched"], found["data"]["source_matched"]) > 0.6
-    assert found["dev"]["after"] < found["dev"]["before"]
-    losses = {name: found["evaluation"][name]["nll_per_token"] for name in ("before", "after")}
+    found = report_of(tmp_path / "out")
+    assert found.data["universal_distillation"] is True
+    assert min(found.data["target_matched"], found.data["source_matched"]) > 0.6
+    assert found.dev.after < found.dev.before
+    losses = {name: found.evaluation[name].nll_per_token for name in ("before", "after")}
     assert losses["after"] < losses["before"]
 
 
@@ -295,13 +320,13 @@ def test_one_epoch_is_the_default_and_json_alone_is_on_stdout(models, cli, text_
     words = ("--text", text_files[0], "--block", 24, "--batch-size", 8, "--out", tmp_path / "out")
     called = cli("adapt", models["llama-target"], *words, "--json")
     assert called.json["steps"] == called.json["data"]["blocks"] // 8
-    assert called.json == json.loads((tmp_path / "out" / "ot_merge" / "report.json").read_text())
+    assert called.out == (tmp_path / "out" / "ot_merge" / "report.json").read_text()
 
 
 def test_rounded_files_are_what_is_reported(adapted, models):
     """bfloat16 shards: the dev loss after is that of the files."""
     found = adapted(models["qwen2-target"])
     assert {kind for kind, _ in tensors(found.out).values()} == {"bfloat16"}
-    dev = found.report["dev"]
-    assert dev["after"] != dev["curve"][-1][1]
-    assert dev["after"] == pytest.approx(dev["curve"][-1][1], abs=0.02)
+    dev = found.report.dev
+    assert dev.after != dev.curve[-1][1]
+    assert dev.after == pytest.approx(dev.curve[-1][1], abs=0.02)

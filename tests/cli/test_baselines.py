@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from published import tensors
+from published import assert_nothing_is_lost, report_of, tensors
 
 from ot_merge_jax.adapt import arms, baselines, start, training
 from ot_merge_jax.errors import DivergedError
@@ -18,11 +18,11 @@ class Compared:
 
     def __init__(self, out, called, batches):
         self.out, self.called, self.batches = out, called, batches
-        self.report = json.loads((out / "ot_merge" / "report.json").read_text())
+        self.report = report_of(out)
 
     @property
     def arms(self):
-        return self.report["baselines"]["arms"]
+        return self.report.baselines.arms
 
 
 @pytest.fixture(scope="session")
@@ -92,10 +92,10 @@ def test_every_arm_tries_the_same_rates_and_keeps_the_best_on_dev(both):
     for of_start in both.arms.values():
         assert list(of_start) == ["merge", "base", "noise"]
         for arm in of_start.values():
-            assert [one["rate"] for one in arm["tried"]] == [0.003, 0.03]
-            best = min(arm["tried"], key=lambda one: one["loss"])
-            assert arm["rate"] == best["rate"]
-            assert arm["curve"][-1] == [3, pytest.approx(best["loss"], abs=1e-9)]
+            assert [point.rate for point in arm.tried] == [0.003, 0.03]
+            best = min(arm.tried, key=lambda point: point.loss)
+            assert arm.rate == best.rate
+            assert arm.curve[-1] == [3, pytest.approx(best.loss, abs=1e-9)]
 
 
 def test_the_held_out_text_chooses_nothing(both, compare, merge, flags, documents, tmp_path):
@@ -108,12 +108,12 @@ def test_the_held_out_text_chooses_nothing(both, compare, merge, flags, document
     for objective, of_start in both.arms.items():
         for name, arm in of_start.items():
             one = again.arms[objective][name]
-            assert [arm[key] for key in ("rate", "tried", "curve", "merge_steps")] == [
-                one[key] for key in ("rate", "tried", "curve", "merge_steps")
+            assert [getattr(arm, key) for key in ("rate", "tried", "curve", "merge_steps")] == [
+                getattr(one, key) for key in ("rate", "tried", "curve", "merge_steps")
             ]
-            assert arm["nll_per_token"] != one["nll_per_token"]
-    assert both.report["baselines"]["best"] == again.report["baselines"]["best"]
-    assert both.report["dev"] == again.report["dev"]
+            assert arm.nll_per_token != one.nll_per_token
+    assert both.report.baselines.best == again.report.baselines.best
+    assert both.report.dev == again.report.dev
 
 
 # ---- starts ----
@@ -146,21 +146,21 @@ def test_shrink_is_what_the_rule_leaves_without_a_source(shrunk, merged):
 
 def test_the_base_is_the_target_before_training(both, merge):
     """The first point of its curve: the dev loss of the target; of the merge that of the merge."""
-    before = {name: arm["curve"][0][1] for name, arm in both.arms["sft"].items()}
-    assert before["merge"] == both.report["dev"]["before"]
+    before = {name: arm.curve[0][1] for name, arm in both.arms["sft"].items()}
+    assert before["merge"] == both.report.dev.before
     assert len(set(before.values())) == 3
-    assert before == {name: arm["curve"][0][1] for name, arm in both.arms["kd"].items()}
+    assert before == {name: arm.curve[0][1] for name, arm in both.arms["kd"].items()}
 
 
 # ---- what is said ----
 
 
 def test_the_best_merge_is_published(both, merge):
-    best = both.report["baselines"]["best"]
-    ends = {name: one["merge"]["curve"][-1][1] for name, one in both.arms.items()}
-    assert best == both.report["objective"] == min(ends, key=ends.get)
-    after = both.report["evaluation"]["after"]["nll_per_token"]
-    assert after == pytest.approx(both.arms[best]["merge"]["nll_per_token"], abs=1e-6)
+    best = both.report.baselines.best
+    ends = {name: one["merge"].curve[-1][1] for name, one in both.arms.items()}
+    assert best == both.report.objective == min(ends, key=ends.get)
+    after = both.report.evaluation["after"].nll_per_token
+    assert after == pytest.approx(both.arms[best]["merge"].nll_per_token, abs=1e-6)
     kept, begun = (start.load(start.open_start(str(one))) for one in (both.out, merge.out))
     for path, leaf in begun.residual.items():
         np.testing.assert_array_equal(kept.residual[path], leaf)
@@ -172,32 +172,37 @@ def test_differences_are_those_of_the_losses(both, shrunk):
         for of_start in found.arms.values():
             for name, arm in of_start.items():
                 if name == "merge":
-                    assert arm["merge_minus"] is None
+                    assert arm.merge_minus is None
                     continue
-                change = arm["merge_minus"]
-                wanted = of_start["merge"]["nll_per_token"] - arm["nll_per_token"]
-                assert change["difference"] == pytest.approx(wanted)
-                assert change["low"] <= change["difference"] <= change["high"]
-    seeds = shrunk.arms["sft"]["base"]["merge_minus"]["seeds"]
-    assert [one["seed"] for one in seeds] == [0, 1]
-    assert seeds[0]["difference"] != seeds[1]["difference"]
+                change = arm.merge_minus
+                wanted = of_start["merge"].nll_per_token - arm.nll_per_token
+                assert change.difference == pytest.approx(wanted)
+                assert change.low <= change.difference <= change.high
+    seeds = shrunk.arms["sft"]["base"].merge_minus.seeds
+    assert [one.seed for one in seeds] == [0, 1]
+    assert seeds[0].difference != seeds[1].difference
 
 
 def test_what_was_not_run_is_said(both, shrunk):
-    assert both.report["baselines"]["not_applicable"] == {
+    assert both.report.baselines.not_applicable == {
         "shrink": "under rule delta it is the target itself"
     }
     assert "shrink: not applicable, under rule delta" in both.called.out
-    assert shrunk.report["baselines"]["not_run"] == ["kd: it needs --source, a teacher"]
+    assert shrunk.report.baselines.not_run == ["kd: it needs --source, a teacher"]
     assert "not run: kd: it needs --source" in shrunk.called.out
-    assert "not run: noise" in shrunk.report["verdict"] or shrunk.report["outcome"] != "better"
+    assert "not run: noise" in shrunk.report.verdict or shrunk.report.outcome != "better"
+
+
+def test_every_key_of_the_report_is_of_the_schema(both, shrunk):
+    for found in (both, shrunk):
+        assert_nothing_is_lost(found.out)
 
 
 def test_the_terminal_and_the_report_show_the_arms(both, shrunk):
     for found in (both, shrunk):
         page = (found.out / "ot_merge" / "report.html").read_text()
         assert "<h2>Training</h2>" in page
-        assert found.report["verdict"] in found.called.out.replace("\n", " ")
+        assert found.report.verdict in found.called.out.replace("\n", " ")
         for objective, of_start in found.arms.items():
             assert f"<h3>{objective}</h3>" in page
             for name, arm in of_start.items():
@@ -205,10 +210,10 @@ def test_the_terminal_and_the_report_show_the_arms(both, shrunk):
                     one for one in found.called.out.split("\n")
                     if one.strip().startswith(f"{objective} from {name} ")
                 ]  # fmt: skip
-                assert f"{arm['nll_per_token']:.4f}" in row
-                assert f"{arm['nll_per_token']:.4f}" in page
+                assert f"{arm.nll_per_token:.4f}" in row
+                assert f"{arm.nll_per_token:.4f}" in page
     assert "seed 1:" in page
-    for warning in both.report["warnings"]:
+    for warning in both.report.warnings:
         assert "widen the grid with --rates" in warning
 
 
@@ -247,7 +252,7 @@ def test_an_interrupted_comparison_goes_on_behind_the_last_arm(
         "sft from merge", "sft from base", "sft from noise", "sft from noise",
         "kd from merge", "kd from base", "kd from noise",
     ]  # fmt: skip
-    assert json.loads((tmp_path / "out" / "ot_merge" / "report.json").read_text()) == both.report
+    assert report_of(tmp_path / "out") == both.report
     for name, (_, leaf) in tensors(both.out).items():
         np.testing.assert_array_equal(tensors(tmp_path / "out")[name][1], leaf)
 
@@ -289,7 +294,7 @@ def test_a_teacher_of_other_tokens_teaches_every_start(compare, merge, models, t
     """By universal distillation; both objectives read the same blocks."""
     more = ("--baselines", "base", "--source", models["qwen2-source"], "--steps", 1)
     found = compare(merge.out, *more, "--rates", 0.01, "--eval-text", text_files[1])
-    assert found.report["data"]["universal_distillation"] is True
+    assert found.report.data["universal_distillation"] is True
     assert {kind: list(arms) for kind, arms in found.arms.items()} == {
         "sft": ["merge", "base"], "kd": ["merge", "base"],
     }  # fmt: skip
@@ -310,4 +315,4 @@ def test_a_rate_that_diverges_with_a_later_seed_is_not_the_end(
     more = ("--baselines", "base", "--seeds", 2, "--steps", 1, "--eval-text", text_files[1])
     found = compare(merge.out, *more)
     assert "diverged with seed 1; all are tried" in " ".join(found.called.err.split())
-    assert found.report["baselines"]["seeds"] == [0, 1]
+    assert found.report.baselines.seeds == [0, 1]

@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from ot_merge_jax import assets
+from ot_merge_jax.report.schema import Report
 
 pytestmark = pytest.mark.skipif(
     not all(
@@ -40,7 +41,7 @@ def as_a_user(out, *flags, timeout):
         words, capture_output=True, text=True, timeout=timeout, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return {name: Report.model_validate(one) for name, one in json.loads(done.stdout).items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,33 +53,33 @@ def demo(tmp_path_factory):
 
 def test_delta_is_better_than_the_target(demo):
     report = demo.reports["delta"]
-    assert report["verdict"].startswith("better than the target")
-    change = report["evaluation"]["merge"]["against_target"]
-    assert change["metric"] == "nll_per_token"
-    assert change["high"] < 0
+    assert report.verdict.startswith("better than the target")
+    change = report.evaluation["merge"].against_target
+    assert change.metric == "nll_per_token"
+    assert change.high < 0
 
 
 def test_the_stranger_is_reported_as_it_is(demo):
     """Another tokenizer: rows are spans, and the verdict says what the interval says."""
     report = demo.reports["delta-stranger"]
-    found = report["calibration"]
+    found = report.calibration
     assert found["rows_are"] == "span"
     assert 0.5 < found["target_matched"] < 1
     assert 0.5 < found["source_matched"] < 1
-    assert report["strength"]["tried"]
-    change = report["evaluation"]["merge"]["against_target"]
-    assert change["metric"] == "nll_per_token"
-    words = {"better": change["high"] < 0, "worse": change["low"] > 0}
+    assert report.strength.tried
+    change = report.evaluation["merge"].against_target
+    assert change.metric == "nll_per_token"
+    words = {"better": change.high < 0, "worse": change.low > 0}
     for word, holds in words.items():
-        assert report["verdict"].startswith(f"{word} than the target") == holds
+        assert report.verdict.startswith(f"{word} than the target") == holds
 
 
 def test_scores_are_shared_between_merges(demo):
     """The stranger and the source are scored once, and those are their scores."""
-    evaluations = {name: report["evaluation"] for name, report in demo.reports.items()}
+    evaluations = {name: report.evaluation for name, report in demo.reports.items()}
     strangers = [evaluations[name]["target"] for name in ("delta-stranger", "paper")]
     assert strangers[0] == strangers[1] != evaluations["delta"]["target"]
-    assert len({one["source"]["nll_per_token"] for one in evaluations.values()}) == 1
+    assert len({one["source"].nll_per_token for one in evaluations.values()}) == 1
 
 
 def test_the_card_says_no_loss_of_other_tokens(demo):
@@ -93,15 +94,15 @@ def test_the_card_says_no_loss_of_other_tokens(demo):
 
 
 def test_paper_says_that_nothing_was_transferred(demo):
-    verdict = demo.reports["paper"]["verdict"]
+    verdict = demo.reports["paper"].verdict
     assert verdict.startswith("nothing of the source was transferred")
     assert "delta" in verdict
 
 
 def test_source_is_clearly_better_on_the_domain_than_the_sibling(demo):
     """What the issue asks of the trained models: at least 0.3 nats per token."""
-    evaluation = demo.reports["delta"]["evaluation"]
-    assert evaluation["target"]["nll_per_token"] - evaluation["source"]["nll_per_token"] >= 0.3
+    evaluation = demo.reports["delta"].evaluation
+    assert evaluation["target"].nll_per_token - evaluation["source"].nll_per_token >= 0.3
 
 
 @pytest.mark.torch
@@ -123,24 +124,24 @@ def test_transformers_loads_every_folder(name, demo):
 def test_training_is_compared_at_equal_budget(tmp_path):
     """`--adapt`, as a user runs it: the verdict says what the intervals say."""
     report = as_a_user(tmp_path / "out", "--adapt", timeout=900)["delta-adapted"]
-    found = report["baselines"]
-    assert found["seeds"] == [0, 1, 2]
-    changes = [found["arms"][kind]["base"]["merge_minus"] for kind in ("sft", "kd")]
-    assert report["outcome"] in {"improved", "better"}
-    assert all(one["high"] < 0 for one in changes)
-    assert all(len(one["seeds"]) == 3 for one in changes)
+    found = report.baselines
+    assert found.seeds == [0, 1, 2]
+    changes = [found.arms[kind]["base"].merge_minus for kind in ("sft", "kd")]
+    assert report.outcome in {"improved", "better"}
+    assert all(one.high < 0 for one in changes)
+    assert all(len(one.seeds) == 3 for one in changes)
 
 
 @pytest.mark.slow
 def test_the_full_demo_says_improved_of_the_sibling_alone(tmp_path):
     """`--full`, as a user runs it: three seeds, every control."""
     reports = as_a_user(tmp_path / "out", "--full", timeout=1500)
-    assert reports["delta"]["outcome"] == "improved", reports["delta"]["verdict"]
-    assert reports["delta-stranger"]["outcome"] != "improved"
-    assert reports["paper"]["verdict"].startswith("nothing of the source was transferred")
+    assert reports["delta"].outcome == "improved", reports["delta"].verdict
+    assert reports["delta-stranger"].outcome != "improved"
+    assert reports["paper"].verdict.startswith("nothing of the source was transferred")
     for report in reports.values():
-        assert report["seeds"] == [0, 1, 2]
-        names = {name.split()[0] for name in report["controls"]}
+        assert report.seeds == [0, 1, 2]
+        names = {name.split()[0] for name in report.controls}
         assert names >= {
             "shrink", "noise", "permuted", "wrong-layer", "wrong-source", "unigram"
         }  # fmt: skip

@@ -24,7 +24,7 @@ def test_rebuilds_the_same_files_of_a_real_run(merged, cli, tmp_path, hashes):
     written = {name: digest for name, digest in hashes(details).items() if "coupling" not in name}
     assert hashes(copy) == written
     again = cli("report", copy, "--json")
-    assert again.json["verdict"] == merged("delta llama<-llama").report["verdict"]
+    assert again.json["verdict"] == merged("delta llama<-llama").report.verdict
     assert again.json["files"][0] == str(copy / "report.html")
     assert hashes(copy) == written
 
@@ -101,3 +101,18 @@ def test_incomplete_run_is_refused(file, cli, tmp_path):
 def test_no_run_is_refused(cli, tmp_path):
     assert_refused(cli("report", tmp_path), "is no run")
     assert_refused(cli("report", tmp_path / "none"), "is no run")
+
+
+def test_a_report_of_a_later_version_is_refused(cli, tmp_path):
+    details = reported.write(tmp_path, found=reported.report() | {"version": 2})
+    assert_refused(cli("report", tmp_path), "report.json is a report of version 2")
+    assert not (details / html.FILE).exists()
+
+
+def test_a_report_of_the_first_version_and_one_without_have_the_same_page(cli, tmp_path):
+    pages = []
+    for name, more in (("old", {}), ("new", {"version": 1})):
+        details = reported.write(tmp_path / name, found=reported.report() | more)
+        assert cli("report", tmp_path / name).code == 0
+        pages.append((details / html.FILE).read_bytes())
+    assert pages[0] == pages[1]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from desk import FAST_TO_COMPILE
-from published import ALL, CROSS, moved, tensors
+from published import ALL, CROSS, assert_nothing_is_lost, moved, tensors
 
 from ot_merge_jax import texts
 from ot_merge_jax.io import provenance
@@ -31,40 +31,45 @@ DIAGNOSTICS = {
 @pytest.mark.parametrize("name", ALL)
 def test_report_has_verdict_controls_and_diagnostics_of_every_weight(name, merged, counts):
     merge = merged(name)
-    report, settings = merge.report, merge.report["settings"]
-    assert isinstance(report["verdict"], str)
-    assert set(report["controls"]) == {"target", "source"}
-    assert set(report["weights"]) == set(settings["weights"])
+    report, settings = merge.report, merge.report.settings
+    assert isinstance(report.verdict, str)
+    assert set(report.controls) == {"target", "source"}
+    assert set(report.weights) == set(settings["weights"])
     layers = 2
-    for weight, found in report["weights"].items():
-        assert set(found) == DIAGNOSTICS
+    for weight, found in report.weights.items():
+        assert found.model_fields_set == DIAGNOSTICS
         length = 1 if weight in ("embed", "head") else layers
-        for key, values in found.items():
+        for key, values in found:
             assert len(values) == length, (weight, key)
             assert None not in values, (weight, key)
-    for site, found in report["sites"].items():
-        assert np.shape(found["layer_plan"]) == np.shape(found["layer_cost"]) == (layers, 3), site
-        assert np.isclose(np.sum(found["layer_plan"]), 1, atol=1e-4), site
-        assert len(found["r2"]) == len(found["r2_permuted"]) == layers
-        assert 0 <= found["converged"] <= 1
-    stopped = {weight for weight, found in report["weights"].items() if not all(found["converged"])}
-    assert {one.split(":")[0] for one in report["warnings"] if "converge" in one} == stopped
-    assert report["calibration"]["documents"] == counts.rows
-    assert report["calibration"]["dev_documents"] == counts.dev
+    for site, found in report.sites.items():
+        assert np.shape(found.layer_plan) == np.shape(found.layer_cost) == (layers, 3), site
+        assert np.isclose(np.sum(found.layer_plan), 1, atol=1e-4), site
+        assert len(found.r2) == len(found.r2_permuted) == layers
+        assert 0 <= found.converged <= 1
+    stopped = {weight for weight, found in report.weights.items() if not all(found.converged)}
+    assert {one.split(":")[0] for one in report.warnings if "converge" in one} == stopped
+    assert report.calibration["documents"] == counts.rows
+    assert report.calibration["dev_documents"] == counts.dev
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_key_of_the_report_is_of_the_schema(name, merged):
+    assert_nothing_is_lost(merged(name).out)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_plans_of_ordinary_models_converge(name, merged):
-    assert not any("converge" in one for one in merged(name).report["warnings"])
+    assert not any("converge" in one for one in merged(name).report.warnings)
 
 
 @pytest.mark.parametrize("name", CROSS)
 def test_rows_are_samples(name, merged, counts):
-    assert merged(name).report["calibration"]["rows"] == counts.rows
+    assert merged(name).report.calibration["rows"] == counts.rows
 
 
 def test_rows_are_tokens_without_special_ones(merged, counts):
-    found = merged("delta llama<-llama").report["calibration"]
+    found = merged("delta llama<-llama").report.calibration
     assert found["rows_are"] == "token"
     assert found["rows"] == found["target_tokens"] - counts.rows  # one BOS in each document
 
@@ -78,12 +83,12 @@ def test_only_the_weights_of_the_recipe_move(name, merged):
         kind = re.search(r"(\w+)_proj|embed_tokens|lm_head", tensor)
         assert kind, f"{tensor} moved"
         kinds.add(kind[1] or tables[kind[0]])
-    chosen = merge.report["strength"]["chosen"]
+    chosen = merge.report.strength.chosen
     if isinstance(chosen, dict):
         groups = {"vocabulary": {"embed", "head"}, "projections": {"gate", "up", "down"}}
         expected = set().union(*(groups[group] for group, value in chosen.items() if value))
     else:
-        expected = set(merge.report["settings"]["weights"]) if chosen else set()
+        expected = set(merge.report.settings["weights"]) if chosen else set()
     assert kinds == expected
 
 
@@ -125,7 +130,7 @@ def test_recipe_is_printed_and_saved_resolved(merged):
     for name in ("paper llama<-qwen2", "delta llama<-llama"):
         merge = merged(name)
         saved = yaml.safe_load((merge.out / "ot_merge" / "recipe.yaml").read_text())
-        assert saved == merge.report["settings"]
+        assert saved == merge.report.settings
         printed = merge.called.err.split("seed: 0")[0] + "seed: 0"
         assert yaml.safe_load(printed) == saved
         assert saved["epsilon"] == (0.1 if "paper" in name else 0.02)
@@ -157,7 +162,7 @@ def test_evaluation_table_is_printed(merged, counts):
 
 def test_json_is_alone_on_stdout_and_is_the_report(calls, tmp_path, cli):
     called = cli(*calls["paper llama<-qwen2"], "--out", tmp_path / "out", "--json")
-    assert called.json == json.loads((tmp_path / "out" / "ot_merge" / "report.json").read_text())
+    assert called.out == (tmp_path / "out" / "ot_merge" / "report.json").read_text()
     assert "verdict" in called.json
 
 
@@ -178,22 +183,22 @@ def test_eval_text_is_scored_before_and_after(name, merged, text_files, cli, cou
     ).json
     for role, folder in (("target", merge.target), ("merge", merge.out), ("source", merge.source)):
         expected = found["models"][str(folder)]
-        reported = merge.report["evaluation"][role]
-        assert reported["nll_per_token"] == pytest.approx(expected["nll_per_token"], abs=1e-6)
-        assert reported["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], abs=1e-6)
-        assert reported["documents"] == expected["documents"] == counts.held_out
-    change = merge.report["evaluation"]["merge"]["against_target"]
-    assert change["metric"] == "nll_per_token"
+        reported = merge.report.evaluation[role]
+        assert reported.nll_per_token == pytest.approx(expected["nll_per_token"], abs=1e-6)
+        assert reported.bits_per_byte == pytest.approx(expected["bits_per_byte"], abs=1e-6)
+        assert reported.documents == expected["documents"] == counts.held_out
+    change = merge.report.evaluation["merge"].against_target
+    assert change.metric == "nll_per_token"
     expected = found["pairs"][0]  # target minus merge
-    assert change["difference"] == pytest.approx(-expected["difference"], abs=1e-9)
-    assert change["low"] <= change["difference"] <= change["high"]
+    assert change.difference == pytest.approx(-expected["difference"], abs=1e-9)
+    assert change.low <= change.difference <= change.high
 
 
 def test_source_with_another_tokenizer_is_compared_in_bits_per_byte(merged):
-    evaluation = merged("barycentric qwen2<-llama").report["evaluation"]
-    assert evaluation["source"]["against_target"]["metric"] == "bits_per_byte"
-    evaluation = merged("delta llama<-llama").report["evaluation"]
-    assert evaluation["source"]["against_target"]["metric"] == "nll_per_token"
+    evaluation = merged("barycentric qwen2<-llama").report.evaluation
+    assert evaluation["source"].against_target.metric == "bits_per_byte"
+    evaluation = merged("delta llama<-llama").report.evaluation
+    assert evaluation["source"].against_target.metric == "nll_per_token"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +208,7 @@ def test_auto_takes_the_best_strength_of_the_dev_split(
     name, merged, text_files, tmp_path, cli, counts
 ):
     merge = merged(name)
-    found = merge.report["strength"]
+    found = merge.report.strength
     grid = (
         [0, 0.2, 0.4, 0.6, 0.8, 1, 1.2]
         if "delta" in name
@@ -289,8 +294,8 @@ def test_eval_text_of_the_recipe_may_be_left_out(merged, tmp_path, cli):
     said["strength"] = 1.0  # so large that something is said about it
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(said))
     report = cli("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--json").json
-    assert report["evaluation"] == {}
-    assert report["controls"] == {}
+    assert report.evaluation == {}
+    assert report.controls == {}
 
 
 def test_relative_paths_and_an_empty_out_folder(calls, place, tmp_path, monkeypatch, cli):

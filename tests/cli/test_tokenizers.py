@@ -29,8 +29,8 @@ def merge(request, merged):
 
 def test_rows_are_spans_by_themselves(merge, counts):
     report = merge.report
-    assert report["settings"]["rows"] == "span"
-    found = report["calibration"]
+    assert report.settings["rows"] == "span"
+    found = report.calibration
     assert found["rows_are"] == "span"
     # every row is an ordinary token of both; llama puts a BOS before each document, qwen2 nothing
     for role, path in (("target", merge.target), ("source", merge.source)):
@@ -49,8 +49,8 @@ def test_printed_and_saved_recipe_hold_the_decision(merge):
 
 def test_equal_tokenizers_give_token_rows(merged):
     report = merged("delta llama<-llama").report
-    assert report["settings"]["rows"] == report["calibration"]["rows_are"] == "token"
-    assert report["calibration"]["target_matched"] == 1
+    assert report.settings["rows"] == report.calibration["rows_are"] == "token"
+    assert report.calibration["target_matched"] == 1
     assert "matched 100.0 % of the target's tokens" in " ".join(
         merged("delta llama<-llama").called.err.split()
     )
@@ -88,5 +88,5 @@ def test_both_sides_of_tying_occur(merged):
 
 
 def test_source_is_compared_in_bits_per_byte(merge):
-    assert merge.report["evaluation"]["source"]["against_target"]["metric"] == "bits_per_byte"
-    assert merge.report["evaluation"]["merge"]["against_target"]["metric"] == "nll_per_token"
+    assert merge.report.evaluation["source"].against_target.metric == "bits_per_byte"
+    assert merge.report.evaluation["merge"].against_target.metric == "nll_per_token"

@@ -17,6 +17,7 @@ import pytest
 import safetensors.numpy
 import yaml
 from desk import FAST_TO_COMPILE, GATE, SINGLE
+from published import report_of
 
 from ot_merge_jax import pipeline, preflight
 from ot_merge_jax.io import hub, publish
@@ -179,21 +180,18 @@ def test_solver_that_stops_early_is_a_warning(desk, cli):
     for sentence in said:
         assert "did not converge in 2 of 2 layers" in sentence
         assert "max_iterations" in sentence
-    report = json.loads((desk.out / "ot_merge" / "report.json").read_text())
-    assert report["warnings"] == [sentence.removeprefix("warning: ") for sentence in said]
-    assert not any(any(one["converged"]) for one in report["weights"].values())
+    report = report_of(desk.out)
+    assert report.warnings == [sentence.removeprefix("warning: ") for sentence in said]
+    assert not any(any(weight.converged) for weight in report.weights.values())
 
 
 def test_an_epsilon_that_float32_kernels_cannot_hold_is_solved_in_log_form(desk, cli):
     """Recorded in the report and in the provenance, for every pair of every site."""
     called = cli(*desk.run(preset="paper", epsilon="1e-5", max_iterations="20"))
     assert called.code == 0, called.err
-    found = [
-        json.loads((desk.out / "ot_merge" / name).read_text())[key]
-        for name, key in (("report.json", "sites"), ("provenance.json", "transport"))
-    ]
-    for sites in found:
-        assert {one["in_log_form"] for one in sites.values()} == {1.0}
+    provenance = json.loads((desk.out / "ot_merge" / "provenance.json").read_text())
+    assert {site.in_log_form for site in report_of(desk.out).sites.values()} == {1.0}
+    assert {site["in_log_form"] for site in provenance["transport"].values()} == {1.0}
 
 
 def test_strict_refuses_a_solver_that_stops_early(desk, cli, everything):

@@ -11,6 +11,7 @@ import safetensors.numpy
 import yaml
 from bombs import ALIASES
 from desk import SINGLE
+from published import report_of
 
 from ot_merge_jax import load_hf
 from ot_merge_jax.models.generation import generate
@@ -172,7 +173,7 @@ def test_constant_activations_of_a_whole_layer(desk, succeeds):
                 one[:] = 0
 
     desk.edit_tensors(silence)
-    report = json.loads(succeeds(desk.run("--json")).out)
-    assert report["weights"]["down"]["converged"] == [True, True]
+    succeeds(desk.run("--json"))
+    assert report_of(desk.out).weights["down"].converged == [True, True]
     found = safetensors.numpy.load_file(desk.out / SINGLE)
     assert all(np.isfinite(one).all() for one in found.values())

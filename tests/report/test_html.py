@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import reported
 
-from ot_merge_jax.report import document, html
+from ot_merge_jax.report import html, run_folder
 
 HOSTILE = (
     "</svg></style></script><script>alert(1)</script>\"'><img src=x onerror=alert(1)> javascript:x "
@@ -65,7 +65,7 @@ def built(folder, **given):
 
 
 def without_plots(folder, **given):
-    return html.render(document.read(reported.write(folder, **given)), {}, style="")
+    return html.render(run_folder.read(reported.write(folder, **given)), {}, style="")
 
 
 def test_report_says_what_the_run_found(tmp_path):

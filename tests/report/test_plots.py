@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ot_merge_jax.report import drawing, plots
-from ot_merge_jax.report.document import Report
+from ot_merge_jax.report.schema import Report
 
 LAYERED = {"layers", "neurons", "mass", "r2", "norms"}
 COMPARED = {"differences", "strength", "search"}

@@ -7,6 +7,7 @@ import reported
 from rich.console import Console
 
 from ot_merge_jax.report import comparisons, tables
+from ot_merge_jax.report.schema import Report
 
 
 def printed(table, width=80):
@@ -20,7 +21,7 @@ def rows_of(text):
 
 
 def test_loss_of_a_source_with_other_tokens_is_not_shown():
-    found = reported.report()["evaluation"]
+    found = Report.model_validate(reported.report()).evaluation
     rows = rows_of(printed(tables.evaluation_table(found, title="Held-out text")))
     assert "3.3000" not in rows["source"]
     assert "other tokens" in rows["source"]
@@ -29,7 +30,7 @@ def test_loss_of_a_source_with_other_tokens_is_not_shown():
 
 
 def test_a_control_that_does_not_apply_says_why():
-    found = reported.report()
+    found = Report.model_validate(reported.report())
     text = printed(tables.controls_table(found))
     assert "not applicable" in rows_of(text)["shrink"]
     assert "shrink: it equals the base" in text

@@ -1,7 +1,5 @@
 """The rule of SPEC section 10, case by case."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -11,7 +9,7 @@ from ot_merge_jax.evaluate.nll import Scores
 from ot_merge_jax.recipe import CONTROLS
 from ot_merge_jax.report import arms
 from ot_merge_jax.report.verdict import Compared, judge, of_merge, of_training
-from ot_merge_jax.trials import Arm, Biased, Setting, Trial
+from ot_merge_jax.trials import Arm, Biased, Trial
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, WeightReport
 
 LESS, MORE, UNCLEAR = (
@@ -77,22 +75,25 @@ def test_without_a_dev_split_nothing_is_known_beyond_unigram():
     target, merge = (Scores(np.full(8, nats), count, count) for nats in (30.0, 20.0))
     arms_of = {name: Arm(1.0, [], target) for name in controls.BROKEN if name != "shrink"}
     trial = Trial(0, {"merge": Arm(1.0, [], merge), **arms_of}, {})
-    recipe = SimpleNamespace(controls=CONTROLS, seed=0)
-    inputs = SimpleNamespace(
-        recipe=recipe, folders={"source": SimpleNamespace(cfg=SimpleNamespace(num_layers=3))}
-    )
     spec = MergeSpec(weights=("up",), rule="delta")
-    setting = Setting(None, None, inputs, None, None, spec, None, None, target)
-    verdict, against, found = arms.outcome([trial], setting)
+
+    def outcome(trial, *, has_dev):
+        reasons = {
+            name: controls.why_not(name, spec=spec, source_layers=3, has_dev=has_dev)
+            for name in controls.arms(CONTROLS)
+        }
+        inapplicable = {name: why for name, why in reasons.items() if why is not None}
+        return arms.outcome([trial], target, kinds=CONTROLS, inapplicable=inapplicable, seed=0)
+
+    verdict, against, controlled = outcome(trial, has_dev=False)
     assert against.documents == 8
     assert verdict.outcome == "better", verdict.sentence
     assert "not run: unigram" in verdict.sentence
-    assert found["controls"]["unigram"] == {
+    assert controlled.controls["unigram"].model_dump(exclude_unset=True) == {
         "not_applicable": "there is no dev split to choose its share on"
     }
     with_bias = {"target": Biased(1.0, target), "merge": Biased(1.0, merge)}
-    has_dev = setting._replace(dev=object())
-    verdict, _, _ = arms.outcome([trial._replace(biased=with_bias)], has_dev)
+    verdict, _, _ = outcome(trial._replace(biased=with_bias), has_dev=True)
     assert verdict.outcome == "improved", verdict.sentence
 
 

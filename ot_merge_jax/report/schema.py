@@ -1,29 +1,43 @@
-"""What a run folder tells: the shape of its JSON files, read and checked. Imports errors only.
+"""The one schema of ``report.json``: every writer fills these models, every reader reads them.
 
-What an older run does not have is optional; what is there must be of the right kind. Keys that
-nobody here reads are left out.
+A writer sets what it means and nothing else: what was never set is not written, a None that was set
+is written as null. What an older run does not have is optional; what is there must be of the right
+kind. Keys that are not named here are left out. Imports errors and redaction only.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    Field,
+    SerializeAsAny,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
-from ot_merge_jax.errors import InputError
+from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.redaction import visible
 
+#: Of the reports that this program writes. A key that is added needs no new version; one that is
+#: renamed, removed or means something else does. Reports without a version are older than 1.
+VERSION = 1
 _MAX_BYTES = 200_000_000
 _T = TypeVar("_T", bound="Part")
+
+
+def _as_it_stands(value: Any, as_float: Callable[[Any], float]) -> int | float:
+    """A number that a float can hold; an integer stays one, so that it is written as it was."""
+    number = as_float(value)
+    return value if type(value) is int else number
 
 
 def _finite(value: Any) -> Any:
@@ -38,21 +52,24 @@ def _rectangular(rows: list[list[Any]]) -> list[list[Any]]:
     return rows
 
 
-Number = Annotated[float | None, BeforeValidator(_finite)]
+# written by its own type, not as a float
+Real = Annotated[SerializeAsAny[float], WrapValidator(_as_it_stands)]
+Number = Annotated[Real | None, BeforeValidator(_finite)]
 Grid = Annotated[list[list[Number]], AfterValidator(_rectangular)]
 #: One number, or one for each group of weights.
-Strengths = float | dict[str, float]
+Strengths = Real | dict[str, Real]
 
 
 class Part(BaseModel):
-    """A JSON object; a key without a value is a key that is not there."""
+    """A JSON object; null is no value, and stays null where there may be none."""
 
     @model_validator(mode="before")
     @classmethod
     def _without_null(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: one for key, one in value.items() if one is not None}
-        return value
+        if not isinstance(value, dict):
+            return value
+        may_be_null = {key for key, field in cls.model_fields.items() if field.default is None}
+        return {key: part for key, part in value.items() if part is not None or key in may_be_null}
 
 
 class Difference(Part):
@@ -69,8 +86,8 @@ class Difference(Part):
 class Beyond(Difference):
     """What a merge gains when both it and the target have a bias of their own for each token."""
 
-    merge_gamma: Number = None
     seeds: list[Difference] = []
+    merge_gamma: Number = None
 
 
 class Tried(Part):
@@ -83,8 +100,8 @@ class Tried(Part):
 class Split(Part):
     """Where the strengths were compared."""
 
-    dev_documents: int | None = None
     train_documents: int | None = None
+    dev_documents: int | None = None
     fraction: Number = None
     seed: int | None = None
 
@@ -105,14 +122,19 @@ class Entry(Part):
     tokens: int | None = None
     nll_per_token: Number = None
     bits_per_byte: Number = None
+    against_before: Difference | None = None
+    against_target: Difference | None = None
     kl_to_base: Number = None
     gamma: Number = None
     strength: Strength | None = None
-    against_target: Difference | None = None
-    against_before: Difference | None = None
     merge_minus_control: Difference | None = None
     seeds: list[Difference] = []
     beyond: Beyond | None = None
+
+    @property
+    def has_own_tokens(self) -> bool:
+        """Whether it has other tokens than the target, so that losses per token do not compare."""
+        return self.against_target is not None and self.against_target.metric == "bits_per_byte"
 
 
 class Weight(Part):
@@ -149,17 +171,23 @@ class Curve(Part):
 class Site(Part):
     """Diagnostics of a site: rows are target layers, columns source layers."""
 
+    layer_cost: Grid | None = None
     layer_plan: Grid
     mass_curve: Curve | None = None
     r2: list[Number] = []
     r2_permuted: list[Number] = []
     sorted_heat: Grid | None = None
+    largest_error: Number = None
+    most_iterations: Number = None
+    converged: Number = None
+    in_log_form: Number = None
 
 
 class Continuation(Part):
     """What a model wrote."""
 
     text: str
+    tokens: int | None = None
     ended: bool = False
 
 
@@ -200,12 +228,25 @@ class Dev(Learning):
 
     before: Number = None
     after: Number = None
+    best_step: int | None = None
+
+
+class Residual(Part):
+    """What a merge added to its target, for each group; ``merged_at`` is null without one."""
+
+    merged_at: Mapping[str, Number] | None = None
+    held_at: Mapping[str, Number] = {}
 
 
 class Trained(Learning):
-    """A start that was trained, and its held-out loss."""
+    """A start that was trained, and its held-out loss.
+
+    ``merge_steps``: after how many steps the curve of the merge is at or below the last point of
+    this one; null if never.
+    """
 
     documents: int | None = None
+    tokens: int | None = None
     nll_per_token: Number = None
     bits_per_byte: Number = None
     rate: Number = None
@@ -220,32 +261,41 @@ class Baselines(Part):
     best: str = ""
     steps: int | None = None
     seeds: list[int] = []
+    rates: list[Number] = []
     not_run: list[str] = []
     not_applicable: dict[str, str] = {}
     arms: dict[str, dict[str, Trained]] = {}
 
 
 class Report(Part):
-    """``report.json``."""
+    """``report.json``, of a merge or of a training.
 
+    ``pooled``: merge minus target over all calibration ``seeds``; ``per_seed``: the same of each.
+    ``controls``: models and controls on the held-out text, merge and target differences of each.
+    ``calibration`` and ``data`` are shown as they stand, key by key.
+    """
+
+    version: Annotated[int, Field(ge=1, le=VERSION)] | None = None
     verdict: str
     outcome: str | None = None
     warnings: list[str] = []
     seeds: list[int] = []
-    controls: dict[str, Entry] = {}
-    evaluation: dict[str, Entry] = {}
-    strength: Strength = Strength()
     pooled: Difference | None = None
     per_seed: list[Difference] = []
+    controls: dict[str, Entry] = {}
+    objective: str = ""
+    steps: int | None = None
+    losses: list[Number] = []
+    dev: Dev | None = None
+    evaluation: dict[str, Entry] = {}
+    data: dict[str, Any] = {}
+    residual: Residual | None = None
+    strength: Strength = Strength()
     samples: list[Sample] = []
     weights: dict[str, Weight] = {}
     sites: dict[str, Site] = {}
     calibration: dict[str, Any] = {}
     settings: dict[str, Any] = {}
-    objective: str = ""
-    steps: int | None = None
-    dev: Dev | None = None
-    data: dict[str, Any] = {}
     baselines: Baselines | None = None
 
     @property
@@ -253,108 +303,38 @@ class Report(Part):
         """Whether it is that of an adaptation, with or without baselines."""
         return self.dev is not None or self.baselines is not None
 
+    def to_json(self) -> str:
+        """What `read` reads, and what is printed with ``--json``."""
+        return self.model_dump_json(indent=1, exclude_unset=True) + "\n"
 
-class Origin(Part):
-    """Where on the hub something comes from."""
-
-    repo: str
-    revision: str | None = None
-    commit: str | None = None
-    split: str | None = None
-
-
-class Adapter(Part):
-    """Weights that were merged into a model when it was read."""
-
-    hub: Origin | None = None
-    files: dict[str, str] = {}
+    def to_dict(self) -> dict[str, Any]:
+        """The values of `to_json`."""
+        return self.model_dump(mode="json", exclude_unset=True)
 
 
-class Model(Adapter):
-    """A model folder that the run read."""
-
-    name: str
-    adapter: Adapter | None = None
-
-
-class TextFile(Part):
-    """A file of texts."""
-
-    name: str
-    sha256: str
-
-
-class Texts(Part):
-    """Texts that the run read."""
-
-    hub: Origin | None = None
-    files: list[TextFile] = []
-
-
-class Provenance(Part):
-    """``provenance.json``."""
-
-    run: str = ""
-    command: str = ""
-    inputs: dict[str, Model] = {}
-    texts: dict[str, Texts] = {}
-    seed: int | None = None
-    output: dict[str, str] = {}
-    packages: dict[str, str] = {}
-    python: str = ""
-    devices: list[str] = []
-    precision: str = ""
-    wall_seconds: Number = None
-    peak_memory_bytes: Number = None
-
-
-class Run(NamedTuple):
-    """A run as its folder tells it."""
-
-    report: Report
-    provenance: Provenance
-    recipe: str
-
-
-def details_of(folder: Path) -> Path:
-    """The folder with the details of a run.
-
-    Args:
-        folder: What the run wrote, or the ``ot_merge`` inside it.
-
-    Returns:
-        The folder that holds ``report.json``.
+def read(path: Path) -> Report:
+    """Reads a ``report.json``, of this version or an older one.
 
     Raises:
-        InputError: if there is no run.
+        VersionError: if it is of a later version.
+        InputError: if it is missing, damaged, or of another shape.
     """
-    for details in (folder / "ot_merge", folder):
-        if (details / "report.json").is_file():
-            return details
-    raise InputError(
-        f"{folder} is no run: there is no ot_merge/report.json in it; name a folder that "
-        "`ot-merge run` wrote."
-    )
+    value = parsed(path)
+    version = value.get("version") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise VersionError(
+            f"{path} is a report of version {version}, and this ot-merge reads versions up to "
+            f"{VERSION}; install a newer ot-merge-jax, or run again with this one."
+        )
+    return checked(path, value, Report)
 
 
-def read(details: Path) -> Run:
-    """Reads the details of a run.
-
-    Args:
-        details: Holds ``report.json``, ``provenance.json`` and ``recipe.yaml``.
+def text_of(path: Path) -> str:
+    """A file of a run as text.
 
     Raises:
-        InputError: if a file is missing, damaged, or of another shape.
+        InputError: if it is missing, too large, or not UTF-8.
     """
-    return Run(
-        _parsed(details / "report.json", Report),
-        _parsed(details / "provenance.json", Provenance),
-        _text(details / "recipe.yaml"),
-    )
-
-
-def _text(path: Path) -> str:
-    """A file of the run as text."""
     if not path.is_file():
         raise InputError(f"{path} is missing or no file; the run is incomplete, so run it again.")
     if path.stat().st_size > _MAX_BYTES:
@@ -367,16 +347,40 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _parsed(path: Path, kind: type[_T]) -> _T:
-    """A JSON file of the run."""
+def parsed(path: Path) -> Any:
+    """The value of a JSON file of a run.
+
+    Raises:
+        InputError: if there is none.
+    """
     try:
-        return kind.model_validate(json.loads(_text(path)))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the whole"
-        problem = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        return json.loads(text_of(path))
     except json.JSONDecodeError as error:
         problem = f"it is no JSON at line {error.lineno} ({error.msg})"
     except (ValueError, RecursionError):  # a number of too many digits, a nesting too deep
         problem = "it is no JSON that can be read"
-    raise InputError(f"{path} is damaged: {visible(problem)}; restore it or run again.")
+    raise _damaged(path, problem)
+
+
+def checked(path: Path, value: Any, kind: type[_T]) -> _T:
+    """A JSON value as one of the models.
+
+    Args:
+        path: Where it was read, for the message.
+        value: From `parsed`.
+        kind: The model.
+
+    Raises:
+        InputError: if it is of another shape.
+    """
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the whole"
+    raise _damaged(path, f"{place}: {first['msg'].removeprefix('Value error, ')}")
+
+
+def _damaged(path: Path, problem: str) -> InputError:
+    """The error of a file that holds something else than a run writes."""
+    return InputError(f"{path} is damaged: {visible(problem)}; restore it or run again.")
