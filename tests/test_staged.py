@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, errors, merge, pipeline, preflight, recipe, staged, sweep
+from ot_merge_jax import activations, errors, merge, pipeline, preflight, recipe, sweep
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, details, hf, stages
 from ot_merge_jax.transport import coupling
@@ -17,8 +17,8 @@ from ot_merge_jax.transport import coupling
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 2}
 OTHER = {"hidden": 20, "heads": 2, "kv_heads": 1, "intermediate": 32, "layers": 3}
 STAGES = [
-    "rows-target", "rows-source", "coupling", "moved", "unseen-target", "unseen-source", "sites",
-    "sweep", "model", "evaluation", "divergence", "arm-permuted", "samples", "details",
+    "rows-target", "rows-source", "coupling", "moved", "sweep", "model", "unseen-target",
+    "unseen-source", "sites", "evaluation", "divergence", "arm-permuted", "samples", "details",
 ]  # fmt: skip
 POINTS = [f"{side} {stage}" for stage in (*STAGES, "publish") for side in ("before", "after")]
 #: What no two runs share.
@@ -149,14 +149,20 @@ def test_kill_at_one_commit_point(place, until, out, straight):
 
 
 @pytest.mark.usefixtures("state")
-def test_finished_stages_compute_nothing(until, out, straight, monkeypatch):
+def test_finished_stages_compute_nothing(until, out, straight, resolved, monkeypatch):
     for module, name in (
-        (activations, "_step"), (coupling, "couple"), (merge, "move"), (sweep, "sweep"),
-        (nll, "score"), (hf, "write_model"), (staged, "gather"), (details, "write"),
+        (activations, "_step"), (coupling, "couple"), (merge, "transport_weights"),
+        (sweep, "sweep"), (nll, "score"), (hf, "write_model"), (merge, "gather"),
+        (details, "write"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("it was finished"))
+    loaded, load = [], hf.load_folder
+    monkeypatch.setattr(
+        hf, "load_folder", lambda folder, **k: loaded.append(folder.path) or load(folder, **k)
+    )
     until(None)
     assert published(out) == straight
+    assert loaded == [Path(resolved.target)]  # nobody asks for the source, nor for its base
 
 
 @pytest.mark.usefixtures("state")
