@@ -57,9 +57,10 @@ def pullback(
         >>> from ot_merge_jax.transport import solve
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 0.0]])
         >>> zero = (jnp.zeros(2), jnp.zeros(2))
-        >>> found = solve.solve(cost, epsilon=0.1)
-        >>> pullback(cost, found, *zero, jnp.array(1.0), jnp.array(0.0))[0].round(2).tolist()
-        [[0.5, 0.0], [0.0, 0.5]]
+        >>> potentials = solve.solve(cost, epsilon=0.1)
+        >>> of_cost, _ = pullback(cost, potentials, *zero, jnp.array(1.0), jnp.array(0.0))
+        >>> of_cost.diagonal().round(2).tolist()  # the plan's
+        [0.5, 0.5]
 
     Source: Cuturi et al. 2022 (arXiv 2202.00666), implicit differentiation in ott-jax. Differs:
     the smaller Schur complement is built and solved directly; the marginals are those of ``Q``.

@@ -262,7 +262,7 @@ def _at_once(
     is_too_wide = cost.max((1, 2)) - cost.min(2).min(1) > MAX_COST_OVER_EPSILON * epsilon
 
     def in_log_domain(problem: tuple[jax.Array, ...]) -> Potentials:
-        return log_domain.solve(*problem[:3], max_iterations=max_iterations)
+        return log_domain.solve(*problem, max_iterations=max_iterations)
 
     if solver == "ott":
         return jax.lax.map(in_log_domain, (cost, epsilon, threshold)), is_too_wide
@@ -275,7 +275,7 @@ def _at_once(
         return solved, is_too_wide
     return jax.lax.map(
         lambda problem: jax.lax.cond(
-            problem[3], lambda: in_log_domain(problem), lambda: problem[4]
+            problem[3], lambda: in_log_domain(problem[:3]), lambda: problem[4]
         ),
         (cost, epsilon, threshold, is_too_wide, solved),
     ), is_too_wide
