@@ -254,7 +254,8 @@ def _merge(
         "details",
         lambda folder: details.write(
             folder,
-            recipe=recipe,
+            settings=recipe.to_yaml(),
+            seed=seed,
             folders=inputs.folders,
             coupling=None if merged.alignment is None else merged.alignment.coupling,
             report=report,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,7 +134,14 @@ def _calibrated(
         unseen = None  # too few dev documents for held-out diagnostics
     matched = None
     if set(recipe.weights) & set(VOCABULARY):
-        matched = _vocabulary(recipe, folders, tokenizers, train, is_one=is_one)
+        matched = spelling.matched(
+            *both,
+            target_size=folders["target"].cfg.vocab_size,
+            source_size=folders["source"].cfg.vocab_size,
+            is_one=is_one,
+        )
+        if recipe.vocabulary_weights == "frequency":
+            matched = _by_frequency(matched, both[0], train, max_length=recipe.max_length)
     return Inputs(
         recipe, folders, tokenizers, train, dev, held_out, sources, data, unseen, is_one, matched
     )
@@ -172,26 +179,12 @@ def documents_of(text: Text, source: records.Source) -> list[Document]:
     return documents
 
 
-def _vocabulary(
-    recipe: Recipe,
-    folders: Mapping[str, ModelFolder],
-    tokenizers: Mapping[str, Any],
-    documents: Sequence[Document],
-    *,
-    is_one: bool,
+def _by_frequency(
+    matched: VocabularyMatch, tokenizer: Any, documents: Sequence[Document], *, max_length: int
 ) -> VocabularyMatch:
-    """Matched tokens, weighted as the recipe says."""
-    matched = spelling.matched(
-        tokenizers["target"],
-        tokenizers["source"],
-        target_size=folders["target"].cfg.vocab_size,
-        source_size=folders["source"].cfg.vocab_size,
-        is_one=is_one,
-    )
-    if recipe.vocabulary_weights == "uniform":
-        return matched
-    encoded = calibration.encode(tokenizers["target"], documents, max_length=recipe.max_length)
-    counts = Counter(token for one in encoded for token in one.ids)
+    """Matched tokens, each weighted by how often the target reads it in these documents."""
+    encoded = calibration.encode(tokenizer, documents, max_length=max_length)
+    counts = Counter(token for document in encoded for token in document.ids)
     weights = np.array([counts[int(token)] for token in matched.target_ids], np.float32)
     return matched._replace(weights=jnp.asarray(weights))
 

@@ -12,7 +12,6 @@ import numpy as np
 from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.io import adapter, checkpoint, hub, provenance, records
 from ot_merge_jax.io.folder import ModelFolder
-from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.report import html, schema
 from ot_merge_jax.report.schema import Report
 from ot_merge_jax.types import Coupling, MergeReport, WeightReport
@@ -63,7 +62,8 @@ def inputs(
 def write(
     folder: Path,
     *,
-    recipe: Recipe,
+    settings: str,
+    seed: int,
     folders: Mapping[str, ModelFolder],
     coupling: Coupling | None,
     report: Report,
@@ -77,7 +77,8 @@ def write(
 
     Args:
         folder: Holds the model.
-        recipe: The resolved recipe.
+        settings: The resolved recipe, as YAML.
+        seed: Of every random choice.
         folders: Role -> model folder.
         coupling: Of the merge; None when only the vocabulary moved.
         report: What was found.
@@ -86,7 +87,7 @@ def write(
     """
     details = folder / "ot_merge"
     details.mkdir()
-    text = provenance.public(recipe.to_yaml())
+    text = provenance.public(settings)
     command = provenance.public(side["command"])
     (details / "recipe.yaml").write_text(text, encoding="utf-8")
     if coupling is not None:
@@ -108,7 +109,7 @@ def write(
         "command": command,
         "recipe_sha256": provenance.sha256(details / "recipe.yaml"),
         "calibration": report.calibration,
-        "seed": recipe.seed,
+        "seed": seed,
         "transport": {
             site: diagnostics.model_dump(include=set(_TRANSPORT))
             for site, diagnostics in report.sites.items()
