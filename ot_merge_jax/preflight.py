@@ -15,6 +15,7 @@ from ot_merge_jax import calibration, merge, spelling, texts
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import location, publish, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder
+from ot_merge_jax.models.model import BASE
 from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.spaces import VOCABULARY
 from ot_merge_jax.texts import Document
@@ -60,7 +61,7 @@ def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = 
     What is named by a hub id is fetched first, weights too; this is all that uses the network.
     Without ``out`` nothing will be written, and no place for it is checked.
     """
-    paths = {"target": recipe.target, "source": recipe.source, "source base": recipe.source_base}
+    paths = {"target": recipe.target, "source": recipe.source, BASE: recipe.source_base}
     paths = {role: path for role, path in paths.items() if path is not None}
     if out is not None:
         named = [side for path in paths.values() for side in location.split(path) if side]
@@ -71,8 +72,8 @@ def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = 
         name: records.locate(text.path, offline=offline) for name, text in _texts(recipe).items()
     }
     folders = {role: open_folder(path, offline=offline) for role, path in paths.items()}
-    if "source base" in folders:
-        merge.check_base(folders["source"].cfg, folders["source base"].cfg)
+    if BASE in folders:
+        merge.check_base(folders["source"].cfg, folders[BASE].cfg)
     tokenizers = {role: tokenizer_of(folder) for role, folder in folders.items()}
     held_out = None
     if recipe.evaluation is not None:
@@ -112,8 +113,8 @@ def _calibrated(
     is_one = calibration.is_same_tokenizer(*both, documents)
     # a base often has no chat template: it reads what the source's own template writes
     as_source = [texts.render(one, tokenizers["source"]).text for one in documents]
-    if "source base" in tokenizers and not calibration.is_same_tokenizer(
-        tokenizers["source base"], tokenizers["source"], as_source
+    if BASE in tokenizers and not calibration.is_same_tokenizer(
+        tokenizers[BASE], tokenizers["source"], as_source
     ):
         raise InputError(
             "Source and source base have different tokenizers; give the right checkpoint."
