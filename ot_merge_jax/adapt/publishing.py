@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ot_merge_jax.adapt import start
-from ot_merge_jax.adapt.inputs import Inputs
-from ot_merge_jax.adapt.start import Parts
+from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import checkpoint, details, provenance
+from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.report import html, schema
 from ot_merge_jax.report.schema import Report
 
@@ -20,7 +20,10 @@ from ot_merge_jax.report.schema import Report
 def write(
     folder: Path,
     *,
-    found: Inputs,
+    begun: Start,
+    folders: Mapping[str, ModelFolder],
+    settings: str,
+    seed: int,
     parts: Parts,
     report: Report,
     events: Sequence[str],
@@ -34,7 +37,10 @@ def write(
 
     Args:
         folder: Holds the model.
-        found: The inputs.
+        begun: Where the training started.
+        folders: Role -> model folder.
+        settings: Of the adaptation, as YAML.
+        seed: Of every random choice.
         parts: The trained base and the residual that was held constant.
         report: What was found.
         events: Lines of ``events.jsonl``.
@@ -43,16 +49,16 @@ def write(
     """
     inside = folder / "ot_merge"
     inside.mkdir()
-    text = provenance.public(found.settings.to_yaml())
+    text = provenance.public(settings)
     command = provenance.public(side["command"])
     (inside / "recipe.yaml").write_text(text, encoding="utf-8")
     (inside / "events.jsonl").write_text("".join(events), encoding="utf-8")
-    start.save_residual(inside, found.start, parts)
+    start.save_residual(inside, begun, parts)
     (inside / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(
         provenance.model_card(
-            name=found.start.folder.name,
-            models={role: (one.path, one.origin) for role, one in found.folders.items()},
+            name=begun.folder.name,
+            models={role: (one.path, one.origin) for role, one in folders.items()},
             verdict=report.verdict,
             evaluation=provenance.losses(report.evaluation),
             command=command,
@@ -65,7 +71,7 @@ def write(
         **side,
         "command": command,
         "recipe_sha256": provenance.sha256(inside / "recipe.yaml"),
-        "seed": found.settings.seed,
+        "seed": seed,
         "evaluation": report.to_dict()["evaluation"],
         "output": provenance.file_hashes(folder, details.FILES),
         "wall_seconds": round(time.monotonic() - began, 2),

@@ -248,7 +248,10 @@ def finish(
         "details",
         lambda folder: publishing.write(
             folder,
-            found=found,
+            begun=found.start,
+            folders=found.folders,
+            settings=found.settings.to_yaml(),
+            seed=found.settings.seed,
             parts=parts,
             report=report,
             events=events,
