@@ -24,7 +24,7 @@ from ot_merge_jax import (
 )
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import details, hf, provenance
-from ot_merge_jax.report import arms, verdict
+from ot_merge_jax.report import arms, schema, verdict
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
 
@@ -181,8 +181,9 @@ def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_fil
     """Also of a merge that only shrinks the target."""
     worse = Difference(0.1, 0.05, 0.2)
     against = verdict.Compared(worse, [worse])
-    found = verdict.judge(against, {}, missing=[]), against, {"controls": {}}
-    monkeypatch.setattr(arms, "outcome", lambda *a: found)
+    controlled = arms.Controlled([0], schema.Difference(**worse._asdict()), [], {})
+    found = verdict.judge(against, {}, missing=[]), against, controlled
+    monkeypatch.setattr(arms, "outcome", lambda *a, **k: found)
     monkeypatch.setattr(verdict, "is_nothing_transferred", lambda *a: is_nothing)
     settings = resolved(evaluation=str(text_file))
     with pytest.raises(errors.StrictError, match=r"\+0\.1000 nats") as caught:
