@@ -181,11 +181,8 @@ def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_fil
     """Also of a merge that only shrinks the target."""
     worse = Difference(0.1, 0.05, 0.2)
     against = verdict.Compared(worse, [worse])
-    found = (
-        verdict.judge(against, {}, missing=[]),
-        against,
-        arms.Controlled([0], schema.Difference(), [], {}),
-    )
+    controlled = arms.Controlled([0], schema.Difference(**worse._asdict()), [], {})
+    found = verdict.judge(against, {}, missing=[]), against, controlled
     monkeypatch.setattr(arms, "outcome", lambda *a, **k: found)
     monkeypatch.setattr(verdict, "is_nothing_transferred", lambda *a: is_nothing)
     settings = resolved(evaluation=str(text_file))

@@ -17,6 +17,7 @@ from published import ALL, CROSS, assert_nothing_is_lost, moved, tensors
 
 from ot_merge_jax import texts
 from ot_merge_jax.io import provenance
+from ot_merge_jax.report.schema import Report
 
 NOTHING = "nothing of the source was transferred"
 DIAGNOSTICS = {
@@ -214,18 +215,18 @@ def test_auto_takes_the_best_strength_of_the_dev_split(
         if "delta" in name
         else [0, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2]
     )
-    assert [one["strength"] for one in found["tried"][: len(grid)]] == grid
-    best = min(found["tried"], key=lambda one: one["loss"])
-    assert found["chosen"] == best["strength"]
+    assert [point.strength for point in found.tried[: len(grid)]] == grid
+    best = min(found.tried, key=lambda point: point.loss)
+    assert found.chosen == best.strength
     if "delta" in name:
-        assert isinstance(found["tried"][-1]["strength"], dict)  # then one for each group
+        assert isinstance(found.tried[-1].strength, dict)  # then one for each group
     # the dev split, and no other text: the loss at 0 is the target's on those documents
     dev = texts.split(text_files[0].read_text().splitlines(), seed=0)[1]
     (tmp_path / "dev.txt").write_text("\n".join(dev) + "\n")
     scored = cli("eval", merge.target, "--text", tmp_path / "dev.txt", "--json").json
     expected = scored["models"][str(merge.target)]
     assert expected["documents"] == counts.dev
-    assert found["tried"][0]["loss"] == pytest.approx(expected["nll_per_token"], abs=1e-6)
+    assert found.tried[0].loss == pytest.approx(expected["nll_per_token"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -293,7 +294,8 @@ def test_eval_text_of_the_recipe_may_be_left_out(merged, tmp_path, cli):
     said["evaluation"] = None
     said["strength"] = 1.0  # so large that something is said about it
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(said))
-    report = cli("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--json").json
+    called = cli("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--json")
+    report = Report.model_validate(called.json)
     assert report.evaluation == {}
     assert report.controls == {}
 
