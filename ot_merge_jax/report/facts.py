@@ -14,7 +14,7 @@ from ot_merge_jax.evaluate.nll import Scores
 from ot_merge_jax.io.checkpoint import plain
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics
-from ot_merge_jax.types import Activations, Alignment, MergeReport, MergeSpec, Potentials
+from ot_merge_jax.types import BUDGET, Activations, Alignment, MergeReport, MergeSpec, Potentials
 
 _CURVE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
@@ -30,6 +30,7 @@ def sites(
     *,
     spec: MergeSpec,
     seed: int,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> dict[str, Any]:
     """Diagnostics of every site: layer plan and cost, how sharp the plans are, what they predict.
 
@@ -38,6 +39,7 @@ def sites(
         held_out: Activations of rows the plans have not seen, or None if there are none.
         spec: What moved and how.
         seed: Of the permutation the plan is compared with.
+        plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
 
     Returns:
         For each site: ``layer_cost`` and ``layer_plan`` ``[L, M]``; for the most coupled source
@@ -63,7 +65,9 @@ def sites(
             new = None
             if held_out is not None:
                 new = held_out[0].values[site][l], held_out[1].values[site][best]
-            plan, *known = _pair_facts(pair, rows, new, order, seen, signed=spec.signed)
+            plan, *known = _pair_facts(
+                pair, rows, new, order, seen, signed=spec.signed, plan_at_once=plan_at_once
+            )
             plan = np.asarray(plan)
             heat = None if pairs else diagnostics.sorted_heat(plan)
             pairs.append((diagnostics.mass_curve(plan, ks), *known, heat))
@@ -85,7 +89,7 @@ def sites(
     return result
 
 
-@functools.partial(jax.jit, static_argnames="signed")
+@functools.partial(jax.jit, static_argnames=("signed", "plan_at_once"))
 def _pair_facts(
     pair: Potentials,
     rows: tuple[jax.Array, jax.Array],
@@ -94,13 +98,15 @@ def _pair_facts(
     seen: jax.Array,
     *,
     signed: bool,
+    plan_at_once: int,
 ) -> tuple[jax.Array | None, ...]:
     """The plan, its held-out R^2, and that of the permuted plan.
 
     Of the target's neurons that are ``seen``; their rows of the plan are a plan of their own.
     """
     share = pair.f.shape[0] / seen.shape[0]
-    plan = share * couplings.rebuild(*rows, pair, seen, signed=signed)
+    made = couplings.rebuild(*rows, pair, seen, signed=signed, plan_at_once=plan_at_once)
+    plan = share * made
     rows = rows[0][:, seen], rows[1]
     r2 = permuted = None
     if new is not None:
