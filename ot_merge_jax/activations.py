@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -13,7 +14,7 @@ from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.spaces import site_width
-from ot_merge_jax.types import Activations, Batch, Params
+from ot_merge_jax.types import BUDGET, Activations, Batch, Params
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "sites"))
@@ -56,10 +57,11 @@ def _by_layer(
     sites: frozenset[str],
     model: str,
     mesh: jax.sharding.Mesh | None,
+    hidden_at_once: int,
 ) -> Iterator[tuple[slice, int, dict[str, jax.Array]]]:
     """The same layer by layer, where the parameters are on disk."""
     what = f"gather activations of the {model}"
-    for part in streamed.chunks(batches, cfg=cfg):
+    for part in streamed.chunks(batches, cfg=cfg, hidden_at_once=hidden_at_once):
         split = [sharding.split_batch(batch, mesh) for batch in batches[part]]
         hidden = streamed.embedded(params, split, cfg=cfg)
         for l, index, rows in streamed.through_layers(
@@ -78,6 +80,7 @@ def gather(
     mesh: jax.sharding.Mesh | None = None,
     model: str = "model",
     allocate: Callable[[str, tuple[int, ...]], np.ndarray] = _in_memory,
+    hidden_at_once: int = BUDGET.hidden,
 ) -> Activations:
     """Runs a model over batches and keeps the wanted rows of the wanted sites.
 
@@ -94,6 +97,8 @@ def gather(
         model: Which model this is, for messages.
         allocate: Makes the float32 array of a site from its name and shape ``[layers, rows, d]``;
             host memory, unless it is e.g. `ot_merge_jax.io.checkpoint.allocator`.
+        hidden_at_once: Bytes of hidden states in memory where parameters are lazy, one batch's at
+            least.
 
     Returns:
         Activations on the host, in the arrays that were allocated, rows sorted by ``row_id``.
@@ -116,7 +121,9 @@ def gather(
         site: allocate(site, (cfg.num_layers, len(row_id), site_width(site, cfg)))
         for site in sorted(sites)
     }
-    steps = _whole if specs.is_resident(params) else _by_layer
+    steps = _whole
+    if not specs.is_resident(params):
+        steps = functools.partial(_by_layer, hidden_at_once=hidden_at_once)
     for layers, index, captured in steps(
         params, batches, cfg=cfg, sites=sites, model=model, mesh=mesh
     ):
@@ -133,3 +140,33 @@ def gather(
                     f"its weights overflow there; check the checkpoint."
                 )
     return Activations(values, row_id)  # pyright: ignore[reportArgumentType]
+
+
+def result_bytes(cfg: ModelConfig, *, rows: int, sites: Iterable[str]) -> int:
+    """Bytes of the activations of one model."""
+    return 4 * rows * cfg.num_layers * sum(site_width(site, cfg) for site in sites)
+
+
+def peak_bytes(
+    cfg: ModelConfig,
+    batches: Iterable[Batch],
+    *,
+    is_resident: bool = True,
+    hidden_at_once: int = BUDGET.hidden,
+) -> int:
+    """Bytes of `gather` at its peak, beside parameters in memory and the activations themselves."""
+    shapes = [np.shape(batch.tokens) for batch in batches]
+    size, length = max(shapes, key=math.prod)
+    step = decoder.peak_bytes(cfg, size=size, length=length)
+    if is_resident:
+        return step
+    tokens = sum(map(math.prod, shapes))
+    return step + streamed.peak_bytes(
+        cfg, tokens=tokens, batch=size * length, hidden_at_once=hidden_at_once
+    )
+
+
+def flops(cfg: ModelConfig, batches: Iterable[Batch]) -> int:
+    """FLOPs of `gather` over padded batches."""
+    shapes = (np.shape(batch.tokens) for batch in batches)
+    return sum(decoder.flops(cfg, size=size, length=length) for size, length in shapes)

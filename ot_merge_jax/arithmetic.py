@@ -1,23 +1,21 @@
 """How many transport problems a merge solves, and how much arithmetic it takes, from shapes alone.
 
-Counted are products of matrices, two FLOPs for a multiplication and an addition; the rest of the
-work follows them. Seconds are not derived: they depend on the machine and on how many iterations
-the problems take.
+Each stage says beside its code what it takes (``flops``). Counted are products of matrices, two
+FLOPs for a multiplication and an addition; the rest of the work follows them. Seconds are not
+derived: they depend on the machine and on how many iterations the problems take.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
+from ot_merge_jax import activations, weight_transport
 from ot_merge_jax.calibration import Calibration
 from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.models import specs
-from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, site_width, sites_of
-from ot_merge_jax.types import Batch, MergeSpec
+from ot_merge_jax.spaces import site_width, sites_of
+from ot_merge_jax.transport import coupling
+from ot_merge_jax.types import MergeSpec
 
 
 class Problems(NamedTuple):
@@ -81,69 +79,27 @@ def of_merge(
     """
     target, source = cfgs["target"], cfgs["source"]
     reference = "source base" if "source base" in cfgs else "source"
-    sites, rows = sites_of(spec.weights), gathered[0].rows
-    pairs = target.num_layers * source.num_layers
+    rows, pairs = gathered[0].rows, target.num_layers * source.num_layers
     problems = {
-        site: Problems(pairs, site_width(site, target), site_width(site, source)) for site in sites
+        site: Problems(pairs, site_width(site, target), site_width(site, source))
+        for site in sites_of(spec.weights)
     }
-    entries = sum(math.prod(one) for one in problems.values())
-    flops = {}
-    if sites:
-        flops["gather the target"] = _forward(target, (one.target for one in gathered))
-        flops[f"gather the {reference}"] = _forward(
-            cfgs[reference], (one.source for one in gathered)
-        )
-        flops["correlation costs"] = 2 * rows * entries
-        flops[ITERATION] = 4 * entries
-        flops["carry the projections, at most"] = _carry(target, source, rows, spec)
-    if tables := _tables(target, spec):
-        # the cross products, their turn, the norm of the turned rows, and the rows that move
-        across = matched * target.hidden_size * source.hidden_size
-        turn = source.hidden_size * target.hidden_size * min(source.hidden_size, target.hidden_size)
-        flops["fit and apply the vocabulary map"] = tables * 2 * (3 * across + turn)
-    return Work(problems, flops)
-
-
-def _forward(cfg: ModelConfig, groups: Iterable[Iterable[Batch]]) -> int:
-    """FLOPs of the decoder layers over padded batches; the logits are never computed."""
-    shapes = [np.shape(batch.tokens) for batches in groups for batch in batches]
-    kernels = sum(
-        math.prod(one.shape)
-        for one in specs.param_specs(cfg)
-        if one.is_stacked and one.path.endswith("/kernel")
+    projections, tables = weight_transport.flops(
+        target, source, spec=spec, rows=rows, matched=matched
     )
-    # scores, and the sum of the values that they weigh
-    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim
-    return sum(size * length * (2 * kernels + attention * length) for size, length in shapes)
-
-
-def _carry(target: ModelConfig, source: ModelConfig, rows: int, spec: MergeSpec) -> int:
-    """FLOPs of rebuilding the maps and of the products with them.
-
-    With ``top1`` weights that read one site may take different layers there, and a map each.
-    """
-    names = [name for name in spec.weights if name in PROJECTIONS]
-    masked = {PROJECTIONS[name].masked_site for name in names}
-    is_soft = spec.layers == "soft"
-    pairs = target.num_layers * (source.num_layers if is_soft else 1)
-
-    def sides(site: str) -> tuple[int, int]:
-        """Target neurons that are computed, and source neurons."""
-        n = site_width(site, target)
-        n = n if spec.k is None or site not in masked else min(n, spec.k)
-        return n, site_width(site, source)
-
-    ways = [PROJECTIONS[name] for name in names]
-    into = {way.in_site for way in ways} if is_soft else [way.in_site for way in ways]
-    maps = [sides(site) for site in (*into, *(way.out_site for way in ways))]
-    total = sum(2 * rows * n * m for n, m in maps)
-    for way in ways:
-        (a, p), (b, q) = sides(way.in_site), sides(way.out_site)
-        total += 2 * min(a * p * q + a * q * b, p * q * b + a * p * b)
-    return pairs * total
-
-
-def _tables(target: ModelConfig, spec: MergeSpec) -> int:
-    """How many vocabulary tables move; a tied target has one."""
-    moving = set(spec.weights) & set(VOCABULARY)
-    return min(1, len(moving)) if target.tie_word_embeddings else len(moving)
+    flops = {}
+    if problems:
+        flops["gather the target"] = sum(
+            activations.flops(target, data.target) for data in gathered
+        )
+        flops[f"gather the {reference}"] = sum(
+            activations.flops(cfgs[reference], data.source) for data in gathered
+        )
+        widths = [(site.target, site.source) for site in problems.values()]
+        flops["correlation costs"], flops[ITERATION] = coupling.flops(
+            widths, rows=rows, pairs=pairs
+        )
+        flops["carry the projections, at most"] = projections
+    if tables:
+        flops["fit and apply the vocabulary map"] = tables
+    return Work(problems, flops)

@@ -23,8 +23,10 @@ from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import Model, Models
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.types import (
+    BUDGET,
     Activations,
     AlignedBatches,
+    Budget,
     Choice,
     Coupling,
     HParams,
@@ -99,6 +101,7 @@ def remade(
     seed: int,
     stage: Stage = call,
     choose: Callable[[Transported], Choice] | None = None,
+    budget: Budget = BUDGET,
 ) -> Merged:
     """A merge made again by `ot_merge_jax.merge.merge`, with one thing broken.
 
@@ -115,6 +118,7 @@ def remade(
         seed: Of what is drawn.
         stage: Keeps the activations of the random source of ``wrong-source``.
         choose: As of the merge.
+        budget: As of the merge.
 
     Returns:
         The control; its ``report`` is that of the merge.
@@ -146,10 +150,11 @@ def remade(
             steps["rows-source"] = gather_rows(
                 "rows-random", models.reference, batches.source,
                 sites=sites_of(spec.weights), role=models.reference_role, stage=stage,
+                hidden_at_once=budget.hidden,
             )  # fmt: skip
     return merge(
         models, batches, hparams,
-        spec=spec, vocabulary=vocabulary, stage=given(steps), choose=choose,
+        spec=spec, vocabulary=vocabulary, stage=given(steps), choose=choose, budget=budget,
     )  # fmt: skip
 
 

@@ -1,36 +1,41 @@
-"""How much host memory a run needs, said before it starts, and whether models must stay on disk.
+"""How much host memory a run needs, said before it starts, and what makes it fit into less.
 
-Sums of the arrays that are alive together in each stage; no weights are read. Constants are named
-and measured, everything else follows from shapes.
+Each stage says beside its code what it takes (``peak_bytes``); here that is added to the models and
+to what lies between the stages. No weights are read.
+
+The figures are arithmetic and not XLA's own count (``memory_analysis``), which tests hold them
+against. A compilation is shared with the later call if all its types are those of the call (jax
+0.10: 0.2 s instead of 3.9 s). But ``plan`` calls none of the programs, a resumed run few of them,
+and every budget that is tried is a program of its own: at the demo's sizes scoring, gathering and
+one layer of the coupling take 3.9 s, 3.6 s and 6.5 s to compile on one core.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import psutil
 
-from ot_merge_jax.calibration import TOKENS_PER_BATCH, Calibration
+from ot_merge_jax import activations, weight_diagnostics, weight_transport
+from ot_merge_jax.calibration import Calibration
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import RecipeError, ResourceError
-from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE, LONGEST_WINDOW
-from ot_merge_jax.evaluate.unigram import PREDICTIONS
+from ot_merge_jax.evaluate import divergence, nll, unigram
 from ot_merge_jax.models import specs
-from ot_merge_jax.models.streamed import HIDDEN_AT_ONCE
-from ot_merge_jax.spaces import PROJECTIONS, site_width, sites_of, weight_of
-from ot_merge_jax.transport.coupling import PLAN_AT_ONCE, ROWS_AT_ONCE
-from ot_merge_jax.transport.diagnostics import SAMPLE
-from ot_merge_jax.transport.solve import pairs_at_once
-from ot_merge_jax.types import Batch, MergeSpec
+from ot_merge_jax.spaces import site_width, sites_of
+from ot_merge_jax.transport import coupling as couplings
+from ot_merge_jax.transport import solve
+from ot_merge_jax.types import BUDGET, Budget, MergeSpec
 
 #: The interpreter, its libraries and compiled programs (measured: 0.5 to 0.8 GiB).
 PROCESS = 700 << 20
 _FLOAT = 4
+#: Fields of a budget that may be lowered without a change of results.
+_BLOCKS = ("logits", "plan_block", "source_rows", "hidden", "pairs")
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -41,10 +46,12 @@ class Plan(NamedTuple):
     Attributes:
         on_disk: Roles whose weights are read layer by layer and never held whole.
         stages: Stage -> bytes at its peak.
+        budget: How much each stage takes up at a time.
     """
 
     on_disk: frozenset[str]
     stages: dict[str, int]
+    budget: Budget = BUDGET
 
     @property
     def peak(self) -> int:
@@ -106,7 +113,7 @@ def choose(
     limit: int | None,
     controls: Sequence[str] = (),
 ) -> Plan:
-    """Whole models if they fit, otherwise the source and its base layer by layer.
+    """Whole models if they fit, in smaller blocks if need be; otherwise source and base by layer.
 
     Args:
         cfgs: Role (``target``, ``source``, ``source base``) -> configuration.
@@ -120,25 +127,78 @@ def choose(
         The plan to follow.
 
     Raises:
-        ResourceError: if neither fits.
+        ResourceError: if nothing fits, not even the smallest blocks.
     """
     most = of_machine() if limit is None else limit
-    whole = needed(cfgs, data, spec=spec, scored=scored, controls=controls)
-    if whole.peak <= most:
-        return whole
-    on_disk = frozenset(cfgs) - {"target"}
-    layered = needed(cfgs, data, spec=spec, scored=scored, on_disk=on_disk, controls=controls)
-    if layered.peak > most:
-        allowed, more = (
-            ("this machine has", "say --memory-limit if you know better")
-            if limit is None
-            else ("--memory-limit allows", "raise it")
+    plan = None
+    for on_disk in (frozenset(), frozenset(cfgs) - {"target"}):
+        of_budget = functools.partial(
+            needed, cfgs, data, spec=spec, scored=scored, on_disk=on_disk, controls=controls
         )
-        raise ResourceError(
-            f"The run needs {layered}, and {allowed} {gib(most)}; use fewer --max-rows, move fewer "
-            f"--weights, take a smaller target, or {more}."
-        )
-    return layered
+        plan = of_budget(budget=BUDGET)
+        if plan.peak > most:
+            plan = _in_smaller_blocks(plan, of_budget, most, _most_pairs(cfgs, spec))
+        if plan.peak <= most:
+            return plan
+    allowed, more = (
+        ("this machine has", "say --memory-limit if you know better")
+        if limit is None
+        else ("--memory-limit allows", "raise it")
+    )
+    raise ResourceError(
+        f"The run needs {plan}, in the smallest blocks, and {allowed} {gib(most)} ({plan.peak:,} "
+        f"and {most:,} bytes); use fewer --max-rows, move fewer --weights, take a smaller target, "
+        f"or {more}."
+    )
+
+
+def _in_smaller_blocks(plan: Plan, of_budget: Callable[..., Plan], most: int, pairs: int) -> Plan:
+    """Halves the blocks of the stages that need more than ``most``, until all fit or nothing helps.
+
+    Args:
+        plan: In the blocks to begin with.
+        of_budget: Makes a plan from ``budget``.
+        most: Bytes.
+        pairs: Layer pairs that are solved side by side where the budget does not say.
+    """
+    useful = dict.fromkeys(_BLOCKS)
+    while plan.peak > most and useful:
+        for field in list(useful):
+            smaller = _halved(plan, of_budget, most, field, pairs)
+            if smaller is None:
+                del useful[field]  # one piece, or no part of a stage that is too large
+            else:
+                plan = smaller
+            if plan.peak <= most:
+                break
+    return plan
+
+
+def _halved(
+    plan: Plan, of_budget: Callable[..., Plan], most: int, field: str, pairs: int
+) -> Plan | None:
+    """A plan with one field halved as often as it takes to lower a stage that is too large."""
+    too_large = [name for name, size in plan.stages.items() if size > most]
+    value = getattr(plan.budget, field) or pairs
+    while value > 1:
+        value //= 2
+        smaller = of_budget(budget=plan.budget._replace(**{field: value}))
+        if any(smaller.stages[name] < plan.stages[name] for name in too_large):
+            return smaller
+    return None
+
+
+def _most_pairs(cfgs: Mapping[str, ModelConfig], spec: MergeSpec) -> int:
+    """Layer pairs that are solved side by side at the narrowest site, by default."""
+    return max((solve.pairs_at_once(*shape) for shape in _problems(cfgs, spec)), default=1)
+
+
+def _problems(cfgs: Mapping[str, ModelConfig], spec: MergeSpec) -> list[tuple[int, int]]:
+    """Neurons of target and source at each site."""
+    return [
+        (site_width(site, cfgs["target"]), site_width(site, cfgs["source"]))
+        for site in sites_of(spec.weights)
+    ]
 
 
 def needed(
@@ -149,6 +209,7 @@ def needed(
     scored: Sequence[int],
     on_disk: frozenset[str] = frozenset(),
     controls: Sequence[str] = (),
+    budget: Budget = BUDGET,
 ) -> Plan:
     """Bytes of every stage.
 
@@ -159,123 +220,56 @@ def needed(
         scored: Tokens, at most, of each document that is scored.
         on_disk: Roles that are read layer by layer.
         controls: Kinds of control that the merge is compared with.
+        budget: How much each stage takes up at a time.
 
     Returns:
         The sums, by stage.
     """
     target, source = cfgs["target"], cfgs["source"]
-    batches = {role: data.target if role == "target" else data.source for role in cfgs}
-    sites = sites_of(spec.weights)
-    held = {role: 0 if role in on_disk else _weights(cfg) for role, cfg in cfgs.items()}
-    moved = moved_bytes(target, spec)
-    largest = max(_largest(cfg) for cfg in cfgs.values())
-    models = sum(held.values())
-    stages = {
-        f"gather the {role}": models + _gather(cfg, batches[role], role in on_disk)
-        for role, cfg in cfgs.items()
-        if sites
-    }
-    rows = [data.rows * site_width(site, cfg) for site in sites for cfg in (target, source)]
-    pairs = [(site_width(site, target), site_width(site, source)) for site in sites]
-    if sites:
-        # cost and kernel of the pairs solved, in log form a reduced cost too, beside the rows of a
-        # block of layers
-        solving = max(3 * n * m * pairs_at_once(n, m) for n, m in pairs)
-        blocks = max(
-            min(source.num_layers * data.rows * m, max(ROWS_AT_ONCE, data.rows * m)) + data.rows * n
-            for n, m in pairs
-        )
-        stages["couple"] = models + _FLOAT * (blocks + 3 * max(rows) + solving)
-        # two plans and a sorted copy, of a sample of the target's neurons
-        looked_at = max(4 * min(n, SAMPLE) * m for n, m in pairs)
-        stages["describe the plans"] = models + moved + _FLOAT * (looked_at + 3 * max(rows))
-    carrying = _FLOAT * (_maps(target, source, spec) + 3 * max(rows, default=0))
-    stages["transport"] = models + moved + 3 * largest + carrying
+    held = {role: 0 if role in on_disk else _FLOAT * specs.count(cfg) for role, cfg in cfgs.items()}
+    models, moved = sum(held.values()), weight_transport.result_bytes(target, spec)
+    rows, problems = data.rows, _problems(cfgs, spec)
+    plan_block, logits = budget.plan_block, budget.logits
+    stages = {}
+    if problems:
+        for role, cfg in cfgs.items():
+            batches = data.target if role == "target" else data.source
+            stages[f"gather the {role}"] = models + activations.peak_bytes(
+                cfg, batches, is_resident=role not in on_disk, hidden_at_once=budget.hidden
+            )
+        stages["couple"] = models + couplings.peak_bytes(
+            problems, rows=rows, source_layers=source.num_layers,
+            pairs_at_once=budget.pairs, rows_at_once=budget.source_rows,
+        )  # fmt: skip
+        described = weight_diagnostics.peak_bytes(problems, rows=rows, plan_at_once=plan_block)
+        stages["describe the plans"] = models + moved + described
+    carried = weight_transport.peak_bytes(
+        target, source, spec=spec, rows=rows, plan_at_once=plan_block
+    )
+    stages["transport"] = models + moved + carried
     if controls:
         # what is broken is aligned and carried like the merge, beside it; so is a random source
         reference = "source base" if "source base" in held else "source"
-        beside = 2 * moved + held["target"] + ("wrong-source" in controls) * held[reference]
+        stranger = held[reference] if "wrong-source" in controls else 0
+        beside = 2 * moved + held["target"] + stranger
         stages["run the controls"] = max(stages.values()) + beside
     if "unigram" in controls:
-        predicted = min(PREDICTIONS, data.target_tokens * target.vocab_size)
-        fitting = 3 * _FLOAT * predicted + held["target"] + moved
-        stages["fit the unigram control"] = models + fitting
-    stages["choose the strength"] = models + 2 * moved + _scoring(target, scored)
-    for role, cfg in {"target": target, "source": source}.items():
-        hidden = min(HIDDEN_AT_ONCE, 2 * _FLOAT * cfg.hidden_size * sum(scored))  # padded
-        streaming = hidden + 2 * _largest(cfg) if role in on_disk else 0
-        # the merged model is read back beside the target it came from
-        held_too = moved + held["target"] + streaming
-        stages[f"score the {role}"] = models + held_too + _scoring(cfg, scored)
-    # the merge beside the target and what moved; of the file one piece at a time
-    stages["check what was written"] = models + 2 * moved + 3 * _largest(target)
-    return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()})
-
-
-def moved_bytes(target: ModelConfig, spec: MergeSpec) -> int:
-    """Bytes of everything that is carried into a target, in float32."""
-    # a tied target has one table, which plays the head too
-    names = {"embed" if x == "head" and target.tie_word_embeddings else x for x in spec.weights}
-    return _FLOAT * sum(
-        math.prod(one.shape) for one in specs.param_specs(target) if weight_of(one.path) in names
-    )
-
-
-def _maps(target: ModelConfig, source: ModelConfig, spec: MergeSpec) -> int:
-    """Entries of the two maps of a pair, of a block of a plan, and of what is between the maps."""
-    most = block = 0
-    for name in set(spec.weights) & set(PROJECTIONS):
-        wiring = PROJECTIONS[name]
-        (n_in, m_in), (n_out, m_out) = (
-            (site_width(site, target), site_width(site, source))
-            for site in (wiring.in_site, wiring.out_site)
+        fitted = unigram.peak_bytes(
+            target, tokens=data.target_tokens, predictions=budget.predictions
         )
-        between = max(n_in * m_out, n_out * m_in)
-        most = max(most, n_in * m_in + n_out * m_out + between)
-        block = max(block, min(PLAN_AT_ONCE, max(n_in * m_in, n_out * m_out)))
-    return most + 3 * block
-
-
-def _weights(cfg: ModelConfig) -> int:
-    """Bytes of a whole model in float32."""
-    return _FLOAT * sum(math.prod(one.shape) for one in specs.param_specs(cfg))
-
-
-def _largest(cfg: ModelConfig) -> int:
-    """Bytes of the largest piece that is read at once: a layer, or a vocabulary table."""
-    table = specs.param_specs(cfg)
-    layer = sum(math.prod(one.shape[1:]) for one in table if one.is_stacked)
-    return _FLOAT * max(layer, *(math.prod(one.shape) for one in table if not one.is_stacked))
-
-
-def _scoring(cfg: ModelConfig, scored: Sequence[int]) -> int:
-    """Bytes of scoring a batch of the longest windows, beside the weights."""
-    most = min(cfg.max_positions, LONGEST_WINDOW, max(scored, default=0) + 1)
-    length = 1 << max(0, most - 1).bit_length()
-    size = max(1, TOKENS_PER_BATCH // length)
-    logits = cfg.vocab_size * max(length, min(LOGITS_AT_ONCE // cfg.vocab_size, size * length))
-    return 3 * _FLOAT * logits + _step(cfg, (size, length))
-
-
-def _largest_batch(batches: Iterable[Batch]) -> tuple[int, int]:
-    """Sequences and length of the batch with most tokens."""
-    size, length = max((np.shape(one.tokens) for one in batches), key=math.prod)
-    return size, length
-
-
-def _gather(cfg: ModelConfig, batches: Iterable[Batch], is_on_disk: bool) -> int:
-    """Bytes of a forward pass beside the weights; activations themselves go to disk."""
-    batches = list(batches)
-    step = _step(cfg, _largest_batch(batches))
-    if not is_on_disk:
-        return step
-    tokens = sum(math.prod(np.shape(one.tokens)) for one in batches)
-    hidden = min(HIDDEN_AT_ONCE, _FLOAT * cfg.hidden_size * tokens)
-    return step + hidden + 2 * _largest(cfg)
-
-
-def _step(cfg: ModelConfig, shape: tuple[int, int]) -> int:
-    """Bytes of one layer's work on one batch: wide MLP arrays, narrow ones, attention scores."""
-    tokens, (size, length) = math.prod(shape), shape
-    wide = 3 * tokens * cfg.intermediate_size + 8 * tokens * cfg.hidden_size
-    return _FLOAT * (wide + 2 * size * cfg.num_heads * length * length)
+        stages["fit the unigram control"] = models + fitted + held["target"] + moved
+    # the merged model beside the target it came from
+    merged = models + moved + held["target"]
+    scores = nll.peak_bytes(target, scored, logits_at_once=logits)
+    stages["choose the strength"] = models + 2 * moved + scores
+    if controls:  # how far the merge has moved
+        scores = max(scores, divergence.peak_bytes((target, target), scored, logits_at_once=logits))
+    stages["score the target"] = merged + scores
+    stages["score the source"] = merged + nll.peak_bytes(
+        source, scored,
+        is_resident="source" not in on_disk, hidden_at_once=budget.hidden, logits_at_once=logits,
+    )  # fmt: skip
+    # the merge beside the target and what moved; of the file one piece at a time
+    pieces = 3 * _FLOAT * specs.largest_piece(target)
+    stages["check what was written"] = models + 2 * moved + pieces
+    return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()}, budget)

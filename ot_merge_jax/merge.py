@@ -20,10 +20,12 @@ from ot_merge_jax.models.model import AnyModel, Models
 from ot_merge_jax.spaces import VOCABULARY, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import (
+    BUDGET,
     Activations,
     AlignedBatches,
     Alignment,
     Batch,
+    Budget,
     Choice,
     HParams,
     Merged,
@@ -113,6 +115,7 @@ def merge(
     vocabulary: VocabularyMatch | None = None,
     stage: Stage = call,
     choose: Callable[[Transported], Choice] | None = None,
+    budget: Budget = BUDGET,
 ) -> Merged:
     """Merges the source into the target.
 
@@ -125,6 +128,7 @@ def merge(
         vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
         stage: Does the steps; `call` computes them in memory, a run keeps them on disk.
         choose: Chooses the strength once the weights are transported; None: that of ``hparams``.
+        budget: How much each step takes up at a time.
 
     Returns:
         The fused parameters, in the target's dtypes, and everything that led to them.
@@ -150,10 +154,16 @@ def merge(
     Source: Transport and Merge, arXiv 2602.05495, sections 4 and 5. Differs: see `MergeSpec`.
     """
     check_needs(models, vocabulary, spec=spec)
-    alignment = align_activations(models, batches, hparams, spec=spec, stage=stage)
+    alignment = align_activations(models, batches, hparams, spec=spec, stage=stage, budget=budget)
     transported = stage(
         "moved",
-        lambda: transport_weights(models, alignment, spec=spec, vocabulary=vocabulary),
+        lambda: transport_weights(
+            models,
+            alignment,
+            spec=spec,
+            vocabulary=vocabulary,
+            plan_at_once=budget.plan_block,
+        ),
         *checkpoint.TRANSPORTED,
         needs=[] if alignment is None else ["rows-target", "rows-source", "coupling"],
     )
@@ -165,7 +175,15 @@ def merge(
         alignment=alignment,
         choice=choice,
         report=stage(
-            "report", lambda: describe(target, transported, alignment, choice.hparams, spec=spec)
+            "report",
+            lambda: describe(
+                target,
+                transported,
+                alignment,
+                choice.hparams,
+                spec=spec,
+                plan_at_once=budget.plan_block,
+            ),
         ),
     )
 
@@ -186,6 +204,7 @@ def align_activations(
     *,
     spec: MergeSpec,
     stage: Stage = call,
+    budget: Budget = BUDGET,
 ) -> Alignment | None:
     """Which layer and which neuron of the reference corresponds to which of the target.
 
@@ -195,6 +214,7 @@ def align_activations(
         hparams: Epsilons and threshold.
         spec: Its weights say which sites are needed.
         stage: Does the steps.
+        budget: How much each step takes up at a time.
 
     Returns:
         The coupling and the activations it was made from; None if only the vocabulary moves.
@@ -202,15 +222,23 @@ def align_activations(
     if not (sites := sites_of(spec.weights)):
         return None
     target = gather_rows(
-        "rows-target", models.target, batches.target, sites=sites, role="target", stage=stage
-    )
+        "rows-target", models.target, batches.target,
+        sites=sites, role="target", stage=stage, hidden_at_once=budget.hidden,
+    )  # fmt: skip
     source = gather_rows(
         "rows-source", models.reference, batches.source,
-        sites=sites, role=models.reference_role, stage=stage,
+        sites=sites, role=models.reference_role, stage=stage, hidden_at_once=budget.hidden,
     )  # fmt: skip
     coupling = stage(
         "coupling",
-        lambda: couplings.couple(target, source, hparams, spec=spec),
+        lambda: couplings.couple(
+            target,
+            source,
+            hparams,
+            spec=spec,
+            pairs_at_once=budget.pairs,
+            rows_at_once=budget.source_rows,
+        ),
         *checkpoint.COUPLING,
         needs=["rows-target", "rows-source"],
     )
@@ -225,6 +253,7 @@ def gather_rows(
     sites: Sequence[str],
     role: str,
     stage: Stage = call,
+    hidden_at_once: int = BUDGET.hidden,
 ) -> Activations:
     """The activations of one model as a step.
 
@@ -235,11 +264,18 @@ def gather_rows(
         sites: Where its activations are taken.
         role: What it is called in messages.
         stage: Does the step; one that keeps activations on disk says where by ``allocate``.
+        hidden_at_once: As for `gather`.
     """
     return stage(
         name,
         lambda **place: gather(
-            model.params, batches, cfg=model.cfg, sites=sites, model=role, **place
+            model.params,
+            batches,
+            cfg=model.cfg,
+            sites=sites,
+            model=role,
+            hidden_at_once=hidden_at_once,
+            **place,
         ),
         *checkpoint.ACTIVATIONS,
     )

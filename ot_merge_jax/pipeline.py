@@ -57,7 +57,9 @@ from ot_merge_jax.report.schema import Report
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import cost
 from ot_merge_jax.types import (
+    BUDGET,
     Alignment,
+    Budget,
     MergeReport,
     MergeSpec,
     Params,
@@ -113,8 +115,9 @@ def run(
         strict: Whether a solver that did not converge, or a worse verdict, is an error.
         offline: Whether the network is forbidden; the hub's local cache is used all the same.
         mesh: Where models and batches live; None: one device.
-        memory_limit: Bytes of host memory the run may use; None: those of the machine. If whole
-            models need more, the source and its base are read layer by layer.
+        memory_limit: Bytes of host memory the run may use; None: those of the machine. If that is
+            too little, stages work in smaller blocks, and then the source and its base are read
+            layer by layer.
         known: Role -> scores on the held-out text from an earlier run with the same model and text;
             they are not computed again.
         show: Called with the recipe once everything in it is decided, before weights are read.
@@ -136,9 +139,13 @@ def run(
         show(recipe)
     preflight.log_matches(inputs)
     _LOG.info("memory: %s", held)
+    if held.budget != BUDGET:
+        _LOG.info("memory: in smaller blocks, at a time %s", held.budget)
     side = details.inputs(inputs.folders, inputs.sources)
-    # reading layer by layer rounds differently in the last bit, so it is another run
-    decided = {"versions": _versions(), "on disk": sorted(held.on_disk)}
+    # reading layer by layer, or in other blocks, rounds differently, so it is another run
+    decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(held.on_disk)}
+    if held.budget != BUDGET:
+        decided["budget"] = held.budget._asdict()
     key = stages.key({"recipe": recipe.to_yaml(), **decided, **side})
     side = {"run": key, "command": command, **side}
     with publish.locked(out):
@@ -169,7 +176,7 @@ def _merge(
 ) -> RunResult:
     """The stages of a run, up to the folder that is published."""
     recipe, seed = inputs.recipe, inputs.recipe.seed
-    spec, hparams = recipe.spec(), recipe.hparams()
+    spec, hparams, budget = recipe.spec(), recipe.hparams(), held.budget
     is_chosen = recipe.strength == "auto"
     deferred = _deferred(inputs.folders, held.on_disk, mesh)
     models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
@@ -177,10 +184,14 @@ def _merge(
     _LOG.info("transport: %s", ", ".join(spec.weights))
     choose = None
     if is_chosen and split.dev is not None:
-        choose = staged.chooser(state, models.target, split.dev, hparams, spec=spec)
+        choose = staged.chooser(
+            state, models.target, split.dev, hparams,
+            spec=spec, logits_at_once=budget.logits,
+        )  # fmt: skip
     merged = merge(
         models, split.batches, hparams,
         spec=spec, vocabulary=split.vocabulary, stage=staged.keeping(state), choose=choose,
+        budget=budget,
     )  # fmt: skip
     model = stages.stage(
         state,
@@ -191,7 +202,7 @@ def _merge(
         folder=stages.MODEL,
     )
     merged = merged._replace(params=None)  # the files hold it now
-    sites = _site_facts(state, models, merged.alignment, inputs.held_out_data, spec, seed)
+    sites = _site_facts(state, models, merged.alignment, inputs.held_out_data, spec, seed, budget)
     unconverged = _unconverged(merged.report)
     chosen, points = merged.choice
     warnings = [
@@ -199,13 +210,13 @@ def _merge(
     ]  # fmt: skip
     if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
-    scores, evaluation = _evaluate(state, inputs, models, model, known)
+    scores, evaluation = _evaluate(state, inputs, models, model, known, budget)
     measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {}
     controlled: dict[str, schema.Entry] = {}
     if inputs.held_out is not None:
         context = trials.TrialContext(
             models, hparams, spec, is_chosen, run_controls.target_windows(inputs, inputs.held_out),
-            scores["target"], hf.stored_dtypes(inputs.folders["target"]),
+            scores["target"], hf.stored_dtypes(inputs.folders["target"]), budget,
         )  # fmt: skip
         reasons = controls.inapplicable_reasons(
             recipe.controls, spec=spec, source_layers=models.source.cfg.num_layers,
@@ -291,13 +302,15 @@ def _site_facts(
     unseen: calibration.Calibration | None,
     spec: MergeSpec,
     seed: int,
+    budget: Budget,
 ) -> dict[str, schema.Site]:
     """Diagnostics of every site, with rows that the plans have not seen if there are any."""
     held_out, needs = None, []
     if alignment is not None and unseen is not None:
         rows = functools.partial(
-            gather_rows, sites=sites_of(spec.weights), stage=staged.keeping(state)
-        )
+            gather_rows,
+            sites=sites_of(spec.weights), stage=staged.keeping(state), hidden_at_once=budget.hidden,
+        )  # fmt: skip
         held_out = (
             rows("unseen-target", models.target, unseen.target, role=TARGET),
             rows("unseen-source", models.reference, unseen.source, role=models.reference_role),
@@ -309,7 +322,9 @@ def _site_facts(
     def compute() -> dict[str, Any]:
         if alignment is None:
             return {}
-        return site_diagnostics.sites(alignment, held_out, signed=spec.signed, seed=seed)
+        return site_diagnostics.sites(
+            alignment, held_out, signed=spec.signed, seed=seed, plan_at_once=budget.plan_block
+        )
 
     sites = staged.kept(state, "sites", compute, needs=needs)
     return {name: schema.Site.model_validate(site) for name, site in sites.items()}
@@ -400,6 +415,7 @@ def _evaluate(
     models: Models,
     merged: Path,
     known: Mapping[str, nll.Scores],
+    budget: Budget,
 ) -> tuple[dict[str, nll.Scores], dict[str, schema.Entry]]:
     """Scores on the held-out text, and what they say of every model."""
     documents = inputs.held_out
@@ -413,7 +429,10 @@ def _evaluate(
         model = _scored_model(role, models, merged)
         tokenizer = inputs.tokenizers["source" if role == "source" else "target"]
         cut = nll.windows(documents, tokenizer, max_positions=model.cfg.max_positions)
-        return nll.score(model.params, cut, cfg=model.cfg)
+        return nll.score(
+            model.params, cut,
+            cfg=model.cfg, logits_at_once=budget.logits, hidden_at_once=budget.hidden,
+        )  # fmt: skip
 
     read = stages.stage(
         state,
@@ -426,16 +445,19 @@ def _evaluate(
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
     found = facts.compared(scores, has_one_tokenizer=same, seed=seed)
     if inputs.recipe.controls:  # two passes more, spared like the controls
-        found["merge"].kl_to_base = _divergence(state, inputs, models, merged)
+        found["merge"].kl_to_base = _divergence(state, inputs, models, merged, budget.logits)
     return scores, found
 
 
-def _divergence(state: stages.Run, inputs: Inputs, models: Models, merged: Path) -> float:
+def _divergence(
+    state: stages.Run, inputs: Inputs, models: Models, merged: Path, logits_at_once: int
+) -> float:
     """KL(target || merge) on the held-out text, nats per token."""
 
     def compute() -> float:
         cut = run_controls.target_windows(inputs, inputs.held_out or [])
-        sums = divergence(models.target, _scored_model("merge", models, merged), cut)
+        model = _scored_model("merge", models, merged)
+        sums = divergence(models.target, model, cut, logits_at_once=logits_at_once)
         return float(sums.sum() / cut.tokens.sum())
 
     return staged.kept(state, "divergence", compute, needs=["model"])

@@ -5,27 +5,31 @@ Everything follows from configurations, headers, texts and shapes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import arithmetic, calibration, memory, preflight
-from ot_merge_jax.calibration import Calibration
-from ot_merge_jax.config import ModelConfig
+from ot_merge_jax import (
+    activations,
+    arithmetic,
+    calibration,
+    memory,
+    preflight,
+    weight_transport,
+)
 from ot_merge_jax.errors import ResourceError
 from ot_merge_jax.io import safetensors
 from ot_merge_jax.models import specs
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.spaces import site_width, sites_of
+from ot_merge_jax.transport import coupling
 
 _LOG = logging.getLogger(__name__)
 _FEWEST_ROWS = 1024  # to which max_rows is lowered where memory asks for it
-_FLOAT = 4
-#: Numbers of one transport problem beside its two potentials: the other fields of `Potentials`.
-_FACTS = 6
 
 
 class Needs(NamedTuple):
@@ -162,44 +166,27 @@ def disk(inputs: Inputs) -> dict[str, int]:
     spec, source = recipe.spec(), inputs.folders["source"].cfg
     # every further calibration seed gathers, couples and moves for itself
     seeds = recipe.seeds if inputs.held_out is not None else 1
-    unseen = inputs.held_out_data
-    rows = seeds * _activations(target.cfg, source, inputs.data, spec.weights)
-    rows += 0 if unseen is None else _activations(target.cfg, source, unseen, spec.weights)
+    rows_of = functools.partial(activations.result_bytes, sites=sites_of(spec.weights))
+    # rows that both models give, and those of the random source of a control
+    shared, alone = seeds * inputs.data.rows, 0
+    if inputs.held_out_data is not None:
+        shared += inputs.held_out_data.rows
     if inputs.held_out is not None and "wrong-source" in recipe.controls:
-        rows += seeds * _activations(None, source, inputs.data, spec.weights)
-    couplings = _coupling(target.cfg, source, spec.weights)
+        alone = seeds * inputs.data.rows
+    couplings = coupling.result_bytes(
+        [
+            (site_width(site, target.cfg), site_width(site, source))
+            for site in sites_of(spec.weights)
+        ],
+        layers=(target.cfg.num_layers, source.num_layers),
+    )
     names = {name for one in specs.param_specs(target.cfg) for name in one.tensor_names()}
     return {
-        "activations": rows,
+        "activations": rows_of(target.cfg, rows=shared) + rows_of(source, rows=shared + alone),
         "coupling": (seeds + 1) * couplings,  # the stages, and the copy that is published
-        "transported weights": seeds * memory.moved_bytes(target.cfg, spec),
+        "transported weights": seeds * weight_transport.result_bytes(target.cfg, spec),
         "model": sum(_bytes(target.tensors[name]) for name in names),
     }
-
-
-def _activations(
-    target: ModelConfig | None, source: ModelConfig, data: Calibration, weights: tuple[str, ...]
-) -> int:
-    """Bytes of the rows of all sites that the weights need, float32; without a target its own."""
-    return (
-        _FLOAT
-        * data.rows
-        * sum(
-            cfg.num_layers * site_width(site, cfg)
-            for site in sites_of(weights)
-            for cfg in (target, source)
-            if cfg is not None
-        )
-    )
-
-
-def _coupling(target: ModelConfig, source: ModelConfig, weights: tuple[str, ...]) -> int:
-    """Bytes of the potentials of all pairs, the layer plans and the standard deviations."""
-    pairs, total = target.num_layers * source.num_layers, 0
-    for site in sites_of(weights):
-        n, m = site_width(site, target), site_width(site, source)
-        total += pairs * (n + m + _FACTS + 1) + target.num_layers * n + source.num_layers * m
-    return _FLOAT * total
 
 
 def _bytes(tensor: safetensors.TensorInfo) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics
-from ot_merge_jax.types import Activations, Alignment, Potentials
+from ot_merge_jax.types import BUDGET, Activations, Alignment, Potentials
 
 _CURVE_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
@@ -63,6 +63,7 @@ def sites(
     *,
     signed: bool,
     seed: int,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> dict[str, SiteDiagnostics]:
     """Diagnostics of every site.
 
@@ -71,6 +72,7 @@ def sites(
         held_out: Activations of rows the plans have not seen, or None if there are none.
         signed: Whether the coupling was made with ``signed``.
         seed: Of the permutation the plan is compared with.
+        plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
 
     Returns:
         Site -> diagnostics. Of a wide site a sample of target neurons stands for all
@@ -91,7 +93,9 @@ def sites(
             new = None
             if held_out is not None:
                 new = held_out[0].values[site][l], held_out[1].values[site][best]
-            plan, r2, permuted = _pair_facts(pair, rows, new, order, seen, signed=signed)
+            plan, r2, permuted = _pair_facts(
+                pair, rows, new, order, seen, signed=signed, plan_at_once=plan_at_once
+            )
             plan = np.asarray(plan)
             heat = None if pairs else diagnostics.sorted_heat(plan)
             pairs.append((diagnostics.mass_curve(plan, ks), r2, permuted, heat))
@@ -111,7 +115,7 @@ def sites(
     return result
 
 
-@functools.partial(jax.jit, static_argnames="signed")
+@functools.partial(jax.jit, static_argnames=("signed", "plan_at_once"))
 def _pair_facts(
     pair: Potentials,
     rows: tuple[jax.Array, jax.Array],
@@ -120,13 +124,15 @@ def _pair_facts(
     seen: jax.Array,
     *,
     signed: bool,
+    plan_at_once: int,
 ) -> tuple[jax.Array | None, ...]:
     """The plan, its held-out R^2, and that of the permuted plan.
 
     Of the target's neurons that are ``seen``; their rows of the plan are a plan of their own.
     """
     share = pair.f.shape[0] / seen.shape[0]
-    plan = share * couplings.rebuild(*rows, pair, seen, signed=signed)
+    rebuilt = couplings.rebuild(*rows, pair, seen, signed=signed, plan_at_once=plan_at_once)
+    plan = share * rebuilt
     rows = rows[0][:, seen], rows[1]
     r2 = permuted = None
     if new is not None:

@@ -14,7 +14,7 @@ from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, stages
 from ot_merge_jax.merge import Stage
 from ot_merge_jax.models.model import AnyModel
-from ot_merge_jax.types import Choice, HParams, MergeSpec, Point, Transported
+from ot_merge_jax.types import BUDGET, Choice, HParams, MergeSpec, Point, Transported
 
 
 def keeping(run: stages.Run) -> Stage:
@@ -46,7 +46,13 @@ def kept(run: stages.Run, name: str, compute: Callable[[], Any], *, needs: Seque
 
 
 def chooser(
-    run: stages.Run, target: AnyModel, dev: nll.Windows, hparams: HParams, *, spec: MergeSpec
+    run: stages.Run,
+    target: AnyModel,
+    dev: nll.Windows,
+    hparams: HParams,
+    *,
+    spec: MergeSpec,
+    logits_at_once: int = BUDGET.logits,
 ) -> Callable[[Transported], Choice]:
     """`sweeps.sweep` as a stage: every strength tried on the dev split, and the best."""
 
@@ -54,7 +60,11 @@ def chooser(
         tried = kept(
             run,
             "sweep",
-            lambda: sweeps.sweep(target, transported, dev, hparams, spec=spec).tried,
+            lambda: (
+                sweeps.sweep(
+                    target, transported, dev, hparams, spec=spec, logits_at_once=logits_at_once
+                ).tried
+            ),
             needs=["moved"],
         )
         return sweeps.chosen([Point(**point) for point in tried], hparams)

@@ -14,7 +14,7 @@ from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.models.model import AnyModel
 from ot_merge_jax.spaces import GROUPS
-from ot_merge_jax.types import Choice, HParams, MergeSpec, Params, Point, Transported
+from ot_merge_jax.types import BUDGET, Choice, HParams, MergeSpec, Params, Point, Transported
 
 #: SPEC section 9.
 GRIDS: dict[str, tuple[float, ...]] = {
@@ -32,6 +32,7 @@ def sweep(
     *,
     spec: MergeSpec,
     grid: Sequence[float] | None = None,
+    logits_at_once: int = BUDGET.logits,
 ) -> Choice:
     """Tries strengths on the dev split, never on a text that is reported.
 
@@ -42,6 +43,7 @@ def sweep(
         hparams: Everything but the strength.
         spec: What moves and how.
         grid: Strengths to try; None: the grid of the rule (SPEC section 9). Must contain 0.
+        logits_at_once: As for `nll.score`.
 
     Returns:
         The hyperparameters with the best strength (of equal losses the smaller), and all points.
@@ -54,7 +56,9 @@ def sweep(
     def loss(strength: Any) -> float:
         fused = _fused(target.params, transported, strength, spec=spec)
         try:
-            return nll.score(fused, dev, cfg=target.cfg, text="dev split").nll_per_token
+            return nll.score(
+                fused, dev, cfg=target.cfg, text="dev split", logits_at_once=logits_at_once
+            ).nll_per_token
         except NonFiniteError:
             return math.inf  # too far is a bad strength, not the end of the run
 

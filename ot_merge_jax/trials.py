@@ -23,7 +23,9 @@ from ot_merge_jax.merge import given, merge
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import Models
 from ot_merge_jax.types import (
+    BUDGET,
     AlignedBatches,
+    Budget,
     Choice,
     HParams,
     Merged,
@@ -106,6 +108,7 @@ class TrialContext(NamedTuple):
         held_out: The held-out text, for the target.
         target: The target's scores on it.
         dtypes: Parameter path -> dtype in the files of the target, to which an arm is rounded.
+        budget: How much each step takes up at a time.
     """
 
     models: Models
@@ -115,6 +118,7 @@ class TrialContext(NamedTuple):
     held_out: nll.Windows
     target: nll.Scores
     dtypes: Mapping[str, Any]
+    budget: Budget = BUDGET
 
 
 def trial(
@@ -150,7 +154,7 @@ def trial(
         make = functools.partial(
             controls.remade, name, merged, context.models, split.batches, context.hparams,
             spec=context.spec, vocabulary=split.vocabulary, seed=split.seed,
-            stage=staged.keeping(run), choose=choose,
+            stage=staged.keeping(run), choose=choose, budget=context.budget,
         )  # fmt: skip
         arms[name] = _arm(context, run, name, make)
     biased = {}
@@ -180,19 +184,24 @@ def again(context: TrialContext, run: stages.Run, split: Split, names: Sequence[
     choose = None
     if context.is_chosen and split.dev is not None:
         choose = staged.chooser(
-            run, context.models.target, split.dev, context.hparams, spec=context.spec
-        )
+            run, context.models.target, split.dev, context.hparams,
+            spec=context.spec, logits_at_once=context.budget.logits,
+        )  # fmt: skip
     stage = given({"report": None}, staged.keeping(run))  # nobody reads its diagnostics
     merged = merge(
         context.models, split.batches, context.hparams,
         spec=context.spec, vocabulary=split.vocabulary, stage=stage, choose=choose,
+        budget=context.budget,
     )  # fmt: skip
     return trial(context, run, split, merged, names)
 
 
 def _sweep(context: TrialContext, dev: nll.Windows, transported: Transported) -> Choice:
     """The best strength on the dev split."""
-    return sweeps.sweep(context.models.target, transported, dev, context.hparams, spec=context.spec)
+    return sweeps.sweep(
+        context.models.target, transported, dev, context.hparams,
+        spec=context.spec, logits_at_once=context.budget.logits,
+    )  # fmt: skip
 
 
 def _arm(context: TrialContext, run: stages.Run, name: str, make: Callable[[], Merged]) -> Arm:
@@ -204,7 +213,10 @@ def _arm(context: TrialContext, run: stages.Run, name: str, make: Callable[[], M
         scores = context.target  # at strength 0 it is the target, bit for bit
         if fuse.is_moving(strength):
             params = as_stored(merged.params, context.dtypes)
-            scores = nll.score(params, context.held_out, cfg=context.models.target.cfg)
+            scores = nll.score(
+                params, context.held_out,
+                cfg=context.models.target.cfg, logits_at_once=context.budget.logits,
+            )  # fmt: skip
         summary = {"strength": strength, "points": merged.choice.tried}
         checkpoint.save_json(folder / "arm.json", summary)
         staged.save_scores(folder / "scores", {"arm": scores})
@@ -252,12 +264,18 @@ def _biased(
     """A model with the bias that is fitted to it."""
 
     def compute(folder: Path) -> None:
-        cfg, model = context.models.target.cfg, params()
+        cfg, model, budget = context.models.target.cfg, params(), context.budget
         assert split.dev is not None
-        fitted = unigram.fitted(model, split.train(), split.dev, cfg=cfg)
+        fitted = unigram.fitted(
+            model, split.train(), split.dev,
+            cfg=cfg, predictions=budget.predictions, logits_at_once=budget.logits,
+        )  # fmt: skip
         scores = plain
         if fitted.gamma:
-            scores = nll.score(model, context.held_out, cfg=cfg, bias=fitted.bias)
+            scores = nll.score(
+                model, context.held_out,
+                cfg=cfg, bias=fitted.bias, logits_at_once=budget.logits,
+            )  # fmt: skip
         checkpoint.save_json(folder / "gamma.json", fitted.gamma)
         staged.save_scores(folder / "scores", {"arm": scores})
 

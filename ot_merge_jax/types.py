@@ -224,6 +224,52 @@ class MergeSpec(NamedTuple):
     solver: Solver = "auto"
 
 
+class Budget(NamedTuple):
+    """How much each stage takes up at a time; results depend on it by rounding alone.
+
+    At least one piece is taken, however small a number is: one pair, one layer's rows, one row of a
+    plan, one sequence's logits, one batch's hidden states.
+
+    Attributes:
+        pairs: Layer pairs solved side by side at most; None: as many as
+            `ot_merge_jax.transport.solve.pairs_at_once` says, by the width of the site.
+        source_rows: Entries of the source's rows on the device (256 MiB).
+        plan_block: Entries of a plan that are rebuilt at a time (64 MiB).
+        logits: Logits in memory (256 MiB): those of a whole batch are gigabytes where vocabularies
+            are large.
+        hidden: Bytes of hidden states of a model that is read layer by layer; its layers are read
+            again for the next ones.
+        predictions: Probabilities that the control ``unigram`` is fitted to (512 MiB). The one
+            number that results depend on: where positions times vocabulary is more, an even part of
+            the positions stands for all. `ot_merge_jax.memory` never lowers it.
+    """
+
+    pairs: int | None = None
+    source_rows: int = 1 << 26
+    plan_block: int = 1 << 24
+    logits: int = 1 << 26
+    hidden: int = 1 << 30
+    predictions: int = 1 << 27
+
+    def __str__(self) -> str:
+        """In words, for the log.
+
+        Example:
+            >>> print(Budget(pairs=2))
+            2 layer pairs, 67108864 entries of source rows, 16777216 of a plan, 67108864 logits, \
+1073741824 bytes of hidden states
+        """
+        pairs = "layer pairs by their width" if self.pairs is None else f"{self.pairs} layer pairs"
+        return (
+            f"{pairs}, {self.source_rows} entries of source rows, {self.plan_block} of a plan, "
+            f"{self.logits} logits, {self.hidden} bytes of hidden states"
+        )
+
+
+#: What every stage takes unless it is told otherwise.
+BUDGET = Budget()
+
+
 class WeightReport(NamedTuple):
     """Diagnostics of one moved weight (SPEC section 13), an entry for each layer (one for a table).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, weight_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics, operator
 from ot_merge_jax.types import (
+    BUDGET,
     Alignment,
     HParams,
     MergeReport,
@@ -37,6 +39,7 @@ def describe(
     hparams: HParams,
     *,
     spec: MergeSpec,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> MergeReport:
     """The diagnostics of SPEC section 13, for a strength.
 
@@ -46,6 +49,7 @@ def describe(
         alignment: What it was made with; None when only the vocabulary moved.
         hparams: The strength used.
         spec: What moved and how.
+        plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
 
     Returns:
         Norm ratios over the selected entries, and how sharp and how converged the plans were.
@@ -59,7 +63,7 @@ def describe(
         kernel, mask = specs.get(target, path), transported.masks.get(path)
         ratios = _ratios(kernel, moved, mask, strength, rule=spec.rule)
         if name in PROJECTIONS and alignment is not None:
-            plans = _plan_facts(name, alignment, spec)
+            plans = _plan_facts(name, alignment, spec, plan_at_once)
         else:
             ratios, plans = jax.tree.map(jnp.atleast_1d, ratios), _NO_PLAN
         weights[name] = WeightReport(*ratios, *plans)
@@ -85,7 +89,9 @@ def _ratios(
     return norm(selected * moved) / size, norm(change) / size
 
 
-def _plan_facts(name: str, alignment: Alignment, spec: MergeSpec) -> tuple[jax.Array, ...]:
+def _plan_facts(
+    name: str, alignment: Alignment, spec: MergeSpec, plan_at_once: int
+) -> tuple[jax.Array, ...]:
     """Source layer, sharpness and convergence of the plans of one projection, for each layer."""
     coupling, wiring = alignment.coupling, PROJECTIONS[name]
     share = operator.layer_weights(
@@ -93,32 +99,45 @@ def _plan_facts(name: str, alignment: Alignment, spec: MergeSpec) -> tuple[jax.A
     )
     best = share.argmax(1)
     into, out = (
-        (_neighbours(alignment, site, best, spec), *_worst(share, coupling.feature[site]))
+        (
+            _neighbours(alignment, site, best, spec, plan_at_once),
+            *_worst(share, coupling.feature[site]),
+        )
         for site in (wiring.in_site, wiring.out_site)
     )
     return _joined(share, into, out)
 
 
-def _neighbours(alignment: Alignment, site: str, best: jax.Array, spec: MergeSpec) -> jax.Array:
+def _neighbours(
+    alignment: Alignment, site: str, best: jax.Array, spec: MergeSpec, plan_at_once: int
+) -> jax.Array:
     """Effective neighbours at a site, of each target layer's plan with its best source layer."""
     xs, ys = alignment.target.values[site], alignment.source.values[site]
     if isinstance(best, core.Tracer):
         ys = jnp.asarray(ys)  # of concrete ones only the layers that are used leave the host
     else:
         best = np.asarray(best)  # pyright: ignore[reportAssignmentType]
+    neighbours_of = functools.partial(_neighbours_of, signed=spec.signed, plan_at_once=plan_at_once)
     rows, found = diagnostics.sample(xs.shape[-1]), []
     for l, x in enumerate(xs):
         pair = jax.tree.map(lambda leaf: leaf[l, best[l]], alignment.coupling.feature[site])  # noqa: B023
-        found.append(_neighbours_of(x, ys[best[l]], pair, rows, signed=spec.signed))
+        found.append(neighbours_of(x, ys[best[l]], pair, rows))
     return jnp.stack(found)
 
 
-@functools.partial(jax.jit, static_argnames="signed")
+@functools.partial(jax.jit, static_argnames=("signed", "plan_at_once"))
 def _neighbours_of(
-    x: jax.Array, y: jax.Array, pair: Potentials, rows: jax.Array, *, signed: bool
+    x: jax.Array,
+    y: jax.Array,
+    pair: Potentials,
+    rows: jax.Array,
+    *,
+    signed: bool,
+    plan_at_once: int,
 ) -> jax.Array:
     """Effective neighbours of one pair, over a sample of target neurons."""
-    return diagnostics.effective_neighbours(couplings.rebuild(x, y, pair, rows, signed=signed))
+    plan = couplings.rebuild(x, y, pair, rows, signed=signed, plan_at_once=plan_at_once)
+    return diagnostics.effective_neighbours(plan)
 
 
 @jax.jit
@@ -150,6 +169,26 @@ _NO_PLAN = (
     np.zeros(1, np.int32),
     np.ones(1, bool),
 )
+
+
+def peak_bytes(
+    problems: Iterable[tuple[int, int]], *, rows: int, plan_at_once: int = BUDGET.plan_block
+) -> int:
+    """Bytes of what a sample of a plan's rows is looked at with, here and in the report.
+
+    Args:
+        problems: Neurons of target and source at each site.
+        rows: Rows of activations.
+        plan_at_once: As for `describe`.
+
+    Returns:
+        Of the widest site what makes that part of the plan; the part twice, and a sorted copy.
+    """
+    return max(
+        couplings.plan_bytes(n, m, rows=rows, picked=diagnostics.SAMPLE, plan_at_once=plan_at_once)
+        + 4 * 4 * min(n, diagnostics.SAMPLE) * m
+        for n, m in problems
+    )
 
 
 def is_nothing_transferred(report: MergeReport, hparams: HParams) -> bool:

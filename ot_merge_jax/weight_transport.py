@@ -6,6 +6,7 @@ vocabularies share (SPEC sections 5 and 5.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,10 +18,12 @@ from ot_merge_jax import fuse
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import AnyModel, Models
-from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY
+from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, site_width, weight_of
+from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
 from ot_merge_jax.transport import vocabulary as vocabularies
 from ot_merge_jax.types import (
+    BUDGET,
     Alignment,
     MergeSpec,
     Params,
@@ -35,6 +38,7 @@ def transport_weights(
     *,
     spec: MergeSpec,
     vocabulary: VocabularyMatch | None = None,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> Transported:
     """Carries the weights of the source, or what its fine-tune changed, into the target's spaces.
 
@@ -43,6 +47,7 @@ def transport_weights(
         alignment: From `ot_merge_jax.merge.align_activations`; None when only the vocabulary moves.
         spec: What moves and how.
         vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
+        plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
 
     Returns:
         Parameter path -> transported weight (of the delta, for rule ``delta``), and path -> mask.
@@ -69,7 +74,9 @@ def transport_weights(
     masks: dict[str, jax.Array] = {}
     if alignment is not None:
         selected = fuse.selected(alignment.target, spec=spec)
-        weights = _projections(models.target.params, moving, alignment, selected, spec=spec)
+        weights = _projections(
+            models.target.params, moving, alignment, selected, spec=spec, plan_at_once=plan_at_once
+        )
         masks = fuse.masks(alignment.target, spec=spec)
     if vocabulary is not None and set(spec.weights) & set(VOCABULARY):
         tables, rows = _tables(
@@ -144,6 +151,7 @@ def _projections(
     selected: Mapping[str, np.ndarray],
     *,
     spec: MergeSpec,
+    plan_at_once: int,
 ) -> dict[str, jax.Array]:
     """Transported kernels and, where both models have them, biases."""
     weights = {}
@@ -161,7 +169,10 @@ def _projections(
                     biases=specs.get(moving, bias) if has_bias else None,
                 )
             )
-        carried = operator.carry(kinds, *alignment, in_site=in_site, spec=spec, selected=selected)
+        carried = operator.carry(
+            kinds, *alignment,
+            in_site=in_site, spec=spec, selected=selected, plan_at_once=plan_at_once,
+        )  # fmt: skip
         for wiring, (kernel, bias) in zip(wirings, carried, strict=True):
             weights[f"{wiring.path}/kernel"] = kernel
             if bias is not None:
@@ -217,3 +228,90 @@ def _place(cfg: ModelConfig, role: str) -> str:
 def _oriented(leaf: jax.Array, role: str, cfg: ModelConfig) -> jax.Array:
     """That leaf as ``[v, d]``."""
     return leaf.T if role == "head" and not cfg.tie_word_embeddings else leaf
+
+
+def result_bytes(target: ModelConfig, spec: MergeSpec) -> int:
+    """Bytes of all transported weights."""
+    # a tied target has one table, which plays the head too
+    names = {"embed" if x == "head" and target.tie_word_embeddings else x for x in spec.weights}
+    return 4 * sum(
+        math.prod(one.shape) for one in specs.param_specs(target) if weight_of(one.path) in names
+    )
+
+
+def peak_bytes(
+    target: ModelConfig,
+    source: ModelConfig,
+    *,
+    spec: MergeSpec,
+    rows: int,
+    plan_at_once: int = BUDGET.plan_block,
+) -> int:
+    """Bytes of `transport_weights` at its peak, beside models, activations and its result.
+
+    Args:
+        target: The target.
+        source: The source.
+        spec: What moves.
+        rows: Rows of activations.
+        plan_at_once: As for `transport_weights`.
+
+    Returns:
+        Three pieces of a model (of source, base, and their difference); of a pair the maps of both
+        sites, of which the second is made beside the first, or what is between them.
+    """
+    peak = 0
+    for name in set(spec.weights) & set(PROJECTIONS):
+        wiring = PROJECTIONS[name]
+        (n_in, m_in), (n_out, m_out) = (
+            (site_width(site, target), site_width(site, source))
+            for site in (wiring.in_site, wiring.out_site)
+        )
+        maps = n_in * m_in + n_out * m_out
+        between = max(n_in * m_out, n_out * m_in) + n_in * n_out
+        made = [
+            couplings.plan_bytes(*pair, rows=rows, plan_at_once=plan_at_once)
+            for pair in ((n_in, m_in), (n_out, m_out))
+        ]
+        peak = max(peak, made[1], 4 * n_out * m_out + made[0], 4 * (maps + between))
+    return peak + 3 * 4 * max(map(specs.largest_piece, (target, source)))
+
+
+def flops(
+    target: ModelConfig, source: ModelConfig, *, spec: MergeSpec, rows: int, matched: int = 0
+) -> tuple[int, int]:
+    """FLOPs of the projections, at most, and of the vocabulary tables.
+
+    With ``top1`` weights that read one site may take different layers there, and a map each.
+
+    Args:
+        target: The target.
+        source: The source.
+        spec: What moves and how.
+        rows: Rows of activations.
+        matched: Tokens that the two vocabularies share.
+    """
+    names = [name for name in spec.weights if name in PROJECTIONS]
+    masked = {PROJECTIONS[name].masked_site for name in names}
+    is_soft = spec.layers == "soft"
+    pairs = target.num_layers * (source.num_layers if is_soft else 1)
+
+    def sides(site: str) -> tuple[int, int]:
+        """Target neurons that are computed, and source neurons."""
+        n = site_width(site, target)
+        n = n if spec.k is None or site not in masked else min(n, spec.k)
+        return n, site_width(site, source)
+
+    ways = [PROJECTIONS[name] for name in names]
+    into = {way.in_site for way in ways} if is_soft else [way.in_site for way in ways]
+    maps = [sides(site) for site in (*into, *(way.out_site for way in ways))]
+    total = sum(2 * rows * n * m for n, m in maps)
+    for way in ways:
+        (a, p), (b, q) = sides(way.in_site), sides(way.out_site)
+        total += 2 * min(a * p * q + a * q * b, p * q * b + a * p * b)
+    moving = set(spec.weights) & set(VOCABULARY)
+    tables = min(1, len(moving)) if target.tie_word_embeddings else len(moving)
+    one_table = vocabularies.flops(
+        matched, target_width=target.hidden_size, source_width=source.hidden_size
+    )
+    return pairs * total, tables * one_table

@@ -1,17 +1,20 @@
 """What a run is said to need, and what happens when that is too much."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration, memory, planning, spaces
+from ot_merge_jax import calibration, memory, spaces
 from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.types import Coupling, MergeSpec, Potentials
+from ot_merge_jax.transport import coupling as couplings
+from ot_merge_jax.types import BUDGET, Coupling, MergeSpec, Potentials
 
 SPEC = MergeSpec(weights=("up", "down"))
 
@@ -36,12 +39,61 @@ def test_whole_models_are_held_if_they_fit(cfgs, data):
     assert str(plan).startswith("about 0.7 GiB at most (to ")
 
 
-def test_source_stays_on_disk_if_it_does_not_fit(cfgs, data):
-    whole = memory.needed(cfgs, data, spec=SPEC, scored=[100])
-    plan = memory.choose(cfgs, data, spec=SPEC, scored=[100], limit=whole.peak - 1)
-    assert plan.on_disk == {"source"}
+@pytest.fixture(scope="module")
+def large(cfgs):
+    """A vocabulary of which a batch's logits are most of what there is, in wide models."""
+    sizes = {"vocab_size": 50_000, "intermediate_size": 1 << 11}
+    return {role: dataclasses.replace(cfg, **sizes) for role, cfg in cfgs.items()}
+
+
+def test_smaller_blocks_come_before_the_disk(large, data):
+    """Whole models in blocks as large as fit, and only of the stages that were too large."""
+    whole = memory.needed(large, data, spec=SPEC, scored=[100])
+    assert whole.peak == whole.stages["score the source"]
+    plan = memory.choose(large, data, spec=SPEC, scored=[100], limit=whole.peak - 1)
+    assert plan.on_disk == frozenset()
     assert plan.peak < whole.peak
+    assert plan.budget == BUDGET._replace(logits=plan.budget.logits)
+    twice = plan.budget._replace(logits=2 * plan.budget.logits)
+    assert memory.needed(large, data, spec=SPEC, scored=[100], budget=twice).peak >= whole.peak
+    assert str(memory.choose(large, data, spec=SPEC, scored=[100], limit=1 << 40)) == str(whole)
+
+
+@pytest.fixture(scope="module")
+def deep(large):
+    """The same with a source that is too large for whatever its blocks are."""
+    return {**large, "source": dataclasses.replace(large["source"], num_layers=400)}
+
+
+def test_source_stays_on_disk_if_it_does_not_fit(deep, data):
+    """First in the blocks of today, then in smaller ones."""
+    choose = functools.partial(memory.choose, deep, data, spec=SPEC, scored=[100])
+    on_disk = frozenset({"source"})
+    layered = memory.needed(deep, data, spec=SPEC, scored=[100], on_disk=on_disk)
+    plan = choose(limit=layered.peak)
+    assert plan == layered
     assert str(plan).endswith("source layer by layer")
+    smaller = choose(limit=layered.peak - 1)
+    assert smaller.on_disk == {"source"}
+    assert smaller.peak < layered.peak
+    assert smaller.budget.logits < BUDGET.logits
+
+
+def test_every_limit_is_kept_or_refused_with_what_one_piece_needs(deep, data):
+    """Down to the smallest blocks; what is refused names that, and is more than was allowed."""
+    plan = memory.choose(deep, data, spec=SPEC, scored=[100], limit=1 << 40)
+    for _ in range(100):
+        limit = plan.peak - 1
+        try:
+            plan = memory.choose(deep, data, spec=SPEC, scored=[100], limit=limit)
+        except ResourceError as error:
+            said = re.search(r"\(to (.+?)\).*\(([\d,]+) and ([\d,]+) bytes\)", str(error))
+            break
+        assert plan.peak <= limit
+    assert said[1] in plan.stages
+    assert int(said[2].replace(",", "")) == plan.peak
+    assert int(said[3].replace(",", "")) == limit
+    assert plan.budget.predictions == BUDGET.predictions  # results depend on it
 
 
 def test_run_that_cannot_fit_is_refused_with_both_sizes(cfgs, data):
@@ -116,6 +168,14 @@ def test_limit_of_a_container_counts(said, expected, tmp_path):
     assert memory.of_machine([str(file)]) == (expected or machine)
 
 
+def coupling_bytes(target, source, weights):
+    """What a coupling of these models is said to take."""
+    return couplings.result_bytes(
+        memory._problems({"target": target, "source": source}, MergeSpec(weights=weights)),
+        layers=(target.num_layers, source.num_layers),
+    )
+
+
 def test_a_coupling_of_an_8b_into_a_1b_is_small():
     """All seven projections of every layer pair, at the shapes of Llama 3.1 8B and 3.2 1B."""
     said = {
@@ -128,7 +188,7 @@ def test_a_coupling_of_an_8b_into_a_1b_is_small():
         ModelConfig(**said, **dict(zip(names, sizes, strict=True)))
         for sizes in ((2048, 8192, 16, 64), (4096, 14336, 32, 128))
     )
-    assert 200e6 < planning._coupling(target, source, tuple(spaces.PROJECTIONS)) <= 250e6
+    assert 200e6 < coupling_bytes(target, source, tuple(spaces.PROJECTIONS)) <= 250e6
 
 
 def test_a_coupling_takes_the_disk_that_was_said(cfgs, tmp_path, rng):
@@ -156,5 +216,5 @@ def test_a_coupling_takes_the_disk_that_was_said(cfgs, tmp_path, rng):
     layer = {site: draw(*pairs) for site in sites}
     checkpoint.save_coupling(tmp_path / "coupling", Coupling(layer, feature, *std))
     took = sum(one.stat().st_size for one in (tmp_path / "coupling").rglob("*") if one.is_file())
-    said = planning._coupling(target, source, ("up",))
+    said = coupling_bytes(target, source, ("up",))
     assert 0.9 * said < took < 1.05 * said

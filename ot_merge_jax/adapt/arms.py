@@ -20,13 +20,11 @@ from ot_merge_jax.adapt.loop import Seen, TrainState
 from ot_merge_jax.adapt.objectives import Examples
 from ot_merge_jax.adapt.training import Constants, Plan, Problem, Rates
 from ot_merge_jax.errors import DivergedError
-from ot_merge_jax.models import specs
 
 #: Bytes that rates which train together may hold on an accelerator; none on CPU, where products in
 #: a batch, each with its own weights, are no faster (the demo's sibling, 3 rates: 1.2 times the CPU
 #: time of a loop).
 TOGETHER = 1 << 30
-_FLOAT = 4
 
 
 class Tried(NamedTuple):
@@ -64,19 +62,6 @@ def budget() -> int:
     return 0 if jax.default_backend() == "cpu" else TOGETHER
 
 
-def lane_bytes(problem: Problem, trainable: Any) -> int:
-    """Bytes that one rate holds: what trains, its gradient, moments, folded weights, activations.
-
-    Counted in float32, whatever is computed in.
-    """
-    s, cfg = problem.settings, problem.objective.cfg
-    trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    tokens = s.batch_size // s.accumulate * problem.train.tokens.shape[1]
-    layer = 16 * cfg.hidden_size + 4 * cfg.intermediate_size
-    activations = tokens * (3 * cfg.vocab_size + cfg.num_layers * layer)
-    return _FLOAT * (4 * trained + 2 * specs.count(cfg) + activations)
-
-
 def tune(
     problem: Problem,
     trainable: Any,
@@ -97,7 +82,7 @@ def tune(
         rates: Peak learning rates.
         name: Shown with the progress.
         is_together: Whether the rates train under one ``vmap``; None: if there are several, on one
-            device, and all lanes (`lane_bytes`) fit into `budget`.
+            device, and all lanes (`training.lane_bytes`) fit into `budget`.
 
     Returns:
         The arm.
@@ -109,7 +94,7 @@ def tune(
         is_together = (
             len(rates) > 1
             and sharding.mesh_of(trainable) is None
-            and len(rates) * lane_bytes(problem, trainable) <= budget()
+            and len(rates) * training.lane_bytes(problem, trainable) <= budget()
         )
     train = _together if is_together else _one_by_one
     tried, trained = train(problem, trainable, constants, rates, name)

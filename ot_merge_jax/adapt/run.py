@@ -30,7 +30,6 @@ from ot_merge_jax.adapt.training import Constants, Problem
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import compare, nll
 from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, stages
-from ot_merge_jax.models import specs
 from ot_merge_jax.report import schema
 from ot_merge_jax.report.schema import Report
 
@@ -464,23 +463,11 @@ def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _check_memory(found: Inputs, limit: int | None) -> None:
     """Refuses before weights are read what cannot fit: arrays that live together in a step."""
-    s, cfg = found.settings, found.problem.objective.cfg
-    count = specs.count(cfg)
-    trained = count
-    if s.lora is not None:
-        rows = (spec for spec in specs.param_specs(cfg) if spec.weight in s.lora_targets)
-        trained = sum(s.lora * spec.shape[0] * sum(spec.shape[1:]) for spec in rows)
-    is_merge = found.start.merged is not None
-    is_merge += s.baselines is not None  # a baseline's residual beside the merge's
-    # base, residual, folded; what trains, its gradient, two moments; the best of early stopping
-    held = 4 * (count * (2 + is_merge) + trained * (4 + (s.patience is not None)))
-    tokens = max(1, s.batch_size // s.accumulate) * found.problem.train.tokens.shape[1]
-    logits = 3 * 4 * (tokens if not s.remat else found.problem.train.tokens.shape[1])
-    held += logits * cfg.vocab_size
-    if found.source is not None:
-        width = jnp.dtype(s.dtype).itemsize
-        held += specs.count(found.source.cfg) * width + logits * found.source.cfg.vocab_size
-    held += memory.PROCESS
+    held = memory.PROCESS + training.peak_bytes(
+        found.problem,
+        residuals=(found.start.merged is not None) + (found.settings.baselines is not None),
+        source=None if found.source is None else found.source.cfg,
+    )
     most = memory.of_machine() if limit is None else limit
     _LOG.info("memory: at least %s", memory.gib(held))
     if held > most:

@@ -20,6 +20,8 @@ from ot_merge_jax.adapt import residual as residuals
 from ot_merge_jax.adapt.loop import Course, Seen, TrainState
 from ot_merge_jax.adapt.objectives import Examples, Objective
 from ot_merge_jax.adapt.settings import Adaptation
+from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.models import specs
 from ot_merge_jax.types import Params
 
 
@@ -290,3 +292,46 @@ def _placed(examples: Examples, mesh: jax.sharding.Mesh | None, lead: int) -> Ex
     return jax.tree.map(
         lambda x: jax.device_put(x, sharding.leaf_sharding(mesh, axes, x.shape)), examples
     )
+
+
+def peak_bytes(problem: Problem, *, residuals: int = 0, source: ModelConfig | None = None) -> int:
+    """Bytes that a step needs at least: arrays that live together in it, without activations.
+
+    Args:
+        problem: What is to be learned.
+        residuals: Models' worth of weights that merges added: that of the start (1), and a
+            baseline's beside it (2).
+        source: The teacher; None without one.
+
+    Returns:
+        Base, folded and residual weights; what trains, its gradient, two moments, and the best of
+        early stopping; three times the logits of a part of a batch; the teacher and its logits.
+    """
+    s, cfg = problem.settings, problem.objective.cfg
+    count = trained = specs.count(cfg)
+    if s.lora is not None:
+        adapted = (spec for spec in specs.param_specs(cfg) if spec.weight in s.lora_targets)
+        trained = sum(s.lora * spec.shape[0] * sum(spec.shape[1:]) for spec in adapted)
+    weights = 4 * (count * (2 + residuals) + trained * (4 + (s.patience is not None)))
+    length = problem.train.tokens.shape[1]
+    tokens = length if s.remat else max(1, s.batch_size // s.accumulate) * length
+    logits = 3 * 4 * tokens
+    peak = weights + logits * cfg.vocab_size
+    if source is not None:
+        width = jnp.dtype(s.dtype).itemsize
+        peak += specs.count(source) * width + logits * source.vocab_size
+    return peak
+
+
+def lane_bytes(problem: Problem, trainable: Any) -> int:
+    """Bytes that one of several rates holds, activations included, beside what all of them share.
+
+    What trains, its gradient and moments; folded weights; activations. Counted in float32, whatever
+    is computed in.
+    """
+    s, cfg = problem.settings, problem.objective.cfg
+    trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    tokens = s.batch_size // s.accumulate * problem.train.tokens.shape[1]
+    layer = 16 * cfg.hidden_size + 4 * cfg.intermediate_size
+    activations = tokens * (3 * cfg.vocab_size + cfg.num_layers * layer)
+    return 4 * (4 * trained + 2 * specs.count(cfg) + activations)

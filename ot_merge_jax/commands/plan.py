@@ -63,6 +63,7 @@ def plan(
     say(needs.inputs.recipe.to_yaml(), OUT)
     OUT.print(_table("memory at the peak of each stage", needs.memory.stages, memory.gib))
     say(f"memory: {needs.memory}; {memory.gib(needs.limit)} allowed", OUT)
+    say(f"memory at a time: {needs.memory.budget}", OUT)
     OUT.print(_table("disk when everything has been made", needs.disk, memory.gib))
     disk = found["disk"]
     say(f"disk: about {memory.gib(disk['needed'])}; {memory.gib(disk['free'])} free in "
@@ -102,6 +103,7 @@ def _facts(needs: Needs) -> dict[str, Any]:
             "peak": needs.memory.peak,
             "limit": needs.limit,
             "on_disk": sorted(needs.memory.on_disk),
+            "budget": needs.memory.budget._asdict(),
         },
         "disk": {
             "parts": needs.disk,

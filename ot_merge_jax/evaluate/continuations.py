@@ -17,9 +17,9 @@ import numpy as np
 from ot_merge_jax import calibration, progress, sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE
+from ot_merge_jax.evaluate.nll import sequences_at_once
 from ot_merge_jax.models import decoder
-from ot_merge_jax.types import Batch, Params
+from ot_merge_jax.types import BUDGET, Batch, Params
 
 
 class Request(NamedTuple):
@@ -134,5 +134,5 @@ def _sequences(
 
     x = decoder.residual(params, batch, cfg=cfg)[0]
     size, length = batch.tokens.shape
-    at_once = max(1, min(size, LOGITS_AT_ONCE // (length * cfg.vocab_size)))
+    at_once = sequences_at_once(size, length * cfg.vocab_size, BUDGET.logits)
     return jax.lax.map(one, (x, following, counted), batch_size=at_once)

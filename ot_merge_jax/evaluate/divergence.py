@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,14 +13,19 @@ import numpy as np
 from ot_merge_jax import progress, sharding
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.evaluate.nll import LOGITS_AT_ONCE, Windows
+from ot_merge_jax.evaluate.nll import Windows, largest_window, sequences_at_once
 from ot_merge_jax.models import decoder
 from ot_merge_jax.models.model import AnyModel
-from ot_merge_jax.types import Batch, Params
+from ot_merge_jax.types import BUDGET, Batch, Params
 
 
 def divergence(
-    base: AnyModel, model: AnyModel, cut: Windows, *, text: str = "held-out text"
+    base: AnyModel,
+    model: AnyModel,
+    cut: Windows,
+    *,
+    text: str = "held-out text",
+    logits_at_once: int = BUDGET.logits,
 ) -> np.ndarray:
     r"""KL divergence of the next-token distributions, summed over the tokens of each document.
 
@@ -35,6 +41,7 @@ def divergence(
             each distribution is normalised over them.
         cut: From `nll.windows`, for the shorter of the two contexts.
         text: What the documents are, for the progress line.
+        logits_at_once: Logits of both models in memory, those of one sequence at least.
 
     Returns:
         Nats of each document, ``[documents]`` float64; over ``cut.tokens`` they are nats per token.
@@ -50,7 +57,9 @@ def divergence(
     for batch, scored, document in progress.track(parts, f"compare on {text} (batches)"):
         split = sharding.split_batch(batch, mesh)
         both = base.params, model.params
-        sums = _sequences(both, split, scored, cfgs=(base.cfg, model.cfg))
+        sums = _sequences(
+            both, split, scored, cfgs=(base.cfg, model.cfg), logits_at_once=logits_at_once
+        )
         np.add.at(found, document, np.asarray(sums, np.float64))
     if not np.isfinite(found).all():
         raise NonFiniteError(
@@ -60,13 +69,14 @@ def divergence(
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("cfgs",))
+@functools.partial(jax.jit, static_argnames=("cfgs", "logits_at_once"))
 def _sequences(
     both: tuple[Params, Params],
     batch: Batch,
     scored: Any,
     *,
     cfgs: tuple[ModelConfig, ModelConfig],
+    logits_at_once: int,
 ) -> jax.Array:
     """Summed divergence of the scored positions of each sequence ``[b]``.
 
@@ -86,5 +96,31 @@ def _sequences(
 
     size, length = batch.tokens.shape
     widest = max(cfg.vocab_size for cfg in cfgs)
-    at_once = max(1, min(size, LOGITS_AT_ONCE // (2 * length * widest)))
+    at_once = sequences_at_once(size, 2 * length * widest, logits_at_once)
     return jax.lax.map(one, (hidden, scored), batch_size=at_once)
+
+
+def peak_bytes(
+    cfgs: tuple[ModelConfig, ModelConfig],
+    scored: Sequence[int],
+    *,
+    logits_at_once: int = BUDGET.logits,
+) -> int:
+    """Bytes of `divergence` at its peak, beside the parameters of both models.
+
+    Args:
+        cfgs: Of both.
+        scored: Tokens, at most, of each document.
+        logits_at_once: As for `divergence`.
+
+    Returns:
+        The layers of both models on a batch, because one program may run them side by side, or,
+        behind them, the hidden states of the batch, and of some sequences both models' logits and
+        what the divergence makes of them.
+    """
+    size, length = largest_window(min(cfgs, key=lambda cfg: cfg.max_positions), scored)
+    widest = max(cfg.vocab_size for cfg in cfgs)
+    at_once = sequences_at_once(size, 2 * length * widest, logits_at_once)
+    steps = sum(decoder.peak_bytes(cfg, size=size, length=length) for cfg in cfgs)
+    hidden = size * length * sum(cfg.hidden_size for cfg in cfgs)
+    return max(4 * (3 * at_once * length * widest + hidden), steps)

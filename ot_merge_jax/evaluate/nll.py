@@ -22,10 +22,8 @@ from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.models.decoder import token_nll
 from ot_merge_jax.texts import Document
-from ot_merge_jax.types import Batch, Params
+from ot_merge_jax.types import BUDGET, Batch, Params
 
-#: Logits in memory at a time: those of a whole batch are gigabytes where vocabularies are large.
-LOGITS_AT_ONCE = 1 << 26
 #: Longest window: attention needs memory in proportion to its square.
 LONGEST_WINDOW = 2048
 
@@ -161,16 +159,22 @@ def _spans(length: int, max_positions: int) -> list[tuple[int, int, int]]:
     return spans
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
+@functools.partial(jax.jit, static_argnames=("cfg", "logits_at_once"))
 def _sequence_nll(
-    params: Params, batch: Batch, scored: jax.Array, bias: jax.Array | None, *, cfg: ModelConfig
+    params: Params,
+    batch: Batch,
+    scored: jax.Array,
+    bias: jax.Array | None,
+    *,
+    cfg: ModelConfig,
+    logits_at_once: int,
 ) -> jax.Array:
     """Summed loss of the scored positions of each sequence ``[b]``."""
     x = decoder.residual(params, batch, cfg=cfg)[0]
-    return _head_nll(params, x, batch, scored, bias, cfg=cfg)
+    return _head_nll(params, x, batch, scored, bias, cfg=cfg, logits_at_once=logits_at_once)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg",))
+@functools.partial(jax.jit, static_argnames=("cfg", "logits_at_once"))
 def _head_nll(
     params: Params,
     x: jax.Array,
@@ -179,6 +183,7 @@ def _head_nll(
     bias: jax.Array | None,
     *,
     cfg: ModelConfig,
+    logits_at_once: int,
 ) -> jax.Array:
     """The same from the residual stream behind the last layer, a few sequences at a time."""
 
@@ -189,12 +194,29 @@ def _head_nll(
         return jnp.sum(losses * counted)
 
     size, length = batch.tokens.shape
-    at_once = max(1, min(size, LOGITS_AT_ONCE // (length * cfg.vocab_size)))
+    at_once = sequences_at_once(size, length * cfg.vocab_size, logits_at_once)
     return jax.lax.map(one, (x, batch, scored), batch_size=at_once)
 
 
+def sequences_at_once(size: int, logits: int, logits_at_once: int) -> int:
+    """How many of ``size`` sequences stay within so many logits, each with ``logits``; 1 at least.
+
+    Example:
+        >>> sequences_at_once(8, 100, 450), sequences_at_once(8, 100, 10)
+        (4, 1)
+    """
+    return max(1, min(size, logits_at_once // logits))
+
+
 def _losses(
-    params: Params, cut: Windows, bias: jax.Array | None, *, cfg: ModelConfig, text: str
+    params: Params,
+    cut: Windows,
+    bias: jax.Array | None,
+    *,
+    cfg: ModelConfig,
+    text: str,
+    logits_at_once: int,
+    hidden_at_once: int,
 ) -> Iterator[tuple[np.ndarray, jax.Array]]:
     """(documents, summed losses) of each batch; layer by layer where parameters are on disk."""
     parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
@@ -202,14 +224,20 @@ def _losses(
         mesh = sharding.mesh_of(params)
         for batch, scored, document in progress.track(parts, f"score {text} (batches)"):
             split = sharding.split_batch(batch, mesh)
-            yield document, _sequence_nll(params, split, scored, bias, cfg=cfg)
+            yield (
+                document,
+                _sequence_nll(params, split, scored, bias, cfg=cfg, logits_at_once=logits_at_once),
+            )
         return
-    for part in streamed.chunks(cut.batches, cfg=cfg):
+    for part in streamed.chunks(cut.batches, cfg=cfg, hidden_at_once=hidden_at_once):
         batches = cut.batches[part]
         hidden = streamed.residuals(params, batches, cfg=cfg, what=f"score {text}")
         last = streamed.of_head(params, cfg=cfg)
         for x, (batch, scored, document) in zip(hidden, parts[part], strict=True):
-            yield document, _head_nll(last, x, batch, scored, bias, cfg=cfg)
+            yield (
+                document,
+                _head_nll(last, x, batch, scored, bias, cfg=cfg, logits_at_once=logits_at_once),
+            )
 
 
 def score(
@@ -219,6 +247,8 @@ def score(
     cfg: ModelConfig,
     text: str = "held-out text",
     bias: jax.Array | None = None,
+    logits_at_once: int = BUDGET.logits,
+    hidden_at_once: int = BUDGET.hidden,
 ) -> Scores:
     """Scores every document.
 
@@ -229,6 +259,9 @@ def score(
         cfg: The model.
         text: What the documents are, for the progress line.
         bias: ``[v]`` added to the logits, in nats; None: nothing.
+        logits_at_once: Logits in memory, those of one sequence at least.
+        hidden_at_once: Bytes of hidden states in memory where parameters are lazy, those of one
+            batch at least.
 
     Returns:
         Loss, tokens and bytes of each document.
@@ -237,7 +270,10 @@ def score(
         NonFiniteError: if a loss is not finite.
     """
     nll = np.zeros(len(cut.tokens))
-    for document, losses in _losses(params, cut, bias, cfg=cfg, text=text):
+    for document, losses in _losses(
+        params, cut, bias,
+        cfg=cfg, text=text, logits_at_once=logits_at_once, hidden_at_once=hidden_at_once,
+    ):  # fmt: skip
         np.add.at(nll, document, np.asarray(losses, np.float64))
     if not np.isfinite(nll).all():
         raise NonFiniteError(
@@ -245,3 +281,43 @@ def score(
             "the model's weights overflow there; check the checkpoint."
         )
     return Scores(nll, cut.tokens, cut.bytes)
+
+
+def peak_bytes(
+    cfg: ModelConfig,
+    scored: Sequence[int],
+    *,
+    is_resident: bool = True,
+    logits_at_once: int = BUDGET.logits,
+    hidden_at_once: int = BUDGET.hidden,
+) -> int:
+    """Bytes of `score` at its peak, beside parameters in memory: a batch of the longest windows.
+
+    Args:
+        cfg: The model.
+        scored: Tokens, at most, of each document.
+        is_resident: Whether the parameters are in memory.
+        logits_at_once: As for `score`.
+        hidden_at_once: As for `score`.
+
+    Returns:
+        The layers of a batch, or, behind them, the hidden states of the batch, and of some
+        sequences the logits and what the loss makes of them.
+    """
+    size, length = largest_window(cfg, scored)
+    at_once = sequences_at_once(size, length * cfg.vocab_size, logits_at_once)
+    logits = 4 * (3 * at_once * length * cfg.vocab_size + size * length * cfg.hidden_size)
+    peak = max(logits, decoder.peak_bytes(cfg, size=size, length=length))
+    if is_resident:
+        return peak
+    tokens = max(size * length, 2 * sum(scored))  # padded
+    return peak + streamed.peak_bytes(
+        cfg, tokens=tokens, batch=size * length, hidden_at_once=hidden_at_once
+    )
+
+
+def largest_window(cfg: ModelConfig, scored: Sequence[int]) -> tuple[int, int]:
+    """Sequences and length, at most, of the batches that documents of so many tokens make."""
+    most = min(cfg.max_positions, LONGEST_WINDOW, max(scored, default=0) + 1)
+    length = 1 << max(0, most - 1).bit_length()
+    return max(1, calibration.TOKENS_PER_BATCH // length), length

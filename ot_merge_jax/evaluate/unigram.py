@@ -17,13 +17,10 @@ from jaxtyping import Array, Float
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.models import decoder
-from ot_merge_jax.types import Batch, Params
+from ot_merge_jax.types import BUDGET, Batch, Params
 
 #: Shares of the bias that are tried on the dev split.
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
-#: Predicted probabilities that are held at once (512 MiB): where positions times vocabulary is
-#: more, an even part of the positions stands for all.
-PREDICTIONS = 1 << 27
 _CLOSE, _ITERATIONS = 1e-3, 1000
 _LEAST = -80.0  # of a logit below the largest of its position; smaller ones leave float32
 
@@ -40,13 +37,17 @@ class Unigram(NamedTuple):
     gamma: float
 
 
-def fit(params: Params, cut: nll.Windows, *, cfg: ModelConfig) -> Float[Array, " v"]:
+def fit(
+    params: Params, cut: nll.Windows, *, cfg: ModelConfig, predictions: int = BUDGET.predictions
+) -> Float[Array, " v"]:
     """The bias that makes a model predict, on average, each token as often as it occurs.
 
     Args:
         params: Of the model, in memory.
         cut: The text, from `nll.windows`.
         cfg: The model.
+        predictions: Probabilities that are held at once; where positions times vocabulary is more,
+            an even part of the positions stands for all.
 
     Returns:
         ``[v]`` to add to the logits. Iterated as ``b += log f - log mean p`` from 0, where ``f``
@@ -56,7 +57,7 @@ def fit(params: Params, cut: nll.Windows, *, cfg: ModelConfig) -> Float[Array, "
     """
     counts, hidden = np.zeros(cfg.vocab_size), []
     total = int(cut.tokens.sum())
-    stride = max(1, -(-total * cfg.vocab_size // PREDICTIONS))
+    stride = max(1, -(-total * cfg.vocab_size // predictions))
     seen = 0
     for batch, scored in zip(cut.batches, cut.scored, strict=True):
         places = np.argwhere(scored > 0)
@@ -102,7 +103,14 @@ def _fit(
     return bias
 
 
-def chosen(params: Params, bias: jax.Array, dev: nll.Windows, *, cfg: ModelConfig) -> Unigram:
+def chosen(
+    params: Params,
+    bias: jax.Array,
+    dev: nll.Windows,
+    *,
+    cfg: ModelConfig,
+    logits_at_once: int = BUDGET.logits,
+) -> Unigram:
     """The share of a bias with the lowest loss on the dev split; of equal ones the smaller.
 
     Args:
@@ -110,15 +118,38 @@ def chosen(params: Params, bias: jax.Array, dev: nll.Windows, *, cfg: ModelConfi
         bias: From `fit`.
         dev: The dev split.
         cfg: The model.
+        logits_at_once: As for `nll.score`.
     """
     losses = [
-        nll.score(params, dev, cfg=cfg, text="dev split", bias=gamma * bias).nll_per_token
+        nll.score(
+            params, dev, cfg=cfg, text="dev split", bias=gamma * bias, logits_at_once=logits_at_once
+        ).nll_per_token
         for gamma in GAMMAS
     ]
     gamma = GAMMAS[int(np.argmin(losses))]
     return Unigram(gamma * bias, gamma)
 
 
-def fitted(params: Params, train: nll.Windows, dev: nll.Windows, *, cfg: ModelConfig) -> Unigram:
+def fitted(
+    params: Params,
+    train: nll.Windows,
+    dev: nll.Windows,
+    *,
+    cfg: ModelConfig,
+    predictions: int = BUDGET.predictions,
+    logits_at_once: int = BUDGET.logits,
+) -> Unigram:
     """`fit` on one text, `chosen` on another."""
-    return chosen(params, fit(params, train, cfg=cfg), dev, cfg=cfg)
+    bias = fit(params, train, cfg=cfg, predictions=predictions)
+    return chosen(params, bias, dev, cfg=cfg, logits_at_once=logits_at_once)
+
+
+def peak_bytes(cfg: ModelConfig, *, tokens: int, predictions: int = BUDGET.predictions) -> int:
+    """Bytes of `fit` at its peak, beside the parameters: logits and their exponentials.
+
+    Args:
+        cfg: The model.
+        tokens: Of the text that the bias is fitted to.
+        predictions: As for `fit`.
+    """
+    return 2 * 4 * min(max(predictions, cfg.vocab_size), tokens * cfg.vocab_size)

@@ -7,6 +7,7 @@ forward pass is `embed`, then `layer` for each layer, then `head`: `forward` sca
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.models import specs
 from ot_merge_jax.models.layers import MLP, Attention, Cache, Sites, norm, rows_times
 from ot_merge_jax.models.rotary import rope_tables
 from ot_merge_jax.models.specs import NORMS
@@ -220,6 +222,28 @@ def residual(
     x = embed(params, batch.tokens, cfg=cfg)
     step = jax.checkpoint(step) if remat else step
     return jax.lax.scan(step, x, (params["layers"], seen.kind), unroll=unroll)
+
+
+def peak_bytes(cfg: ModelConfig, *, size: int, length: int) -> int:
+    """Bytes of one layer's work on a batch ``[size, length]``, beside the weights, in float32.
+
+    Wide arrays of the MLP, narrow ones, and the attention scores, masked and as weights.
+    """
+    tokens = size * length
+    arrays = 3 * tokens * cfg.intermediate_size + 8 * tokens * cfg.hidden_size
+    return 4 * (arrays + 3 * size * cfg.num_heads * length * length)
+
+
+def flops(cfg: ModelConfig, *, size: int, length: int) -> int:
+    """FLOPs of the layers on a batch ``[size, length]``; without the logits."""
+    kernels = sum(
+        math.prod(spec.shape)
+        for spec in specs.param_specs(cfg)
+        if spec.is_stacked and spec.path.endswith("/kernel")
+    )
+    # scores, and the sum of the values that they weigh
+    attention = 4 * cfg.num_layers * cfg.num_heads * cfg.head_dim
+    return size * length * (2 * kernels + attention * length)
 
 
 def rows_of(site: Float[Array, "b s d"], batch: Batch) -> Float[Array, "b r d"]:

@@ -245,6 +245,13 @@ def count(cfg: ModelConfig) -> int:
     return sum(math.prod(spec.shape) for spec in param_specs(cfg))
 
 
+def largest_piece(cfg: ModelConfig) -> int:
+    """Numbers of the largest piece that is read at once: a layer, or a vocabulary table."""
+    table = param_specs(cfg)
+    layer = sum(math.prod(spec.shape[1:]) for spec in table if spec.is_stacked)
+    return max(layer, *(math.prod(spec.shape) for spec in table if not spec.is_stacked))
+
+
 def init(
     key: jax.Array, cfg: ModelConfig, *, std: float = 0.02, dtype: Any = jnp.float32
 ) -> Params:

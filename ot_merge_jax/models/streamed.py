@@ -16,18 +16,17 @@ from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import decoder, specs
 from ot_merge_jax.spaces import VOCABULARY
-from ot_merge_jax.types import Batch, Params
-
-#: Bytes of hidden states that are kept at a time; the layers are read again for the next ones.
-HIDDEN_AT_ONCE = 1 << 30
+from ot_merge_jax.types import BUDGET, Batch, Params
 
 
-def chunks(batches: Sequence[Batch], *, cfg: ModelConfig) -> Iterator[slice]:
-    """Stretches of batches whose hidden states, float32, stay within `HIDDEN_AT_ONCE`."""
+def chunks(
+    batches: Sequence[Batch], *, cfg: ModelConfig, hidden_at_once: int = BUDGET.hidden
+) -> Iterator[slice]:
+    """Stretches of batches whose hidden states, float32, stay within so many bytes."""
     start = size = 0
     for index, batch in enumerate(batches):
         more = 4 * cfg.hidden_size * np.size(batch.tokens)
-        if index > start and size + more > HIDDEN_AT_ONCE:
+        if index > start and size + more > hidden_at_once:
             yield slice(start, index)
             start, size = index, 0
         size += more
@@ -74,6 +73,20 @@ def through_layers(
             x, rows = _layer(layer, hidden[index], batch, cfg=cfg, kind=numbers[l], sites=sites)
             hidden[index] = np.asarray(x)
             yield l, index, rows
+
+
+def peak_bytes(cfg: ModelConfig, *, tokens: int, batch: int, hidden_at_once: int) -> int:
+    """Bytes beside one layer's work: hidden states, the layer in use and the one that is read.
+
+    Args:
+        cfg: The model.
+        tokens: Tokens of all batches, with their padding.
+        batch: Tokens of the largest batch.
+        hidden_at_once: As for `chunks`.
+    """
+    token = 4 * cfg.hidden_size
+    hidden = min(token * tokens, max(token * batch, hidden_at_once))
+    return hidden + 2 * 4 * specs.largest_piece(cfg)
 
 
 def residuals(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import jax
@@ -17,14 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from ot_merge_jax import progress
 from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import batches, cost, solve
-from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec, Potentials, Solver
+from ot_merge_jax.types import BUDGET, Activations, Coupling, HParams, MergeSpec, Potentials, Solver
 
 #: The paper's iteration limit for the layer problem (Transport and Merge, A.3).
 LAYER_ITERATIONS = 1000
-#: Entries of a plan that are rebuilt at a time (64 MiB).
-PLAN_AT_ONCE = 1 << 24
-#: Entries of the source's rows that are on the device at a time (256 MiB).
-ROWS_AT_ONCE = 1 << 26
+#: Numbers of one problem beside its two potentials: the other fields of `Potentials`.
+_NUMBERS = len(Potentials._fields) - 2
 
 
 def couple(
@@ -34,7 +33,7 @@ def couple(
     *,
     spec: MergeSpec,
     pairs_at_once: int | None = None,
-    rows_at_once: int = ROWS_AT_ONCE,
+    rows_at_once: int = BUDGET.source_rows,
 ) -> Coupling:
     """Solves the neuron transport of every layer pair at every site, then the layer transport.
 
@@ -108,6 +107,65 @@ def couple(
         )
     next(steps, None)
     return Coupling(layer, feature, std_target, std_source)
+
+
+def peak_bytes(
+    problems: Iterable[tuple[int, int]],
+    *,
+    rows: int,
+    source_layers: int,
+    pairs_at_once: int | None = None,
+    rows_at_once: int = BUDGET.source_rows,
+) -> int:
+    """Bytes of `couple` at its peak, beside the activations and the potentials.
+
+    Args:
+        problems: Neurons of target and source at each site.
+        rows: Rows of activations.
+        source_layers: Of the source.
+        pairs_at_once: As for `couple`.
+        rows_at_once: As for `couple`.
+
+    Returns:
+        Of a site: the rows of one target layer and of a block of source layers; those of the target
+        layer standardised, and turned for the product; of each pair that is solved its rows,
+        standardised and, where not all pairs are solved at once, picked; its cost, reduced cost
+        and kernel, and what is between them.
+    """
+    peak = 0
+    for n, m in problems:
+        block = _blocks((source_layers, rows, m), rows_at_once)[0]
+        layers = block.stop - block.start
+        pairs = min(layers, pairs_at_once or solve.pairs_at_once(n, m))
+        copies = 1 + (pairs < layers)
+        entries = rows * (3 * n + layers * m) + pairs * (copies * rows * m + 4 * n * m)
+        peak = max(peak, 4 * entries)
+    return peak
+
+
+def result_bytes(problems: Iterable[tuple[int, int]], *, layers: tuple[int, int]) -> int:
+    """Bytes of a `Coupling`: potentials of all pairs, layer plans and standard deviations.
+
+    Args:
+        problems: Neurons of target and source at each site.
+        layers: Of target and source.
+    """
+    pairs = math.prod(layers)
+    return 4 * sum(
+        pairs * (n + m + _NUMBERS + 1) + layers[0] * n + layers[1] * m for n, m in problems
+    )
+
+
+def flops(problems: Iterable[tuple[int, int]], *, rows: int, pairs: int) -> tuple[int, int]:
+    """FLOPs of the costs of all layer pairs, and of one iteration of all their problems.
+
+    Args:
+        problems: Neurons of target and source at each site.
+        rows: Rows of activations.
+        pairs: Of layers.
+    """
+    entries = pairs * sum(n * m for n, m in problems)
+    return 2 * rows * entries, 4 * entries
 
 
 def _blocks(shape: tuple[int, ...], rows_at_once: int) -> list[slice]:
@@ -253,7 +311,7 @@ def plan(
     l: int,
     m: int,
     signed: bool = False,
-    plan_at_once: int = PLAN_AT_ONCE,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> Float[Array, "n_t n_s"]:
     """Rebuilds one neuron plan from its potentials and the activations.
 
@@ -284,7 +342,7 @@ def rebuild(
     rows: Int[Array, " k"] | None = None,
     *,
     signed: bool = False,
-    plan_at_once: int = PLAN_AT_ONCE,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> Float[Array, "k m"]:
     """The plan of one layer pair from its activations and potentials, in blocks of rows.
 
@@ -313,3 +371,32 @@ def rebuild(
         return found * jnp.sign(rho) if signed else found
 
     return batches.in_batches(block, jnp.arange(len(f)), at_once)
+
+
+def plan_bytes(
+    n: int,
+    m: int,
+    *,
+    rows: int,
+    picked: int | None = None,
+    plan_at_once: int = BUDGET.plan_block,
+) -> int:
+    """Bytes of `rebuild` at its peak.
+
+    Args:
+        n: Target neurons.
+        m: Source neurons.
+        rows: Rows of activations.
+        picked: Target neurons whose rows of the plan are wanted; None: all.
+        plan_at_once: As for `rebuild`.
+
+    Returns:
+        The plan, and its correlations or its blocks before they are joined; of a block, if there
+        are several, its correlations and its part of the plan; both layers' activations,
+        standardised and not.
+    """
+    k = n if picked is None else min(n, picked)
+    at_once = min(k, max(1, plan_at_once // m))
+    activations = rows * (n + m) + rows * (k * (1 + (k < n)) + m)
+    block = 2 * at_once * m if at_once < k else 0
+    return 4 * (2 * k * m + activations + block)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from ot_merge_jax import progress
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.types import Activations, Coupling, MergeSpec, Potentials
+from ot_merge_jax.transport import solve
+from ot_merge_jax.types import BUDGET, Activations, Coupling, MergeSpec, Potentials
 
 
 class Pair(NamedTuple):
@@ -85,16 +86,23 @@ def _layer_weights(
     return effective / effective.sum(1, keepdims=True) if spec.form == "barycentric" else effective
 
 
-@functools.partial(jax.jit, static_argnames=("side", "spec"))
+@functools.partial(jax.jit, static_argnames=("side", "spec", "plan_at_once"))
 def _map(
-    pair: Pair, rows: Int[Array, " k"] | None, *, side: Literal["in", "out"], spec: MergeSpec
+    pair: Pair,
+    rows: Int[Array, " k"] | None,
+    *,
+    side: Literal["in", "out"],
+    spec: MergeSpec,
+    plan_at_once: int,
 ) -> Float[Array, "k n_s"]:
     """``Phi_out``, or ``Phi_in`` transposed, for the target neurons ``rows`` (None: all).
 
     The barycentric out-map uses the TARGET marginal, the in-map the SOURCE marginal; both restore
     the units.
     """
-    plan = couplings.rebuild(pair.x, pair.y, pair.potentials, rows, signed=spec.signed)
+    plan = couplings.rebuild(
+        pair.x, pair.y, pair.potentials, rows, signed=spec.signed, plan_at_once=plan_at_once
+    )
     if spec.form == "joint":
         return plan
     std_target = pair.std_target if rows is None else pair.std_target[rows]
@@ -180,6 +188,7 @@ def carry(
     in_site: str,
     spec: MergeSpec,
     selected: Mapping[str, Int[np.ndarray, "L k"]] | None = None,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> list[tuple[jax.Array | None, jax.Array | None]]:
     """Carries all kinds of weights that read one site; of a pair its in-map is made once.
 
@@ -195,6 +204,7 @@ def carry(
         spec: ``form``, ``layers`` and ``signed`` are used.
         selected: Site -> target neurons to compute in each layer, each once; other entries of the
             result are 0. A site that is missing is computed whole.
+        plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
 
     Returns:
         For each kind its kernels ``[L, d_in, d_out]`` and biases ``[L, d_out]`` in the target's
@@ -202,7 +212,9 @@ def carry(
 
     Source: Transport and Merge, eq. 14; see `transported`.
     """
+    solve.check_budgets(plan_at_once=plan_at_once)
     selected = selected or {}
+    make_map = functools.partial(_map, spec=spec, plan_at_once=plan_at_once)
     shares = [
         layer_weights(coupling, in_site=in_site, out_site=kind.out_site, spec=spec)
         for kind in kinds
@@ -243,11 +255,11 @@ def carry(
                 (kernel, bias), share = held[index], shares[index][l, m]
                 out_rows = rows_of(kind.out_site, l)
                 pair = _pair(coupling, target, source, kind.out_site, l, m)
-                out = _map(pair, out_rows, side="out", spec=spec)
+                out = make_map(pair, out_rows, side="out")
                 if kernel is not None:
                     if into is None:
                         pair = _pair(coupling, target, source, in_site, l, m)
-                        into = _map(pair, into_rows, side="in", spec=spec)
+                        into = make_map(pair, into_rows, side="in")
                     chosen = (into_rows, out_rows)
                     kernels[index] = add_kernel(kernels[index], l, share, kernel, into, out, chosen)
                 if bias is not None:
@@ -266,6 +278,7 @@ def transported(
     in_site: str,
     out_site: str,
     spec: MergeSpec,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> Float[Array, "L d_in_t d_out_t"]:
     r"""Carries one kind of kernel from all source layers to all target layers.
 
@@ -283,6 +296,7 @@ def transported(
         in_site: Space the weight reads.
         out_site: Space the weight writes.
         spec: ``form``, ``layers`` and ``signed`` are used.
+        plan_at_once: As for `carry`.
 
     Returns:
         ``[L, d_in, d_out]`` float32 in the target's widths.
@@ -303,7 +317,9 @@ def transported(
     Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (SPEC section 5).
     """
     kinds = [Kind(out_site, kernels=weights)]
-    return carry(kinds, coupling, target, source, in_site=in_site, spec=spec)[0][0]  # pyright: ignore[reportReturnType]
+    return carry(  # pyright: ignore[reportReturnType]
+        kinds, coupling, target, source, in_site=in_site, spec=spec, plan_at_once=plan_at_once
+    )[0][0]
 
 
 def transported_bias(
@@ -315,6 +331,7 @@ def transported_bias(
     in_site: str,
     out_site: str,
     spec: MergeSpec,
+    plan_at_once: int = BUDGET.plan_block,
 ) -> Float[Array, "L d_out_t"]:
     """Carries the biases of one kind of weight; the out-map alone applies (SPEC section 5).
 
@@ -326,9 +343,12 @@ def transported_bias(
         in_site: Space the weight reads; it shares in the layer weights.
         out_site: Space the weight writes.
         spec: ``form``, ``layers`` and ``signed`` are used.
+        plan_at_once: As for `carry`.
 
     Returns:
         ``[L, d_out]`` float32 in the target's widths.
     """
     kinds = [Kind(out_site, biases=biases)]
-    return carry(kinds, coupling, target, source, in_site=in_site, spec=spec)[0][1]  # pyright: ignore[reportReturnType]
+    return carry(  # pyright: ignore[reportReturnType]
+        kinds, coupling, target, source, in_site=in_site, spec=spec, plan_at_once=plan_at_once
+    )[0][1]

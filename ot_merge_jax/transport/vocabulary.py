@@ -135,3 +135,11 @@ def moved_rows(
     )
     table = jnp.zeros((size, rotation.shape[1])).at[matched.target_ids].set(carried)
     return table, jnp.zeros((size, 1)).at[matched.target_ids].set(1.0)
+
+
+def flops(matched: int, *, target_width: int, source_width: int) -> int:
+    """FLOPs of `procrustes` and `moved_rows` of one table with so many matched rows."""
+    # the cross products, the norm of the rows that are turned, and the rows that move; the turn
+    across = 3 * matched * target_width * source_width
+    turn = source_width * target_width * min(source_width, target_width)
+    return 2 * (across + turn)

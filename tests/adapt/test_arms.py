@@ -58,7 +58,7 @@ def test_the_lowest_dev_loss_at_the_end_is_taken(tuned):
 
 def test_rates_train_together_where_they_fit(student, problem, monkeypatch):
     task, seen = problem(), []
-    need = arms.lane_bytes(task, student[1])
+    need = training.lane_bytes(task, student[1])
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(student[1]))
     assert need > 6 * weights + 4 * 9 * student[0].vocab_size * 4  # batch, length
     for name in ("_together", "_one_by_one"):
