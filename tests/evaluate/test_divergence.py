@@ -11,6 +11,7 @@ from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import divergence, nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.models.model import Model
 
 _run = jax.jit(forward, static_argnames=("cfg",))
 
@@ -55,22 +56,22 @@ def by_hand(base, model, cut):
 def test_definition(max_positions, base, other, tokenizer, texts):
     """Two architectures, documents in one window and in several."""
     cut = nll.windows(texts[:7], tokenizer, max_positions=max_positions)
-    found = divergence.divergence(base, other, cut)
+    found = divergence.divergence(Model(*base), Model(*other), cut)
     assert (found > 0).all()
     np.testing.assert_allclose(found, by_hand(base, other, cut), rtol=2e-4)
 
 
 def test_it_is_not_symmetric(base, other, tokenizer, texts):
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
-    there = divergence.divergence(base, other, cut)
-    back = divergence.divergence(other, base, cut)
+    there = divergence.divergence(Model(*base), Model(*other), cut)
+    back = divergence.divergence(Model(*other), Model(*base), cut)
     np.testing.assert_allclose(back, by_hand(other, base, cut), rtol=2e-4)
     assert (np.abs(there / back - 1) > 1e-3).any()
 
 
 def test_the_base_has_not_moved(base, tokenizer, texts):
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
-    assert (divergence.divergence(base, base, cut) == 0).all()
+    assert (divergence.divergence(Model(*base), Model(*base), cut) == 0).all()
 
 
 def test_it_grows_with_the_distance(base, tokenizer, texts, tiny_checkpoint):
@@ -107,7 +108,7 @@ def test_models_that_overflow_are_named(base, tokenizer, texts):
 
 def test_again_compiles_nothing(base, other, tokenizer, texts, caplog):
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
-    divergence.divergence(base, other, cut)
+    divergence.divergence(Model(*base), Model(*other), cut)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        divergence.divergence(base, other, cut)
+        divergence.divergence(Model(*base), Model(*other), cut)
     assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []
