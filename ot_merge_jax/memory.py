@@ -161,16 +161,19 @@ def _in_smaller_blocks(plan: Plan, of_budget: Callable[..., Plan], most: int, pa
         most: Bytes.
         pairs: Layer pairs that are solved side by side where the budget does not say.
     """
-    useful = dict.fromkeys(_BLOCKS)
-    while plan.peak > most and useful:
-        for field in list(useful):
+    is_lower = True
+    while plan.peak > most and is_lower:
+        is_lower = False
+        # all of them each time: a block that does not count yet may once another one is smaller
+        for field in _BLOCKS:
             smaller = _halved(plan, of_budget, most, field, pairs)
-            if smaller is None:
-                del useful[field]  # one piece, or no part of a stage that is too large
-            else:
-                plan = smaller
+            if smaller is not None:
+                plan, is_lower = smaller, True
             if plan.peak <= most:
-                break
+                return plan
+    if plan.peak > most:  # parts that are equally large count only together
+        smallest = of_budget(budget=plan.budget._replace(**dict.fromkeys(_BLOCKS, 1)))
+        plan = min(plan, smallest, key=lambda each: each.peak)
     return plan
 
 

@@ -14,7 +14,7 @@ from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.types import BUDGET, Coupling, MergeSpec, Potentials
+from ot_merge_jax.types import BUDGET, Budget, Coupling, MergeSpec, Potentials
 
 SPEC = MergeSpec(weights=("up", "down"))
 
@@ -94,6 +94,32 @@ def test_every_limit_is_kept_or_refused_with_what_one_piece_needs(deep, data):
     assert int(said[2].replace(",", "")) == plan.peak
     assert int(said[3].replace(",", "")) == limit
     assert plan.budget.predictions == BUDGET.predictions  # results depend on it
+
+
+def test_what_the_smallest_blocks_fit_is_never_refused(cfgs, data):
+    """Here the rows of the source count only after the parts of plans have become smaller."""
+    sizes = {
+        "target": {"num_layers": 2, "hidden_size": 256, "intermediate_size": 6000},
+        "source": {"num_layers": 3, "hidden_size": 32, "intermediate_size": 4096},
+    }
+    wide = {
+        role: dataclasses.replace(cfg, vocab_size={"target": 50_000, "source": 300}[role],
+                                  num_heads=2, num_kv_heads=2,
+                                  head_dim=sizes[role]["hidden_size"] // 2, **sizes[role])
+        for role, cfg in cfgs.items()
+    }  # fmt: skip
+    given = {
+        "spec": MergeSpec(weights=("gate", "up", "down", "embed")),
+        "scored": [50] * 20,
+        "controls": ("permuted", "wrong-source", "unigram"),
+    }
+    asked = wide, data._replace(rows=2000)
+    smallest = memory.needed(
+        *asked, on_disk=frozenset({"source"}), budget=Budget(None, 1, 1, 1, 1), **given
+    )
+    assert memory.choose(*asked, limit=smallest.peak, **given).peak <= smallest.peak
+    with pytest.raises(ResourceError, match="smallest blocks"):
+        memory.choose(*asked, limit=smallest.peak // 2, **given)
 
 
 def test_run_that_cannot_fit_is_refused_with_both_sizes(cfgs, data):

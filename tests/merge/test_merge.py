@@ -12,7 +12,7 @@ from ot_merge_jax.models.model import Model, Models
 from ot_merge_jax.spaces import PROJECTIONS, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
-from ot_merge_jax.types import AlignedBatches, Choice, HParams, MergeSpec, Point
+from ot_merge_jax.types import AlignedBatches, Budget, Choice, HParams, MergeSpec, Point
 
 PATHS = {name: projection.path for name, projection in PROJECTIONS.items()}
 EMBED, HEAD = "embed_tokens/embedding", "lm_head/kernel"
@@ -350,6 +350,26 @@ def test_the_second_merge_compiles_nothing(model, batches, caplog):
     with jax.log_compiles(), caplog.at_level("WARNING"):
         merge.merge(Models(*others), batches, HParams(0.7, 0.03, 0.2, 1e-5), spec=UP)
     assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [Budget(pairs=1), Budget(source_rows=1), Budget(plan_block=1), Budget(1, 1, 1, 1, 1)],
+    ids=["pairs", "rows", "plan", "all"],
+)
+def test_blocks_change_a_merge_by_rounding_alone(budget, model, batches):
+    """A cost rounds by 1e-7, and a plan divides that by epsilon, here 0.02."""
+    models = Models(model("target"), model("source", "qwen2"))
+    spec = MergeSpec(weights=("up", "down"), rule="interpolate")
+    whole, blocks = (
+        merge.merge(models, batches, HParams(0.3, 0.02), spec=spec, budget=each)
+        for each in (Budget(), budget)
+    )
+    for path, weight in whole.transported.weights.items():
+        other = blocks.transported.weights[path]
+        np.testing.assert_allclose(other, weight, rtol=0, atol=5e-5 * np.abs(weight).max())
+    for name, report in whole.report.weights.items():
+        np.testing.assert_array_equal(report.source_layer, blocks.report.weights[name].source_layer)
 
 
 # ------------------------------------------------------------------------ biases
