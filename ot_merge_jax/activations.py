@@ -63,9 +63,8 @@ def _by_layer(
     what = f"gather activations of the {model}"
     for part in streamed.chunks(batches, cfg=cfg, hidden_at_once=hidden_at_once):
         split = [sharding.split_batch(batch, mesh) for batch in batches[part]]
-        hidden = streamed.embedded(params, split, cfg=cfg)
-        for l, index, rows in streamed.through_layers(
-            params, hidden, split, cfg=cfg, sites=sites, what=what
+        for l, index, _, rows in streamed.through_layers(
+            params, split, cfg=cfg, sites=sites, what=what
         ):
             captured = {site: one[None] for site, one in rows.items()}
             yield slice(l, l + 1), part.start + index, captured

@@ -274,7 +274,7 @@ def _merge(
             started=started,
         ),
         lambda folder: folder,
-        needs=list(state.finished),
+        needs=list(stages.finished(state)),
         folder=stages.MODEL,
     )
     return RunResult(out, report, merged.report, warnings, scores)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from ot_merge_jax import progress, sharding
 from ot_merge_jax.adapt import loop, training
-from ot_merge_jax.adapt.loop import Seen, TrainState
+from ot_merge_jax.adapt.loop import CourseError, Seen, TrainState
 from ot_merge_jax.adapt.objectives import Examples
 from ot_merge_jax.adapt.training import Constants, Plan, Problem, Rates
 from ot_merge_jax.errors import DivergedError
@@ -38,8 +38,8 @@ class Tried(NamedTuple):
     """
 
     rate: float
-    losses: list[float]
-    dev: list[tuple[int, float]]
+    losses: tuple[float, ...]
+    dev: tuple[tuple[int, float], ...]
     loss: float
 
 
@@ -126,8 +126,8 @@ def _one_by_one(
                 problem, course, given, counted=lambda steps, rate=rate: _shown(steps, name, [rate])
             )
             loss, result = _finite(course.dev[-1][1]), loop.result(course)
-        except DivergedError:
-            pass  # its lists hold what was seen until then
+        except CourseError as error:
+            course = error.course
         tried.append(Tried(rate, course.losses, course.dev, loss))
         if _best(tried) is tried[-1]:
             trained = result
@@ -165,7 +165,12 @@ def _together(
         if done % (s.eval_every or 1) == 0 or done == plan.steps:
             evaluate(done)
     tried = [
-        Tried(rate, losses[lane], dev[lane], _finite(dev[lane][-1][1] if lane in alive else None))
+        Tried(
+            rate,
+            tuple(losses[lane]),
+            tuple(dev[lane]),
+            _finite(dev[lane][-1][1] if lane in alive else None),
+        )
         for lane, rate in enumerate(rates)
     ]
     return tried, _lane(states.params, tried.index(_best(tried)))

@@ -153,7 +153,7 @@ def _compare(job: run.Job) -> Report:
     whole = run.Trained(
         parts._replace(base=training.base_of(trained, constants, plan=plan)),
         training.params_of(trained, constants, plan=plan),
-        Course(None, chosen.losses, [], chosen.dev),  # pyright: ignore[reportArgumentType]
+        Course(None, chosen.losses, (), chosen.dev),  # pyright: ignore[reportArgumentType]
         _events(found),
     )
     return run.finish(job, whole, before, needs=[stage], more=comparison._asdict())

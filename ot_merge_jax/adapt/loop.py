@@ -58,10 +58,23 @@ class Course(NamedTuple):
     """
 
     state: TrainState
-    losses: list[float]
-    norms: list[float]
-    dev: list[tuple[int, float]]
+    losses: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+    dev: tuple[tuple[int, float], ...] = ()
     best: Any = None
+
+
+class CourseError(DivergedError):
+    """Training diverged.
+
+    Attributes:
+        course: How far it came; its parameters may be broken already.
+    """
+
+    def __init__(self, message: str, course: Course) -> None:
+        """The sentence for the user, and the course."""
+        super().__init__(message)
+        self.course = course
 
 
 def optimizer(
@@ -190,7 +203,7 @@ def fit(
     """Trains from where a course stands to its end.
 
     Args:
-        course: A new one holds `start` of the parameters and empty lists; its state is taken over.
+        course: A new one holds `start` of the parameters; its state is taken over.
         step: From `compiled`.
         constants: What the loss needs beside what trains.
         batch_at: The batch of a step by its number: the position in the data is that number.
@@ -209,16 +222,16 @@ def fit(
         The finished course; `result` takes the parameters out of it.
 
     Raises:
-        DivergedError: naming the step, if a loss, also on dev, or a gradient is not finite.
+        CourseError: naming the step, if a loss, also on dev, or a gradient is not finite.
 
     Example:
         >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
         >>> halve = compiled(one_step(square, optax.sgd(0.25)))
-        >>> new = Course(start(jnp.ones(()), optax.sgd(0.25)), [], [], [])
+        >>> new = Course(start(jnp.ones(()), optax.sgd(0.25)))
         >>> done = fit(new, halve, 0.0, lambda step: jnp.ones(()), steps=4, eval_every=2,
         ...            dev_loss=lambda x: float(x))
         >>> done.dev, done.losses[-1]
-        ([(0, 1.0), (2, 0.25), (4, 0.0625)], 0.015625)
+        (((0, 1.0), (2, 0.25), (4, 0.0625)), 0.015625)
     """
 
     def evaluated(course: Course) -> Course:
@@ -227,12 +240,12 @@ def fit(
             return course  # before the checkpoint that was taken up
         found = dev_loss(course.state.params)
         is_best = all(found < loss for _, loss in course.dev)
-        course.dev.append((done, found))
+        course = course._replace(dev=(*course.dev, (done, found)))
         if not np.isfinite(found):
             when, rest = "before training", "use --dtype float32"
             if done:
                 when, rest = f"after training step {done}", "lower the learning rate"
-            raise DivergedError(f"The dev loss is {found} {when}; {rest}.")
+            raise CourseError(f"The dev loss is {found} {when}; {rest}.", course)
         if patience is None or not is_best:
             return course
         # a copy: the next step takes the state over
@@ -250,11 +263,10 @@ def fit(
         if not np.isfinite(loss) or not np.isfinite(norm):
             what = f"loss is {loss}" if not np.isfinite(loss) else f"gradient's norm is {norm}"
             rescue(course)
-            raise DivergedError(
-                f"The {what} at training step {index + 1}; lower the learning rate."
+            raise CourseError(
+                f"The {what} at training step {index + 1}; lower the learning rate.", course
             )
-        course.losses.append(loss)
-        course.norms.append(norm)
+        course = course._replace(losses=(*course.losses, loss), norms=(*course.norms, norm))
         if (index + 1) % eval_every == 0 or index + 1 == steps:
             course = evaluated(course)
         after(course)

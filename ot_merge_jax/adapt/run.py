@@ -258,7 +258,7 @@ def finish(
             began=job.began,
         ),
         lambda folder: folder,
-        needs=list(run.finished),
+        needs=list(stages.finished(run)),
         folder=stages.MODEL,
     )
     return report

@@ -37,7 +37,7 @@ def save(run: stages.Run, course: Course, events: list[str]) -> None:
         OSError: with the number of a full disk, if there is no room.
     """
     name = name_of(course)
-    if name in run.finished:
+    if name in stages.finished(run):
         return
     stages.drop(run, _names(run)[:-1])
     arrays = {f"{place:05d}": leaf for place, leaf in enumerate(_leaves(course))}
@@ -80,8 +80,8 @@ def restore(run: stages.Run, new: Course) -> tuple[Course, list[str]]:
         for leaf, like in zip(stored, _leaves(template), strict=True)
     ]
     state, best = jax.tree.unflatten(treedef, placed)
-    dev = [(step, loss) for step, loss in history["dev"]]
-    course = Course(state, history["losses"], history["norms"], dev, best)
+    dev = tuple((step, loss) for step, loss in history["dev"])
+    course = Course(state, tuple(history["losses"]), tuple(history["norms"]), dev, best)
     return course, (folder / _EVENTS).read_text(encoding="utf-8").splitlines(keepends=True)
 
 
@@ -92,7 +92,7 @@ def name_of(course: Course) -> str:
 
 def _names(run: stages.Run) -> list[str]:
     """The checkpoints of a run, oldest first."""
-    return sorted(name for name in run.finished if name.startswith(_PREFIX))
+    return sorted(name for name in stages.finished(run) if name.startswith(_PREFIX))
 
 
 def _leaves(course: Course) -> list[Any]:

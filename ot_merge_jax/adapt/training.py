@@ -239,7 +239,7 @@ def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = N
 def new_course(problem: Problem, trainable: Any) -> Course:
     """A course before its first step; the caller keeps what it gave."""
     transform = transform_of(plan_of(problem), rates_of(problem))
-    return Course(loop.start(trainable, transform), [], [], [])
+    return Course(loop.start(trainable, transform))
 
 
 def train(

@@ -266,27 +266,26 @@ def change(
     update: Update,
     file: safetensors.TensorFile,
     index: tuple[slice, ...],
-    broken: dict[str, dict[str, int]],
-) -> np.ndarray:
+) -> tuple[np.ndarray, dict[str, int]]:
     """The change of a slice of one tensor, in float32.
 
     Args:
         update: From `Adapter.updates`.
         file: The adapter's.
         index: Rows and columns of the base's tensor, as its file holds it.
-        broken: Factor -> how many of its values are not finite; what is found is noted there.
 
     Returns:
-        What is to be added; zeros where a factor is not finite.
+        What is to be added, zeros where a factor is not finite; factor -> how many of its values
+        are not.
     """
-    factors = []
+    factors, broken = [], {}
     for name in (update.left, update.right):
         factor = file.read(name).astype(np.float32)
         if bad := factor.size - int(np.isfinite(factor).sum()):
-            broken.setdefault(name, {})["all"] = bad
+            broken[name] = bad
             factor = np.zeros_like(factor)
         factors.append(factor.T if update.is_transposed else factor)
     left, right = factors
     rows, columns = index
     with np.errstate(over="ignore", invalid="ignore"):  # the sum is checked by the caller
-        return np.float32(update.scale) * (left[rows] @ right[:, columns])
+        return np.float32(update.scale) * (left[rows] @ right[:, columns]), broken

@@ -30,6 +30,9 @@ from ot_merge_jax.types import Params
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
+#: Tensor -> slice -> how many of its values are not finite.
+NonFinite = dict[str, dict[str, int]]
+
 #: Files of the target that travel to the output byte for byte, where they exist.
 SIDECARS = (
     "generation_config.json",
@@ -82,7 +85,7 @@ def load_folder(
 ) -> Model:
     """`load_hf` of a folder that has been opened."""
     opened = open_files(folder)
-    broken: dict[str, dict[str, int]] = {}
+    broken: NonFinite = {}
     leaves = {}
     held = stored_dtypes(folder)
     for spec in specs.param_specs(folder.cfg):
@@ -91,7 +94,10 @@ def load_folder(
         def read(
             index: tuple[slice, ...], spec: specs.ParamSpec = spec, wanted: Any = wanted
         ) -> np.ndarray:
-            return read_leaf(folder, opened, spec, index, wanted, broken)
+            leaf, bad = read_leaf(folder, opened, spec, index, wanted)
+            for name, counts in bad.items():  # of slices: several devices may read the same one
+                broken.setdefault(name, {}).update(counts)
+            return leaf
 
         if mesh is None:
             leaves[spec.path] = jax.device_put(read((slice(None),) * len(spec.shape)))
@@ -154,15 +160,15 @@ def read_leaf(
     spec: specs.ParamSpec,
     index: tuple[slice, ...],
     dtype: Any,
-    broken: dict[str, dict[str, int]],
-) -> np.ndarray:
-    """Reads the slice ``index`` of one leaf, in our orientation; notes what is not finite.
+) -> tuple[np.ndarray, NonFinite]:
+    """Reads the slice ``index`` of one leaf, in our orientation, and counts what is not finite.
 
     What an adapter changes is changed here, in float32 and in the orientation of the file, so that
     fused tensors and slices need nothing of their own.
     """
     bounds = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
     out = np.empty([len(bound) for bound in bounds], dtype)
+    broken: NonFinite = {}
     names = spec.tensor_names()
     inner = bounds[1:] if spec.is_stacked else bounds
     offset = spec.rows[0] if spec.rows else 0  # of the leaf's first row in the file's tensor
@@ -174,15 +180,16 @@ def read_leaf(
         tensor = opened[folder.path / folder.files[name]].read(name, wanted)
         if folder.adapter is not None and name in folder.adapter.updates:
             update, file = folder.adapter.updates[name], opened[folder.adapter.file]
-            tensor = tensor.astype(np.float32) + adapters.change(update, file, wanted, broken)
+            change, bad_factors = adapters.change(update, file, wanted)
+            broken |= {factor: {"all": count} for factor, count in bad_factors.items()}
+            tensor = tensor.astype(np.float32) + change
         tensor = tensor.T if spec.transpose else tensor
         row = out[place] if spec.is_stacked else out
         with np.errstate(over="ignore"):  # what overflows is counted in the next line
             row[...] = tensor
         if bad := row.size - int(np.isfinite(row).sum()):
-            # by slice: several devices may read the same one
-            broken.setdefault(name, {})[str(wanted)] = bad
-    return out
+            broken[name] = {str(wanted): bad}
+    return out, broken
 
 
 def save_hf(

@@ -62,12 +62,10 @@ class Run(NamedTuple):
 
     Attributes:
         folder: ``OUT.partial-KEY``.
-        finished: Stage -> entry; grows as stages finish.
         part: Of the names of the stages made through this one, ending in a slash; or empty.
     """
 
     folder: Path
-    finished: dict[str, Entry]
     part: str = ""
 
 
@@ -79,6 +77,11 @@ def key(parts: Mapping[str, Any]) -> str:
         (True, False)
     """
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def finished(run: Run) -> dict[str, Entry]:
+    """The finished stages by their names, in order, as the manifest has them."""
+    return {entry.stage: entry for entry in _read_manifest(run.folder)}
 
 
 def stage(
@@ -106,7 +109,7 @@ def stage(
 
     Example:
         >>> import tempfile
-        >>> run = Run(Path(tempfile.mkdtemp()), {})
+        >>> run = Run(Path(tempfile.mkdtemp()))
         >>> made = []
         >>> def make(folder):
         ...     made.append("once")
@@ -117,10 +120,11 @@ def stage(
     """
     name = run.part + name
     place = run.folder / (folder or f"state/{name}")
-    if name not in run.finished:
+    entries = finished(run)
+    if name not in entries:
         place.mkdir(parents=True, exist_ok=True)
         make(place)
-        known = {file for entry in run.finished.values() for file in entry.files}
+        known = {file for entry in entries.values() for file in entry.files}
         files = {
             file: File(sha256=provenance.sha256(run.folder / file), bytes=_bytes(run.folder / file))
             for file in _files(run.folder, place)
@@ -128,8 +132,7 @@ def stage(
         }
         entry = Entry(stage=name, needs=[run.part + one for one in needs], files=files)
         _commit_point(f"before {name}")
-        _write_manifest(run.folder, [*run.finished.values(), entry])
-        run.finished[name] = entry
+        _write_manifest(run.folder, [*entries.values(), entry])
         _commit_point(f"after {name}")
     return load(place)
 
@@ -141,18 +144,18 @@ def drop(run: Run, names: Sequence[str]) -> None:
 
     Example:
         >>> import tempfile
-        >>> run = Run(Path(tempfile.mkdtemp()), {})
+        >>> run = Run(Path(tempfile.mkdtemp()))
         >>> write = lambda folder: (folder / "a.txt").write_text("one")
         >>> place = stage(run, "a", write, lambda folder: folder)
         >>> drop(run, ["a"])
-        >>> place.exists(), list(run.finished)
+        >>> place.exists(), list(finished(run))
         (False, [])
     """
     if not names:
         return
-    dropped = [run.finished.pop(name) for name in names]
-    _write_manifest(run.folder, list(run.finished.values()))
-    for file in (file for entry in dropped for file in entry.files):
+    entries = finished(run)
+    _write_manifest(run.folder, [entry for name, entry in entries.items() if name not in names])
+    for file in (file for name in names for file in entries[name].files):
         (run.folder / file).unlink(missing_ok=True)
     _delete_empty(run)
 
@@ -194,7 +197,7 @@ def run_folder(
     if aside.exists() and not out.exists():  # killed between the two renames of publishing
         aside.rename(out)
     publish.check_output(out, overwrite=overwrite)
-    run = Run(folder, {})
+    run = Run(folder)
     try:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
@@ -203,7 +206,10 @@ def run_folder(
         folder.mkdir(exist_ok=True)
         _mention_others(out, folder)
         if resume:
-            run.finished.update(_verified(folder))
+            if kept := _verified(folder):
+                _write_manifest(folder, kept)
+            else:
+                (folder / _MANIFEST).unlink(missing_ok=True)
             _delete_others(run)
         yield run
         _commit_point("before publish")
@@ -270,7 +276,7 @@ def _mention_others(out: Path, folder: Path) -> None:
         )
 
 
-def _verified(folder: Path) -> dict[str, Entry]:
+def _verified(folder: Path) -> list[Entry]:
     """The finished stages whose files, and whose needs' files, are what they were."""
     kept: dict[str, Entry] = {}
     again, damaged = [], []
@@ -287,7 +293,7 @@ def _verified(folder: Path) -> dict[str, Entry]:
         )
     if kept:
         _LOG.info("resume: taken from %s: %s", folder.name, ", ".join(kept))
-    return kept
+    return list(kept.values())
 
 
 def _is_intact(path: Path, was: File) -> bool:
@@ -333,7 +339,7 @@ def _digest(entries: Sequence[Entry]) -> str:
 
 def _delete_others(run: Run) -> None:
     """Deletes what belongs to no finished stage: the files and folders a dying run was making."""
-    known = {_MANIFEST} | {file for entry in run.finished.values() for file in entry.files}
+    known = {_MANIFEST} | {file for entry in finished(run).values() for file in entry.files}
     for file in _files(run.folder, run.folder):
         if file not in known:
             (run.folder / file).unlink()

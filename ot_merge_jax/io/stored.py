@@ -88,10 +88,9 @@ def stored(folder: ModelFolder, *, dtype: Any = None) -> Model:
 
     def read(spec: specs.ParamSpec, l: int | None) -> np.ndarray:
         wanted = np.dtype(dtype) if dtype is not None else held[spec.path]
-        broken: dict[str, dict[str, int]] = {}
         first = slice(None) if l is None else slice(l, l + 1)
         index = (first, *(slice(None),) * (len(spec.shape) - 1))
-        leaf = hf.read_leaf(folder, opened, spec, index, wanted, broken)
+        leaf, broken = hf.read_leaf(folder, opened, spec, index, wanted)
         if broken:
             raise InputError(
                 f"{folder.where} holds NaN or infinite weights: {', '.join(broken)}; "

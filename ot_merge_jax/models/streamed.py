@@ -37,7 +37,7 @@ def chunks(
 _embed = jax.jit(decoder.embed, static_argnames="cfg")
 
 
-def embedded(params: Params, batches: Sequence[Batch], *, cfg: ModelConfig) -> list[np.ndarray]:
+def _embedded(params: Params, batches: Sequence[Batch], *, cfg: ModelConfig) -> list[np.ndarray]:
     """The residual stream before the first layer, on the host, for each batch ``[b, s, d]``."""
     table = specs.unflatten({VOCABULARY["embed"]: specs.get(params, VOCABULARY["embed"])})
     return [np.asarray(_embed(table, batch.tokens, cfg=cfg)) for batch in batches]
@@ -45,26 +45,26 @@ def embedded(params: Params, batches: Sequence[Batch], *, cfg: ModelConfig) -> l
 
 def through_layers(
     params: Params,
-    hidden: list[np.ndarray],
     batches: Sequence[Batch],
     *,
     cfg: ModelConfig,
     sites: frozenset[str] = frozenset(),
     what: str,
-) -> Iterator[tuple[int, int, dict[str, jax.Array]]]:
-    """Sends all batches through one layer after the other.
+) -> Iterator[tuple[int, int, np.ndarray, dict[str, jax.Array]]]:
+    """Sends all batches through the table and then through one layer after the other.
 
     Args:
         params: Parameters, of which one layer at a time is asked for.
-        hidden: From `embedded`; replaced in place by the residual stream behind each layer.
         batches: The batches.
         cfg: The model.
         sites: Sites to capture.
         what: What is done, for the progress line.
 
     Yields:
-        (layer, batch, captured rows ``[b, r, d]`` by site).
+        (layer, batch, residual stream behind the layer ``[b, s, d]`` on the host, captured rows
+        ``[b, r, d]`` by site).
     """
+    hidden = _embedded(params, batches, cfg=cfg)
     kinds = cfg.layer_kinds()
     numbers = [sorted(set(kinds), key=kinds.index).index(one) for one in kinds]
     for l in progress.track(range(cfg.num_layers), f"{what} (layers)"):
@@ -72,7 +72,7 @@ def through_layers(
         for index, batch in enumerate(batches):
             x, rows = _layer(layer, hidden[index], batch, cfg=cfg, kind=numbers[l], sites=sites)
             hidden[index] = np.asarray(x)
-            yield l, index, rows
+            yield l, index, hidden[index], rows
 
 
 def peak_bytes(cfg: ModelConfig, *, tokens: int, batch: int, hidden_at_once: int) -> int:
@@ -93,10 +93,8 @@ def residuals(
     params: Params, batches: Sequence[Batch], *, cfg: ModelConfig, what: str
 ) -> list[np.ndarray]:
     """The residual stream behind the last layer, on the host, for each batch ``[b, s, d]``."""
-    hidden = embedded(params, batches, cfg=cfg)
-    for _ in through_layers(params, hidden, batches, cfg=cfg, what=what):
-        pass  # `hidden` is what counts
-    return hidden
+    steps = through_layers(params, batches, cfg=cfg, what=what)
+    return [x for l, _, x, _ in steps if l == cfg.num_layers - 1]
 
 
 def of_head(params: Params, *, cfg: ModelConfig) -> Params:

@@ -173,9 +173,9 @@ def test_a_finished_training_of_a_later_version_is_not_taken_for_this_one(
 
 
 def test_the_progress_says_losses_and_the_rate():
-    course = Course(None, [2.5], [1.0], [(0, 3.0)])
+    course = Course(None, (2.5,), (1.0,), ((0, 3.0),))
     assert run._note(course, 12.4) == "loss 2.5000, dev 3.0000, 12 tokens/s"
-    assert run._note(Course(None, [], [], []), 0.0) == ""
+    assert run._note(Course(None), 0.0) == ""
 
 
 def test_held_out_losses_are_those_of_eval(of_a_merge, merge, text_files, cli):
