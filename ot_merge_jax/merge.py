@@ -236,6 +236,7 @@ def align_activations(
             source,
             hparams,
             spec=spec,
+            sites=sites,
             pairs_at_once=budget.pairs,
             rows_at_once=budget.source_rows,
         ),

@@ -33,7 +33,7 @@ from ot_merge_jax import (
 from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import StrictError
-from ot_merge_jax.evaluate import nll, samples
+from ot_merge_jax.evaluate import nll, samples, saved_scores
 from ot_merge_jax.evaluate.divergence import divergence
 from ot_merge_jax.io import (
     checkpoint,
@@ -46,7 +46,7 @@ from ot_merge_jax.io import (
     stored,
 )
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
-from ot_merge_jax.merge import gather_rows, merge
+from ot_merge_jax.merge import Stage, gather_rows, merge
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models
 from ot_merge_jax.preflight import Inputs
@@ -180,17 +180,17 @@ def _merge(
     is_chosen = recipe.strength == "auto"
     deferred = _deferred(inputs.folders, held.on_disk, mesh)
     models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
-    split = run_controls.split(inputs)
+    split, stage = run_controls.split(inputs), staged.keeping(state)
     _LOG.info("transport: %s", ", ".join(spec.weights))
     choose = None
     if is_chosen and split.dev is not None:
-        choose = staged.chooser(
-            state, models.target, split.dev, hparams,
+        choose = sweeps.chooser(
+            stage, models.target, split.dev, hparams,
             spec=spec, logits_at_once=budget.logits,
         )  # fmt: skip
     merged = merge(
         models, split.batches, hparams,
-        spec=spec, vocabulary=split.vocabulary, stage=staged.keeping(state), choose=choose,
+        spec=spec, vocabulary=split.vocabulary, stage=stage, choose=choose,
         budget=budget,
     )  # fmt: skip
     model = stages.stage(
@@ -202,7 +202,7 @@ def _merge(
         folder=stages.MODEL,
     )
     merged = merged._replace(params=None)  # the files hold it now
-    sites = _site_facts(state, models, merged.alignment, inputs.held_out_data, spec, seed, budget)
+    sites = _site_facts(stage, models, merged.alignment, inputs.held_out_data, spec, seed, budget)
     unconverged = _unconverged(merged.report)
     chosen, points = merged.choice
     warnings = [
@@ -210,7 +210,7 @@ def _merge(
     ]  # fmt: skip
     if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
-    scores, evaluation = _evaluate(state, inputs, models, model, known, budget)
+    scores, evaluation = _evaluate(stage, inputs, models, model, known, budget)
     measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {}
     controlled: dict[str, schema.Entry] = {}
     if inputs.held_out is not None:
@@ -253,7 +253,7 @@ def _merge(
                 seed=seed,
             ),
         ),
-        samples=_samples(state, inputs, models, model),
+        samples=_samples(stage, inputs, models, model),
         weights=facts.weights(merged.report),
         sites=sites,
         calibration=checkpoint.plain(preflight.calibration_facts(inputs)),
@@ -296,7 +296,7 @@ def _deferred(
 
 
 def _site_facts(
-    state: stages.Run,
+    stage: Stage,
     models: Models,
     alignment: Alignment | None,
     unseen: calibration.Calibration | None,
@@ -309,7 +309,7 @@ def _site_facts(
     if alignment is not None and unseen is not None:
         rows = functools.partial(
             gather_rows,
-            sites=sites_of(spec.weights), stage=staged.keeping(state), hidden_at_once=budget.hidden,
+            sites=sites_of(spec.weights), stage=stage, hidden_at_once=budget.hidden,
         )  # fmt: skip
         held_out = (
             rows("unseen-target", models.target, unseen.target, role=TARGET),
@@ -326,7 +326,7 @@ def _site_facts(
             alignment, held_out, signed=spec.signed, seed=seed, plan_at_once=budget.plan_block
         )
 
-    sites = staged.kept(state, "sites", compute, needs=needs)
+    sites = stage("sites", compute, *checkpoint.JSON, needs=needs)
     return {name: schema.Site.model_validate(site) for name, site in sites.items()}
 
 
@@ -410,7 +410,7 @@ def _self_check(folder: Path, fused: Params) -> None:
 
 
 def _evaluate(
-    state: stages.Run,
+    stage: Stage,
     inputs: Inputs,
     models: Models,
     merged: Path,
@@ -434,23 +434,20 @@ def _evaluate(
             cfg=model.cfg, logits_at_once=budget.logits, hidden_at_once=budget.hidden,
         )  # fmt: skip
 
-    read = stages.stage(
-        state,
-        "evaluation",
-        lambda folder: staged.save_scores(folder, {role: one(role) for role in roles}),
-        staged.load_scores,
+    read = stage(
+        "evaluation", lambda: {role: one(role) for role in roles}, *saved_scores.SCORES,
         needs=["model"],
-    )
+    )  # fmt: skip
     scores = {role: read[role] for role in roles}
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
     found = facts.compared(scores, has_one_tokenizer=same, seed=seed)
     if inputs.recipe.controls:  # two passes more, spared like the controls
-        found["merge"].kl_to_base = _divergence(state, inputs, models, merged, budget.logits)
+        found["merge"].kl_to_base = _divergence(stage, inputs, models, merged, budget.logits)
     return scores, found
 
 
 def _divergence(
-    state: stages.Run, inputs: Inputs, models: Models, merged: Path, logits_at_once: int
+    stage: Stage, inputs: Inputs, models: Models, merged: Path, logits_at_once: int
 ) -> float:
     """KL(target || merge) on the held-out text, nats per token."""
 
@@ -460,12 +457,10 @@ def _divergence(
         sums = divergence(models.target, model, cut, logits_at_once=logits_at_once)
         return float(sums.sum() / cut.tokens.sum())
 
-    return staged.kept(state, "divergence", compute, needs=["model"])
+    return stage("divergence", compute, *checkpoint.JSON, needs=["model"])
 
 
-def _samples(
-    state: stages.Run, inputs: Inputs, models: Models, merged: Path
-) -> list[schema.Sample]:
+def _samples(stage: Stage, inputs: Inputs, models: Models, merged: Path) -> list[schema.Sample]:
     """What target and merge make of the beginnings of a few held-out documents."""
     count = inputs.recipe.continuations
     if inputs.held_out is None or not count:
@@ -482,7 +477,7 @@ def _samples(
             )
         return samples.facts(prompts, found)
 
-    written = staged.kept(state, "samples", compute, needs=["model"])
+    written = stage("samples", compute, *checkpoint.JSON, needs=["model"])
     return [schema.Sample.model_validate(sample) for sample in written]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ot_merge_jax import preflight, trials
+from ot_merge_jax import preflight, staged, trials
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import stages
 from ot_merge_jax.preflight import Inputs
@@ -33,13 +33,15 @@ def every_seed(
         arm: That merge as it was published.
         names: The controls that apply.
     """
-    every_trial = [trials.trial(context, run, split(inputs), merged, names, arm=arm)]
+    every_trial = [
+        trials.trial(context, staged.keeping(run), split(inputs), merged, names, arm=arm)
+    ]
     first = inputs.recipe.seed
     for seed in range(first + 1, first + inputs.recipe.seeds):
         _LOG.info("calibration seed %d", seed)
         again = split(preflight.reseeded(inputs, seed))
-        part = run._replace(part=f"seed-{seed}/")
-        every_trial.append(trials.again(context, part, again, names))
+        stage = staged.keeping(run._replace(part=f"seed-{seed}/"))
+        every_trial.append(trials.again(context, stage, again, names))
     return every_trial
 
 

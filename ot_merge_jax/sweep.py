@@ -12,6 +12,8 @@ import jax
 from ot_merge_jax import fuse, progress
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
+from ot_merge_jax.io import checkpoint
+from ot_merge_jax.merge import Stage
 from ot_merge_jax.models.model import AnyModel
 from ot_merge_jax.spaces import GROUPS
 from ot_merge_jax.types import BUDGET, Choice, HParams, MergeSpec, Params, Point, Transported
@@ -68,6 +70,42 @@ def sweep(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
+def chooser(
+    stage: Stage,
+    target: AnyModel,
+    dev: nll.Windows,
+    hparams: HParams,
+    *,
+    spec: MergeSpec,
+    logits_at_once: int = BUDGET.logits,
+) -> Callable[[Transported], Choice]:
+    """`sweep` as a step ``sweep`` of a merge: every strength tried on the dev split, and the best.
+
+    Args:
+        stage: Keeps the step, e.g. `ot_merge_jax.merge.call`.
+        target: The target.
+        dev: From `nll.windows` of the dev split.
+        hparams: As of the merge.
+        spec: As of the merge.
+        logits_at_once: As of `sweep`.
+
+    Returns:
+        The ``choose`` of `ot_merge_jax.merge.merge`.
+    """
+
+    def choose(transported: Transported) -> Choice:
+        def compute() -> list[dict[str, Any]]:
+            choice = sweep(
+                target, transported, dev, hparams, spec=spec, logits_at_once=logits_at_once
+            )
+            return [point._asdict() for point in choice.tried]
+
+        tried = stage("sweep", compute, *checkpoint.JSON, needs=["moved"])
+        return chosen([Point(**point) for point in tried], hparams)
+
+    return choose
+
+
 def _fused(params: Params, transported: Transported, strength: Any, *, spec: MergeSpec) -> Params:
     """`fuse.fuse` as one program for all strengths, and for all merges of one shape."""
     return fuse.fuse(params, transported.weights, strength, spec=spec, mask=transported.masks)

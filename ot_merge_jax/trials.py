@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax import controls, fuse, staged
+from ot_merge_jax import controls, fuse
 from ot_merge_jax import sweep as sweeps
-from ot_merge_jax.evaluate import nll, unigram
-from ot_merge_jax.io import checkpoint, stages
-from ot_merge_jax.merge import given, merge
+from ot_merge_jax.evaluate import nll, saved_scores, unigram
+from ot_merge_jax.io import checkpoint
+from ot_merge_jax.merge import Stage, given, merge
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import Models
 from ot_merge_jax.types import (
@@ -123,7 +123,7 @@ class TrialContext(NamedTuple):
 
 def trial(
     context: TrialContext,
-    run: stages.Run,
+    stage: Stage,
     split: Split,
     merged: Merged,
     names: Sequence[str],
@@ -134,7 +134,7 @@ def trial(
 
     Args:
         context: What all arms share.
-        run: Where stages are kept.
+        stage: Keeps every arm, e.g. `ot_merge_jax.merge.call`.
         split: Of the seed.
         merged: The merge of this seed; its parameters are not needed if ``arm`` is given.
         names: The controls that apply, of `controls.arms`.
@@ -143,7 +143,7 @@ def trial(
     Returns:
         All arms.
     """
-    arms = {"merge": arm or _arm(context, run, "merge", lambda: merged)}
+    arms = {"merge": arm or _arm(context, stage, "merge", lambda: merged)}
     choose = None
     if context.is_chosen and split.dev is not None:
         choose = functools.partial(_sweep, context, split.dev)
@@ -154,9 +154,9 @@ def trial(
         make = functools.partial(
             controls.remade, name, merged, context.models, split.batches, context.hparams,
             spec=context.spec, vocabulary=split.vocabulary, seed=split.seed,
-            stage=staged.keeping(run), choose=choose, budget=context.budget,
+            stage=stage, choose=choose, budget=context.budget,
         )  # fmt: skip
-        arms[name] = _arm(context, run, name, make)
+        arms[name] = _arm(context, stage, name, make)
     biased = {}
     if "unigram" in names:
         _LOG.info("control unigram (seed %d)", split.seed)
@@ -167,33 +167,32 @@ def trial(
         }
         plain = {"target": context.target, "merge": arms["merge"].scores}
         biased = {
-            name: _biased(context, run, split, name, params[name], plain[name]) for name in params
+            name: _biased(context, stage, split, name, params[name], plain[name]) for name in params
         }
     return Trial(split.seed, arms, biased)
 
 
-def again(context: TrialContext, run: stages.Run, split: Split, names: Sequence[str]) -> Trial:
+def again(context: TrialContext, stage: Stage, split: Split, names: Sequence[str]) -> Trial:
     """The trial of a further calibration seed: its merge, and the controls of that.
 
     Args:
         context: What all arms share.
-        run: Where the stages of this seed are kept.
+        stage: Keeps what belongs to this seed.
         split: Of this seed.
         names: The controls that apply.
     """
     choose = None
     if context.is_chosen and split.dev is not None:
-        choose = staged.chooser(
-            run, context.models.target, split.dev, context.hparams,
+        choose = sweeps.chooser(
+            stage, context.models.target, split.dev, context.hparams,
             spec=context.spec, logits_at_once=context.budget.logits,
         )  # fmt: skip
-    stage = given({"report": None}, staged.keeping(run))  # nobody reads its diagnostics
     merged = merge(
         context.models, split.batches, context.hparams,
-        spec=context.spec, vocabulary=split.vocabulary, stage=stage, choose=choose,
-        budget=context.budget,
+        spec=context.spec, vocabulary=split.vocabulary, choose=choose, budget=context.budget,
+        stage=given({"report": None}, stage),  # nobody reads its diagnostics
     )  # fmt: skip
-    return trial(context, run, split, merged, names)
+    return trial(context, stage, split, merged, names)
 
 
 def _sweep(context: TrialContext, dev: nll.Windows, transported: Transported) -> Choice:
@@ -204,10 +203,10 @@ def _sweep(context: TrialContext, dev: nll.Windows, transported: Transported) ->
     )  # fmt: skip
 
 
-def _arm(context: TrialContext, run: stages.Run, name: str, make: Callable[[], Merged]) -> Arm:
+def _arm(context: TrialContext, stage: Stage, name: str, make: Callable[[], Merged]) -> Arm:
     """Scores what ``make`` returns, as a stage."""
 
-    def compute(folder: Path) -> None:
+    def compute() -> Arm:
         merged = make()
         strength = merged.choice.hparams.strength
         scores = context.target  # at strength 0 it is the target, bit for bit
@@ -217,16 +216,20 @@ def _arm(context: TrialContext, run: stages.Run, name: str, make: Callable[[], M
                 params, context.held_out,
                 cfg=context.models.target.cfg, logits_at_once=context.budget.logits,
             )  # fmt: skip
-        summary = {"strength": strength, "points": merged.choice.tried}
+        return Arm(strength, merged.choice.tried, scores)
+
+    def save(folder: Path, compute: Callable[[], Arm]) -> None:
+        arm = compute()
+        summary = {"strength": arm.strength, "points": arm.points}
         checkpoint.save_json(folder / "arm.json", summary)
-        staged.save_scores(folder / "scores", {"arm": scores})
+        saved_scores.save(folder / "scores", {"arm": arm.scores})
 
     def load(folder: Path) -> Arm:
         summary = checkpoint.load_json(folder / "arm.json")
         points = [Point(**point) for point in summary["points"]]
-        return Arm(summary["strength"], points, staged.load_scores(folder / "scores")["arm"])
+        return Arm(summary["strength"], points, saved_scores.load(folder / "scores")["arm"])
 
-    return stages.stage(run, f"arm-{name.replace(' ', '-')}", compute, load, needs=["moved"])
+    return stage(f"arm-{name.replace(' ', '-')}", compute, save, load, needs=["moved"])
 
 
 def _as_stored_merge(context: TrialContext, transported: Transported, strength: Any) -> Params:
@@ -255,7 +258,7 @@ def as_stored(params: Params, dtypes: Mapping[str, Any]) -> Params:
 
 def _biased(
     context: TrialContext,
-    run: stages.Run,
+    stage: Stage,
     split: Split,
     name: str,
     params: Callable[[], Params],
@@ -263,7 +266,7 @@ def _biased(
 ) -> Biased:
     """A model with the bias that is fitted to it."""
 
-    def compute(folder: Path) -> None:
+    def compute() -> Biased:
         cfg, model, budget = context.models.target.cfg, params(), context.budget
         assert split.dev is not None
         fitted = unigram.fitted(
@@ -276,14 +279,18 @@ def _biased(
                 model, context.held_out,
                 cfg=cfg, bias=fitted.bias, logits_at_once=budget.logits,
             )  # fmt: skip
-        checkpoint.save_json(folder / "gamma.json", fitted.gamma)
-        staged.save_scores(folder / "scores", {"arm": scores})
+        return Biased(fitted.gamma, scores)
+
+    def save(folder: Path, compute: Callable[[], Biased]) -> None:
+        biased = compute()
+        checkpoint.save_json(folder / "gamma.json", biased.gamma)
+        saved_scores.save(folder / "scores", {"arm": biased.scores})
 
     def load(folder: Path) -> Biased:
         gamma = checkpoint.load_json(folder / "gamma.json")
-        return Biased(gamma, staged.load_scores(folder / "scores")["arm"])
+        return Biased(gamma, saved_scores.load(folder / "scores")["arm"])
 
-    return stages.stage(run, f"bias-{name}", compute, load, needs=["moved"])
+    return stage(f"bias-{name}", compute, save, load, needs=["moved"])
 
 
 def pooled(scores: Sequence[nll.Scores]) -> nll.Scores:

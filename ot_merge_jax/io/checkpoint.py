@@ -249,11 +249,15 @@ def load_transported(folder: Path) -> Transported:
 
 #: Fields of `Transported` -> folders.
 _PARTS = {"weights": "moved", "masks": "masks"}
-#: How the steps of `ot_merge_jax.merge.merge` are kept: ``(folder, compute)`` writes what it
-#: computes, ``(folder)`` reads it. Activations are written while they are gathered.
+#: How the steps of `ot_merge_jax.merge.merge`, and values of JSON, are kept: ``(folder, compute)``
+#: writes what it computes, ``(folder)`` reads it. Activations are written while they are gathered.
 ACTIVATIONS = (
     lambda folder, compute: save_row_ids(folder, compute(allocate=allocator(folder))),
     load_activations,
 )
 COUPLING = (lambda folder, compute: save_coupling(folder, compute()), load_coupling)
 TRANSPORTED = (lambda folder, compute: save_transported(folder, compute()), load_transported)
+JSON = (
+    lambda folder, compute: save_json(folder / "value.json", compute()),
+    lambda folder: load_json(folder / "value.json"),
+)

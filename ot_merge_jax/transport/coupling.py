@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_merge_jax import progress
-from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import batches, cost, solve
 from ot_merge_jax.types import BUDGET, Activations, Coupling, HParams, MergeSpec, Potentials, Solver
 
@@ -32,6 +31,7 @@ def couple(
     hparams: HParams,
     *,
     spec: MergeSpec,
+    sites: Iterable[str] | None = None,
     pairs_at_once: int | None = None,
     rows_at_once: int = BUDGET.source_rows,
 ) -> Coupling:
@@ -41,14 +41,15 @@ def couple(
         target: Activations of the target.
         source: Activations of the source (of the source base, for rule ``delta``); same row ids.
         hparams: ``epsilon``, ``layer_epsilon`` and ``threshold`` are used.
-        spec: ``weights`` (which decide the sites), ``layer_cost``, ``signed``, ``max_iterations``,
+        spec: ``layer_cost``, ``signed``, ``max_iterations``,
             ``solver``. Under a trace a pair whose cost spans too many epsilons for the scaling form
             comes back not converged, unless the solver is ``ott``.
+        sites: The sites to couple; None: all of the target's activations.
         pairs_at_once: Layer pairs solved side by side at most; None: `solve.pairs_at_once`.
         rows_at_once: Entries of the source's rows on the device at a time, at least one layer's.
 
     Returns:
-        The coupling of all sites that the weights need.
+        The coupling of the sites.
 
     Raises:
         ValueError: if the rows of the two models do not correspond, or are fewer than 2; if an
@@ -73,7 +74,7 @@ def couple(
             f"not {len(target.row_id)} and {len(source.row_id)}."
         )
     solve.check_budgets(pairs_at_once=pairs_at_once, rows_at_once=rows_at_once)
-    sites = sites_of(spec.weights)
+    sites = tuple(target.values) if sites is None else tuple(sites)
     total = sum(
         len(target.values[site]) * len(_blocks(source.values[site].shape, rows_at_once))
         for site in sites
