@@ -5,21 +5,16 @@ The rows of the two models correspond by ``row_id``; a text dropped for one is d
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from ot_merge_jax import rows as alignment
 from ot_merge_jax import spelling, texts
+from ot_merge_jax.data.batching import batches
+from ot_merge_jax.data.tokenizers import is_same_tokenizer
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch
-
-TOKENS_PER_BATCH = 4096
-_SHORTEST = 16
 
 
 class Encoded(NamedTuple):
@@ -59,58 +54,6 @@ class Calibration(NamedTuple):
     rows: int
     target_matched: float | None
     source_matched: float | None
-
-
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a model folder, by transformers; no code of the folder is ever run.
-
-    Raises:
-        InputError: if the folder has none, or it cannot be loaded.
-    """
-    from transformers import AutoTokenizer  # noqa: PLC0415, takes seconds to import; `--help` should not wait
-
-    path = Path(path).expanduser()
-    if not any(
-        (path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
-    ):
-        raise InputError(f"{path} has no tokenizer; copy the tokenizer files of the model into it.")
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # the libraries behind it raise anything
-        first = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"The tokenizer of {path} cannot be loaded ({first}); download its files again."
-        ) from error
-
-
-def tokenize(tokenizer: Any, document: Document, **options: Any) -> Any:
-    """A document in the tokens of a model, with the special tokens it was trained to see.
-
-    A chat writes its own special tokens by the model's template, so that none are added.
-
-    Args:
-        tokenizer: Of the model, by transformers.
-        document: A text or a chat.
-        **options: Of the call of the tokenizer.
-
-    Returns:
-        What the tokenizer returns.
-
-    Raises:
-        InputError: if a chat cannot be rendered (`texts.render`).
-    """
-    rendered = texts.render(document, tokenizer)
-    return tokenizer(rendered.text, add_special_tokens=not rendered.has_special, **options)
-
-
-def is_same_tokenizer(target: Any, source: Any, documents: Sequence[Document]) -> bool:
-    """Whether two tokenizers have one vocabulary and cut these documents alike."""
-    if target.get_vocab() != source.get_vocab():
-        return False
-    return all(
-        tokenize(target, one)["input_ids"] == tokenize(source, one)["input_ids"]
-        for one in documents
-    )
 
 
 def encode(
@@ -240,92 +183,3 @@ def align(
         target_matched=matched(t for t, _ in both),
         source_matched=matched(s for _, s in both),
     )
-
-
-def batches(
-    sequences: Sequence[Sequence[int]], rows: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> list[Batch]:
-    """Pads token sequences into batches of few shapes; sequences without rows are left out.
-
-    Args:
-        sequences: Token ids of each document.
-        rows: For each document the positions of its rows (-1: the mean) and their row ids.
-
-    Returns:
-        Right-padded batches; the last of each length is filled up with empty sequences.
-
-    Example:
-        >>> [batch] = batches([[5, 6, 7], [8]], [([0, 2], [0, 1]), ([-1], [2])])
-        >>> batch.tokens.shape, batch.mask.sum(1).tolist(), batch.row_id[:, :2].tolist()
-        ((2, 16), [3, 1], [[0, 1], [2, -1]])
-    """
-    members = [index for index, (_, ids) in enumerate(rows) if ids]
-    widest = _power_of_two(max((len(rows[index][1]) for index in members), default=1))
-    made = []
-    for group in grouped({index: len(sequences[index]) for index in members}):
-        shape = (group.size, group.length)
-        tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-        width = min(widest, group.length)
-        position = np.zeros((group.size, width), np.int32)
-        row_id = np.full((group.size, width), -1, np.int32)
-        for place, index in enumerate(group.members):
-            positions, ids = rows[index]
-            tokens[place, : len(sequences[index])] = sequences[index]
-            mask[place, : len(sequences[index])] = True
-            position[place, : len(ids)], row_id[place, : len(ids)] = positions, ids
-        made.append(Batch(tokens, mask, position, row_id))  # pyright: ignore[reportArgumentType]
-    return made
-
-
-class Group(NamedTuple):
-    """Sequences that share a batch.
-
-    Attributes:
-        length: Tokens they are padded to.
-        size: Sequences of the batch; more than there are members if the last is not full.
-        members: Which sequences.
-    """
-
-    length: int
-    size: int
-    members: list[int]
-
-
-def grouped(lengths: Mapping[int, int], *, longest: int | None = None) -> list[Group]:
-    """Groups sequences of like length into batches of few shapes, since each shape compiles anew.
-
-    Lengths are powers of two. A length that does not fill one batch joins the next longer one.
-
-    Args:
-        lengths: Sequence -> its tokens.
-        longest: Upper limit of the padded length, e.g. a model's context.
-
-    Returns:
-        Groups, shorter ones first.
-
-    Example:
-        >>> [(g.length, g.size, g.members) for g in grouped({0: 100, 1: 20, 2: 70})]
-        [(128, 4, [0, 1, 2])]
-    """
-    buckets: dict[int, list[int]] = defaultdict(list)
-    for index, length in lengths.items():
-        padded = _power_of_two(max(length, _SHORTEST))
-        buckets[min(padded, longest or padded)].append(index)
-    groups, waiting = [], []
-    for length in sorted(buckets):
-        waiting = sorted(waiting + buckets[length])
-        size = max(1, TOKENS_PER_BATCH // length)
-        if length < max(buckets) and len(waiting) < size:
-            continue
-        size = min(size, _power_of_two(len(waiting)))
-        groups += [
-            Group(length, size, waiting[start : start + size])
-            for start in range(0, len(waiting), size)
-        ]
-        waiting = []
-    return groups
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest power of two that is at least ``size``."""
-    return 1 << max(0, size - 1).bit_length()

@@ -51,7 +51,7 @@ from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
-from ot_merge_jax.report import arms, facts, schema
+from ot_merge_jax.report import arms, schema
 from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.report.schema import Report
 from ot_merge_jax.spaces import sites_of
@@ -245,7 +245,7 @@ def _merge(
         evaluation=evaluation,
         strength=schema.Strength(
             chosen=chosen.strength,
-            tried=facts.tried(points),
+            tried=arms.tried(points),
             split=schema.Split(
                 train_documents=len(inputs.texts),
                 dev_documents=len(inputs.dev),
@@ -254,7 +254,7 @@ def _merge(
             ),
         ),
         samples=_samples(stage, inputs, models, model),
-        weights=facts.weights(merged.report),
+        weights=arms.weights(merged.report),
         sites=sites,
         calibration=checkpoint.plain(preflight.calibration_facts(inputs)),
         settings=yaml.safe_load(provenance.public(recipe.to_yaml())),
@@ -440,7 +440,7 @@ def _evaluate(
     )  # fmt: skip
     scores = {role: read[role] for role in roles}
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
-    found = facts.compared(scores, has_one_tokenizer=same, seed=seed)
+    found = arms.compared(scores, has_one_tokenizer=same, seed=seed)
     if inputs.recipe.controls:  # two passes more, spared like the controls
         found["merge"].kl_to_base = _divergence(stage, inputs, models, merged, budget.logits)
     return scores, found

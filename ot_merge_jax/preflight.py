@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import calibration, merge, spelling, texts
+from ot_merge_jax.data.tokenizers import tokenizer_of
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import location, publish, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.model import BASE
 from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.spaces import VOCABULARY
-from ot_merge_jax.texts import Document
+from ot_merge_jax.texts import Document, documents_of, sampled
 from ot_merge_jax.types import VocabularyMatch
 
 _LOG = logging.getLogger(__name__)
@@ -148,36 +149,10 @@ def _calibrated(
     )
 
 
-def tokenizer_of(folder: ModelFolder) -> Any:
-    """The tokenizer of a model, if it fits the model's tables."""
-    tokenizer = calibration.load_tokenizer(folder.path)
-    if len(tokenizer) > folder.cfg.vocab_size:
-        raise InputError(
-            f"The tokenizer of {folder.path} has {len(tokenizer)} tokens but the model "
-            f"has {folder.cfg.vocab_size} rows; one of them is not its own."
-        )
-    return tokenizer
-
-
 def _texts(recipe: Recipe) -> dict[str, Text]:
     """The texts a recipe reads."""
     said: dict[str, Text] = {"calibration": recipe.calibration}
     return said if recipe.evaluation is None else said | {"evaluation": recipe.evaluation}
-
-
-def sampled(text: Text, source: records.Source, *, samples: int, seed: int) -> list[Document]:
-    """A seeded sample of a text: ``samples`` documents, and those of the dev split beside them."""
-    count = round(samples / (1 - texts.DEV_FRACTION))
-    documents = texts.read_documents(source, field=text.field, encoding=text.encoding)
-    return texts.sample(documents, count=count, seed=seed)
-
-
-def documents_of(text: Text, source: records.Source) -> list[Document]:
-    """All documents of a text; InputError if there are none."""
-    documents = list(texts.read_documents(source, field=text.field, encoding=text.encoding))
-    if not documents:
-        raise InputError(f"{text.path} has 0 documents; add text.")
-    return documents
 
 
 def _by_frequency(

@@ -9,12 +9,17 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.transport import vocabulary as vocabularies
 from ot_merge_jax.types import VocabularyMatch
+
+#: A token is its string, or the bytes it spells where two tokenizers mark them differently.
+Tokens = Mapping[str, int] | Mapping[bytes, int] | Sequence[str]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -148,4 +153,39 @@ def matched(
             f"The tokenizers of target and source share {shared} token{'s' * (shared != 1)}, and "
             f"moving embed or head needs at least 2; leave them out of weights."
         )
-    return vocabularies.match(*tokens)
+    return match(*tokens)
+
+
+def match(target_tokens: Tokens, source_tokens: Tokens) -> VocabularyMatch:
+    """Pairs the rows of two vocabularies whose tokens are equal.
+
+    Args:
+        target_tokens: Token -> row, or the tokens in row order. Leave special tokens out.
+        source_tokens: The same of the source.
+
+    Returns:
+        Matched rows, ascending in the target's.
+
+    Raises:
+        ValueError: if no token is shared.
+
+    Example:
+        >>> match(["a", "b", "c"], {"c": 0, "a": 7}).source_ids.tolist()
+        [7, 0]
+    """
+
+    def rows(tokens: Tokens) -> dict[Any, int]:
+        if isinstance(tokens, Mapping):
+            return dict(tokens)
+        return {token: row for row, token in enumerate(tokens)}
+
+    source_rows = rows(source_tokens)
+    pairs = sorted(
+        (row, source_rows[token])
+        for token, row in rows(target_tokens).items()
+        if token in source_rows
+    )
+    if not pairs:
+        raise ValueError("The two vocabularies share no token.")
+    target_ids, source_ids = np.asarray(pairs, np.int32).T
+    return VocabularyMatch(jnp.asarray(target_ids), jnp.asarray(source_ids))
