@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from ot_merge_jax import rows as alignment
-from ot_merge_jax import spelling, texts
+from ot_merge_jax import spelling
+from ot_merge_jax.data import chat
 from ot_merge_jax.data.batching import batches
+from ot_merge_jax.data.chat import Document
 from ot_merge_jax.data.tokenizers import is_same_tokenizer
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.texts import Document
 from ot_merge_jax.types import Batch
 
 
@@ -80,7 +81,7 @@ def encode(
         )
     encoded, special = [], spelling.special_ids(tokenizer)
     for document in documents:
-        rendered = texts.render(document, tokenizer)
+        rendered = chat.render(document, tokenizer)
         one = tokenizer(
             rendered.text,
             add_special_tokens=not rendered.has_special,

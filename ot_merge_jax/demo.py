@@ -9,9 +9,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ot_merge_jax import assets, pipeline, recipe
+from ot_merge_jax import assets, pipeline
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import publish
+from ot_merge_jax.recipes import loading
 from ot_merge_jax.report.numbers import number
 from ot_merge_jax.report.schema import Difference
 
@@ -52,7 +53,7 @@ def run(
     results: dict[str, pipeline.RunResult] = {}
     scores: dict[str, nll.Scores] = {}  # folder -> scores, so that no model is scored twice
     for name, own in recipes.items():
-        resolved = recipe.resolve(own, where="the demo")
+        resolved = loading.resolve(own, where="the demo")
         folders = {"target": resolved.target, "source": resolved.source}
         results[name] = pipeline.run(
             resolved,
@@ -68,7 +69,7 @@ def run(
 
 
 def settings(*, is_full: bool = False, seed: int = 0) -> dict[str, dict[str, Any]]:
-    """The merges of the demo, name -> what `recipe.resolve` takes.
+    """The merges of the demo, name -> what `loading.resolve` takes.
 
     Args:
         is_full: Whether three calibration seeds and all controls are run.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import assets, demo, pipeline, recipe
+from ot_merge_jax import assets, demo, pipeline
 from ot_merge_jax.adapt import baselines
 from ot_merge_jax.adapt import settings as adaptations
 from ot_merge_jax.adapt.run import AdaptResult
 from ot_merge_jax.io import publish
+from ot_merge_jax.recipes import loading
 
 #: Of all arms: what three seeds of them take a few minutes for on two CPU cores.
 BUDGET = {"steps": 48, "batch_size": 4, "block": 128, "eval_every": 16}
@@ -46,7 +47,7 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = Fa
     said = demo.settings(seed=seed)["delta"]
     command = "ot-merge demo --adapt"
     merge = pipeline.run(
-        recipe.resolve(said, where="the demo"), merged,
+        loading.resolve(said, where="the demo"), merged,
         command=command, overwrite=overwrite, offline=offline, keep=False,
     )  # fmt: skip
     settings = adaptations.resolve({

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ot_merge_jax import calibration, preflight
+from ot_merge_jax.data import documents as documents_module
+from ot_merge_jax.data import tokenizers as tokenizers_module
+from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluate import choices, compare, divergence, nll, samples, tasks
 from ot_merge_jax.io import hf, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models.model import Model
 from ot_merge_jax.recipe import Text
-from ot_merge_jax.texts import Document
 
 _LOG = logging.getLogger(__name__)
 
@@ -108,11 +109,11 @@ def evaluate(
         raise RecipeError(f"{flag} needs documents; give --text.")
     names = list(dict.fromkeys([*paths, base] if base is not None else paths))
     folders = {name: open_folder(name, offline=offline) for name in names}
-    tokenizers = {name: preflight.tokenizer_of(folder) for name, folder in folders.items()}
+    tokenizers = {name: tokenizers_module.tokenizer_of(folder) for name, folder in folders.items()}
     read = _read(ask, tokenizers[names[0]], offline=offline)
 
     def is_one(a: str, b: str) -> bool:
-        return calibration.is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
+        return tokenizers_module.is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
 
     if len(names) > 1 and 0 < len(read.documents) < compare.FEWEST:
         _LOG.warning(
@@ -148,7 +149,7 @@ def _read(ask: Ask, tokenizer: Any, *, offline: bool) -> _Read:
     documents: list[Document] = []
     if ask.text is not None:
         source = records.locate(ask.text.path, offline=offline)
-        documents = preflight.documents_of(ask.text, source)[: ask.limit]
+        documents = documents_module.documents_of(ask.text, source)[: ask.limit]
     questions = {
         file: choices.read(Path(file), encoding=ask.encoding, limit=ask.limit)
         for file in dict.fromkeys(ask.questions)

@@ -28,7 +28,7 @@ from ot_merge_jax.evaluate import divergence, nll, unigram
 from ot_merge_jax.models import specs
 from ot_merge_jax.spaces import site_width, sites_of
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import solve
+from ot_merge_jax.transport import sinkhorn
 from ot_merge_jax.types import BUDGET, Budget, MergeSpec
 
 #: The interpreter, its libraries and compiled programs (measured: 0.5 to 0.8 GiB).
@@ -193,7 +193,7 @@ def _halved(
 
 def _most_pairs(cfgs: Mapping[str, ModelConfig], spec: MergeSpec) -> int:
     """Layer pairs that are solved side by side at the narrowest site, by default."""
-    return max((solve.pairs_at_once(*shape) for shape in _problems(cfgs, spec)), default=1)
+    return max((sinkhorn.pairs_at_once(*shape) for shape in _problems(cfgs, spec)), default=1)
 
 
 def _problems(cfgs: Mapping[str, ModelConfig], spec: MergeSpec) -> list[tuple[int, int]]:

@@ -25,13 +25,13 @@ from ot_merge_jax import (
     planning,
     preflight,
     run_controls,
-    site_diagnostics,
     staged,
+    sweep,
     texts,
     trials,
 )
-from ot_merge_jax import sweep as sweeps
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.data import batching, tokenizers
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples, saved_scores
 from ot_merge_jax.evaluate.divergence import divergence
@@ -55,15 +55,8 @@ from ot_merge_jax.report import arms, schema
 from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.report.schema import Report
 from ot_merge_jax.spaces import sites_of
-from ot_merge_jax.transport import cost
-from ot_merge_jax.types import (
-    BUDGET,
-    Alignment,
-    Budget,
-    MergeReport,
-    MergeSpec,
-    Params,
-)
+from ot_merge_jax.transport import cost, site_diagnostics
+from ot_merge_jax.types import BUDGET, Alignment, Budget, MergeReport, MergeSpec, Params
 
 _LOG = logging.getLogger(__name__)
 
@@ -184,7 +177,7 @@ def _merge(
     _LOG.info("transport: %s", ", ".join(spec.weights))
     choose = None
     if is_chosen and split.dev is not None:
-        choose = sweeps.chooser(
+        choose = sweep.chooser(
             stage, models.target, split.dev, hparams,
             spec=spec, logits_at_once=budget.logits,
         )  # fmt: skip
@@ -206,7 +199,7 @@ def _merge(
     unconverged = _unconverged(merged.report)
     chosen, points = merged.choice
     warnings = [
-        *_silent(merged.alignment, spec), *unconverged, *sweeps.at_the_edge(points, chosen),
+        *_silent(merged.alignment, spec), *unconverged, *sweep.at_the_edge(points, chosen),
     ]  # fmt: skip
     if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
@@ -400,8 +393,8 @@ def _self_check(folder: Path, fused: Params) -> None:
             dtype = safetensors.DTYPES[opened.tensors[name].dtype]
             if not np.array_equal(one.astype(dtype), np.asarray(other).astype(dtype)):
                 raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
-    calibration.load_tokenizer(folder)
-    batch = calibration.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
+    tokenizers.load_tokenizer(folder)
+    batch = batching.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
     cfg, written = stored.stored(opened, dtype=jnp.float32)
     [x] = streamed.residuals(written, [batch], cfg=cfg, what="check what was written")
     logits = _head(streamed.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)

@@ -12,14 +12,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import (
-    activations,
-    arithmetic,
-    calibration,
-    memory,
-    preflight,
-    weight_transport,
-)
+from ot_merge_jax import activations, arithmetic, memory, preflight, weight_transport
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import ResourceError
 from ot_merge_jax.io import safetensors
 from ot_merge_jax.models import specs
@@ -140,7 +134,7 @@ def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
     documents = [*inputs.dev, *(inputs.held_out or [])]
     both = [inputs.tokenizers[role] for role in ("target", "source")]
     scored = [
-        max(len(calibration.tokenize(one, document)["input_ids"]) for one in both)
+        max(len(tokenizers.tokenize(one, document)["input_ids"]) for one in both)
         for document in documents
     ]
     recipe = inputs.recipe

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import calibration, merge, spelling, texts
+from ot_merge_jax.data import chat
+from ot_merge_jax.data import tokenizers as tokenizers_module
+from ot_merge_jax.data.chat import Document
 from ot_merge_jax.data.tokenizers import tokenizer_of
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import location, publish, records
@@ -19,7 +22,7 @@ from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.model import BASE
 from ot_merge_jax.recipe import Recipe, Text
 from ot_merge_jax.spaces import VOCABULARY
-from ot_merge_jax.texts import Document, documents_of, sampled
+from ot_merge_jax.texts import documents_of, sampled
 from ot_merge_jax.types import VocabularyMatch
 
 _LOG = logging.getLogger(__name__)
@@ -111,10 +114,10 @@ def _calibrated(
             f"add text or give a strength."
         )
     both = tokenizers["target"], tokenizers["source"]
-    is_one = calibration.is_same_tokenizer(*both, documents)
+    is_one = tokenizers_module.is_same_tokenizer(*both, documents)
     # a base often has no chat template: it reads what the source's own template writes
-    as_source = [texts.render(one, tokenizers["source"]).text for one in documents]
-    if BASE in tokenizers and not calibration.is_same_tokenizer(
+    as_source = [chat.render(one, tokenizers["source"]).text for one in documents]
+    if BASE in tokenizers and not tokenizers_module.is_same_tokenizer(
         tokenizers[BASE], tokenizers["source"], as_source
     ):
         raise InputError(

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax import controls, fuse
-from ot_merge_jax import sweep as sweeps
+from ot_merge_jax import controls, fuse, sweep
 from ot_merge_jax.evaluate import nll, saved_scores, unigram
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.merge import Stage, given, merge
@@ -183,7 +182,7 @@ def again(context: TrialContext, stage: Stage, split: Split, names: Sequence[str
     """
     choose = None
     if context.is_chosen and split.dev is not None:
-        choose = sweeps.chooser(
+        choose = sweep.chooser(
             stage, context.models.target, split.dev, context.hparams,
             spec=context.spec, logits_at_once=context.budget.logits,
         )  # fmt: skip
@@ -197,7 +196,7 @@ def again(context: TrialContext, stage: Stage, split: Split, names: Sequence[str
 
 def _sweep(context: TrialContext, dev: nll.Windows, transported: Transported) -> Choice:
     """The best strength on the dev split."""
-    return sweeps.sweep(
+    return sweep.sweep(
         context.models.target, transported, dev, context.hparams,
         spec=context.spec, logits_at_once=context.budget.logits,
     )  # fmt: skip

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 #: Nested dict of arrays, of which leaves under ``layers`` are stacked over the layers; or lazy
 #: parameters (`ot_merge_jax.models.specs.LazyParams`), made when they are asked for.
 Params = Any
-#: How transport problems are solved; see `ot_merge_jax.transport.solve.solve`.
+#: How transport problems are solved; see `ot_merge_jax.transport.sinkhorn.solve`.
 Solver = Literal["auto", "scaling", "ott"]
 
 
@@ -232,7 +232,7 @@ class Budget(NamedTuple):
 
     Attributes:
         pairs: Layer pairs solved side by side at most; None: as many as
-            `ot_merge_jax.transport.solve.pairs_at_once` says, by the width of the site.
+            `ot_merge_jax.transport.sinkhorn.pairs_at_once` says, by the width of the site.
         source_rows: Entries of the source's rows on the device (256 MiB).
         plan_block: Entries of a plan that are rebuilt at a time (64 MiB).
         logits: Logits in memory (256 MiB): those of a whole batch are gigabytes where vocabularies

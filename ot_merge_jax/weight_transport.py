@@ -14,22 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import fuse
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.merging import masks as masks_module
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import AnyModel, Models
 from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, site_width, weight_of
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator
-from ot_merge_jax.transport import vocabulary as vocabularies
-from ot_merge_jax.types import (
-    BUDGET,
-    Alignment,
-    MergeSpec,
-    Params,
-    Transported,
-    VocabularyMatch,
-)
+from ot_merge_jax.transport import operator, procrustes, vocabulary
+from ot_merge_jax.types import BUDGET, Alignment, MergeSpec, Params, Transported, VocabularyMatch
 
 
 def transport_weights(
@@ -73,11 +65,11 @@ def transport_weights(
     weights: dict[str, jax.Array] = {}
     masks: dict[str, jax.Array] = {}
     if alignment is not None:
-        selected = fuse.selected(alignment.target, spec=spec)
+        selected = masks_module.selected(alignment.target, spec=spec)
         weights = _projections(
             models.target.params, moving, alignment, selected, spec=spec, plan_at_once=plan_at_once
         )
-        masks = fuse.masks(alignment.target, spec=spec)
+        masks = masks_module.masks(alignment.target, spec=spec)
     if vocabulary is not None and set(spec.weights) & set(VOCABULARY):
         tables, rows = _tables(
             models.target, models.source.cfg, moving, models.reference, vocabulary, spec=spec
@@ -198,12 +190,12 @@ def _tables(
     roles = {"head" if is_tied else name for name in spec.weights if name in VOCABULARY}
     for role in sorted(roles):
         aim = _table(target, role)
-        rotation = vocabularies.procrustes(
-            vocabularies.rows_of(_table(reference, role), matched.source_ids),
-            vocabularies.rows_of(aim, matched.target_ids),
+        rotation = procrustes.procrustes(
+            vocabulary.rows_of(_table(reference, role), matched.source_ids),
+            vocabulary.rows_of(aim, matched.target_ids),
             weights=matched.weights,
         )
-        table, mask = vocabularies.moved_rows(
+        table, mask = vocabulary.moved_rows(
             _oriented(specs.get(moving, _place(source, role)), role, source),
             rotation,
             matched,
@@ -311,7 +303,7 @@ def flops(
         total += 2 * min(a * p * q + a * q * b, p * q * b + a * p * b)
     moving = set(spec.weights) & set(VOCABULARY)
     tables = min(1, len(moving)) if target.tie_word_embeddings else len(moving)
-    one_table = vocabularies.flops(
+    one_table = vocabulary.flops(
         matched, target_width=target.hidden_size, source_width=source.hidden_size
     )
     return pairs * total, tables * one_table

@@ -27,8 +27,9 @@ import numpy as np
 from ot_merge_jax import fuse
 from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.io import checkpoint
+from ot_merge_jax.merging import masks
 from ot_merge_jax.models import specs
-from ot_merge_jax.recipe import PRESETS
+from ot_merge_jax.recipes.presets import PRESETS
 from ot_merge_jax.spaces import PROJECTIONS, site_width, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
@@ -75,8 +76,8 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
     sites = sites_of(weights)
     ours = rows(target, sites, layers[0], seed=1)
     theirs = rows(source, sites, layers[1], seed=2)
-    selected = fuse.selected(ours, spec=spec)
-    mask = fuse.masks(ours, spec=spec)
+    selected = masks.selected(ours, spec=spec)
+    mask = masks.masks(ours, spec=spec)
 
     def couple() -> Coupling:
         return couplings.couple(ours, theirs, HParams(1.0, chosen["epsilon"]), spec=spec)

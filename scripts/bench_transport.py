@@ -30,8 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import activations, assets, calibration, texts
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.transport import cost, coupling, solve
+from ot_merge_jax.transport import cost, coupling
+from ot_merge_jax.transport import sinkhorn as solve
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
 _ROWS = 2000
@@ -53,7 +55,7 @@ def widened(n: int, m: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows of target and source, ``[t, n]`` and ``[t, m]``."""
     rng = np.random.default_rng(seed)
     documents = list(texts.read_documents(assets.path("calibration.jsonl")))
-    tokenizer = calibration.load_tokenizer(assets.path("sibling"))
+    tokenizer = tokenizers.load_tokenizer(assets.path("sibling"))
     data = calibration.align(documents, tokenizer, tokenizer, rows="token", max_rows=_ROWS)
     sides = []
     for name, batches, width in (("sibling", data.target, n), ("source-base", data.source, m)):

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.transport import cost, solve
+from ot_merge_jax.transport import cost, sinkhorn
 
 _EPSILONS = (0.1, 0.05, 0.03, 0.02)
 _SIZES = ((512, 768), (128, 192))
@@ -54,10 +54,10 @@ def alternated(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[str
 def compared(pairs: int, n: int, m: int, rounds: int) -> dict[str, Any]:
     """The loop, the vmap and the loop again, whose difference from itself is the noise."""
     costs, epsilons = costs_of(pairs, n, m), jnp.array(_EPSILONS)
-    swept = jax.jit(jax.vmap(lambda costs, e: solve.solve(costs, epsilon=e), (None, 0)))
+    swept = jax.jit(jax.vmap(lambda costs, e: sinkhorn.solve(costs, epsilon=e), (None, 0)))
 
     def loop() -> Any:
-        return [solve.solve(costs, epsilon=epsilon) for epsilon in _EPSILONS]
+        return [sinkhorn.solve(costs, epsilon=epsilon) for epsilon in _EPSILONS]
 
     seconds = alternated(
         {"loop": loop, "vmap": lambda: swept(costs, epsilons), "loop again": loop}, rounds
@@ -68,7 +68,7 @@ def compared(pairs: int, n: int, m: int, rounds: int) -> dict[str, Any]:
         "target": n,
         "source": m,
         "pairs": pairs,
-        "pairs_at_once": solve.pairs_at_once(n, m),
+        "pairs_at_once": sinkhorn.pairs_at_once(n, m),
         "loop_seconds": medians["loop"],
         "vmap_seconds": medians["vmap"],
         "vmap_over_loop": medians["vmap"] / medians["loop"],

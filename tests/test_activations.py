@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, calibration, sharding
+from ot_merge_jax import activations, sharding
+from ot_merge_jax.data import batching
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward
@@ -44,7 +45,7 @@ def made(documents):
     """The documents in two batches of different shapes."""
     sequences, rows = documents
     halves = slice(0, 4), slice(4, 7)
-    cut = [batch for half in halves for batch in calibration.batches(sequences[half], rows[half])]
+    cut = [batch for half in halves for batch in batching.batches(sequences[half], rows[half])]
     assert len({batch.tokens.shape for batch in cut}) == 2
     return cut
 

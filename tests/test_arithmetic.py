@@ -3,6 +3,7 @@
 import pytest
 
 from ot_merge_jax import activations, arithmetic, calibration
+from ot_merge_jax.data import batching
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import families
 from ot_merge_jax.types import MergeSpec
@@ -22,7 +23,7 @@ def models(tiny_checkpoint):
 @pytest.fixture
 def gathered():
     """32 sequences of 64 tokens, one row each."""
-    parts = calibration.batches([list(range(64))] * 32, [([-1], [one]) for one in range(32)])
+    parts = batching.batches([list(range(64))] * 32, [([-1], [one]) for one in range(32)])
     return calibration.Calibration(parts, parts, 32, 2048, 2048, 32, None, None)
 
 

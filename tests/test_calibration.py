@@ -6,15 +6,19 @@ import json
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration, spelling
-from ot_merge_jax.calibration import align, batches
+from ot_merge_jax import spelling
+from ot_merge_jax.calibration import align
+from ot_merge_jax.data import tokenizers as tokenizers_module
+from ot_merge_jax.data.batching import batches
 from ot_merge_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tokenizer_folder):
     """Kind -> tokenizer; ``bpe`` adds a BOS, ``qwen`` adds nothing."""
-    return {kind: calibration.load_tokenizer(tokenizer_folder(kind)) for kind in ("bpe", "qwen")}
+    return {
+        kind: tokenizers_module.load_tokenizer(tokenizer_folder(kind)) for kind in ("bpe", "qwen")
+    }
 
 
 # ------------------------------------------------------------------------ batches
@@ -193,7 +197,7 @@ def test_token_rows_need_tokenizers_that_cut_alike(texts, tokenizers, tokenizer_
     (tmp_path / "tokenizer.json").write_text(json.dumps(files))
     config = (tokenizer_folder("bpe") / "tokenizer_config.json").read_text()
     (tmp_path / "tokenizer_config.json").write_text(config)
-    other = calibration.load_tokenizer(tmp_path)
+    other = tokenizers_module.load_tokenizer(tmp_path)
     assert other.get_vocab() == tokenizers["bpe"].get_vocab()
     with pytest.raises(InputError, match="identical tokenizers"):
         align(texts, tokenizers["bpe"], other, rows="token")
@@ -230,7 +234,7 @@ def test_a_folder_without_a_usable_tokenizer_raises(tmp_path, what):
     if what == "broken":
         (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="tokenizer"):
-        calibration.load_tokenizer(tmp_path)
+        tokenizers_module.load_tokenizer(tmp_path)
 
 
 def test_a_tokenizer_never_runs_code(tmp_path, tokenizer_folder):
@@ -242,5 +246,5 @@ def test_a_tokenizer_never_runs_code(tmp_path, tokenizer_folder):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
     with contextlib.suppress(InputError):
-        calibration.load_tokenizer(tmp_path)
+        tokenizers_module.load_tokenizer(tmp_path)
     assert not (tmp_path / "ran").exists()

@@ -5,10 +5,13 @@ import time
 
 import pytest
 
-from ot_merge_jax import calibration, texts
+from ot_merge_jax import calibration
+from ot_merge_jax.data import chat as chat_module
+from ot_merge_jax.data import tokenizers
+from ot_merge_jax.data.chat import Chat, Turn, render
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.texts import Chat, Turn, read_documents, render
+from ot_merge_jax.texts import read_documents
 
 #: Writes its own BOS and trims, as Llama 3 does; names the roles, one of which is also said.
 TRIMMING = (
@@ -30,7 +33,7 @@ def chatty(tokenizer_folder, tmp_path_factory):
             (folder / name).write_bytes((tokenizer_folder(kind) / name).read_bytes())
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
-        return calibration.load_tokenizer(folder)
+        return tokenizers.load_tokenizer(folder)
 
     return make
 
@@ -172,7 +175,7 @@ def test_a_hostile_template_is_an_input_error(chatty, case):
 
 
 def test_a_template_that_never_ends_is_stopped(chatty, monkeypatch):
-    monkeypatch.setattr(texts, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(chat_module, "RENDER_SECONDS", 0.3)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     started = time.monotonic()
     with pytest.raises(InputError, match=r"more than 0\.3 seconds"):
@@ -185,17 +188,17 @@ def test_a_template_that_never_ends_is_stopped(chatty, monkeypatch):
 
 def test_the_bos_is_not_doubled(chatty):
     tokenizer = chatty(TRIMMING)
-    ids = calibration.tokenize(tokenizer, CHAT)["input_ids"]
+    ids = tokenizers.tokenize(tokenizer, CHAT)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
-    assert calibration.tokenize(tokenizer, "a")["input_ids"][0] == tokenizer.bos_token_id
+    assert tokenizers.tokenize(tokenizer, "a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def test_two_templates_are_two_tokenizers(chatty):
     """One vocabulary that writes chats in two ways cuts plain texts alike, and chats not."""
     both = chatty(TRIMMING), chatty(KEEPING)
-    assert calibration.is_same_tokenizer(*both, ["one text"])
-    assert not calibration.is_same_tokenizer(*both, [CHAT])
+    assert tokenizers.is_same_tokenizer(*both, ["one text"])
+    assert not tokenizers.is_same_tokenizer(*both, [CHAT])
 
 
 def test_chats_give_rows_that_correspond(chatty):

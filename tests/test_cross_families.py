@@ -16,8 +16,9 @@ import output_contract
 import pytest
 from tokenizers import Tokenizer
 
-from ot_merge_jax import forward, load_hf, pipeline, recipe
+from ot_merge_jax import forward, load_hf, pipeline
 from ot_merge_jax.models.families import FAMILIES
+from ot_merge_jax.recipes import loading, presets
 from ot_merge_jax.types import Batch
 
 NAMES = list(FAMILIES)
@@ -36,7 +37,7 @@ PAIRS = [
 
 
 def test_every_family_is_target_and_source_of_every_preset():
-    for preset in recipe.PRESETS:
+    for preset in presets.PRESETS:
         pairs = [(target, source) for one, target, source in PAIRS if one == preset]
         assert [sorted(side) for side in zip(*pairs, strict=True)] == [sorted(NAMES)] * 2
         assert all(target != source for target, source in pairs)
@@ -102,7 +103,7 @@ def test_published_folder(preset, target, source, model, text, tmp_path):
         settings["source_base"] = str(model(source, "source base"))
     out = tmp_path / "out"
     found = pipeline.run(
-        recipe.resolve(settings), out, command=f"ot-merge run --preset {preset} --out out"
+        loading.resolve(settings), out, command=f"ot-merge run --preset {preset} --out out"
     )
     assert found.report.calibration["rows"] > 20
     folders = output_contract.Folders(out, Path(settings["target"]), Path(settings["source"]))

@@ -8,6 +8,7 @@ import pytest
 
 from ot_merge_jax import fuse
 from ot_merge_jax.errors import RecipeError
+from ot_merge_jax.merging import masks
 from ot_merge_jax.spaces import PROJECTIONS, SITES
 from ot_merge_jax.types import Activations, MergeSpec
 
@@ -87,27 +88,27 @@ def same_bits(one, other):
 def test_the_largest_mean_absolute_activations_are_kept(rng, k):
     values = rng.normal(size=(L, 20, 11)).astype(np.float32) * rng.uniform(0.1, 3, 11)
     expected = np.abs(values).mean(1).argsort(1)[:, ::-1][:, :k]
-    np.testing.assert_array_equal(fuse.largest(values, k), np.sort(expected, 1))
+    np.testing.assert_array_equal(masks.largest(values, k), np.sort(expected, 1))
 
 
 def test_the_mean_is_of_absolute_values():
     swings, drifts = [9.0, -9.0], [1.0, 1.0]
-    assert fuse.largest(np.array([[swings, drifts]]).transpose(0, 2, 1), 1).tolist() == [[0]]
+    assert masks.largest(np.array([[swings, drifts]]).transpose(0, 2, 1), 1).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("k", [11, 12, 1000])
 def test_k_of_enough_keeps_all(rng, k):
-    kept = fuse.largest(rng.normal(size=(L, 20, 11)), k)
+    kept = masks.largest(rng.normal(size=(L, 20, 11)), k)
     np.testing.assert_array_equal(kept, np.tile(np.arange(11), (L, 1)))
 
 
 def test_of_equal_neurons_the_first_k_are_kept():
-    np.testing.assert_array_equal(fuse.largest(np.ones((L, 4, 11)), 3), np.tile([0, 1, 2], (L, 1)))
+    np.testing.assert_array_equal(masks.largest(np.ones((L, 4, 11)), 3), np.tile([0, 1, 2], (L, 1)))
 
 
 def test_each_layer_has_its_own_neurons():
     values = np.stack([np.broadcast_to(np.eye(3)[i], (3, 3)) for i in range(3)])
-    assert fuse.largest(values, 1).tolist() == [[0], [1], [2]]
+    assert masks.largest(values, 1).tolist() == [[0], [1], [2]]
 
 
 # ------------------------------------------------------------------------ masks
@@ -129,7 +130,7 @@ def activations(rng):
     [("q", "q_out"), ("k", "k_out"), ("v", "v_out"), ("gate", "gate_out"), ("up", "up_out")],
 )
 def test_rows_are_masked_by_the_output_site(activations, name, site):
-    found = fuse.masks(activations, spec=MergeSpec(weights=(name,), k=1))
+    found = masks.masks(activations, spec=MergeSpec(weights=(name,), k=1))
     place, width = list(SITES).index(site), activations.values[site].shape[2]
     expected = np.broadcast_to(np.eye(width)[place], (L, width))
     path = PROJECTIONS[name].path
@@ -140,7 +141,7 @@ def test_rows_are_masked_by_the_output_site(activations, name, site):
 
 @pytest.mark.parametrize(("name", "site"), [("o", "o_in"), ("down", "down_in")])
 def test_columns_are_masked_by_the_input_site(activations, name, site):
-    found = fuse.masks(activations, spec=MergeSpec(weights=(name,), k=1))
+    found = masks.masks(activations, spec=MergeSpec(weights=(name,), k=1))
     place, width = list(SITES).index(site), activations.values[site].shape[2]
     expected = np.broadcast_to(np.eye(width)[place], (L, width))
     np.testing.assert_array_equal(found[f"{PROJECTIONS[name].path}/kernel"], expected[:, :, None])
@@ -149,22 +150,22 @@ def test_columns_are_masked_by_the_input_site(activations, name, site):
 @pytest.mark.parametrize("name", ["o", "down"])
 @pytest.mark.parametrize(("k", "expected"), [(1, 0.0), (999, 0.0), (None, 1.0)])
 def test_biases_of_o_and_down_move_with_all_only(activations, name, k, expected):
-    found = fuse.masks(activations, spec=MergeSpec(weights=(name,), k=k))
+    found = masks.masks(activations, spec=MergeSpec(weights=(name,), k=k))
     bias = found[f"{PROJECTIONS[name].path}/bias"]
     np.testing.assert_array_equal(bias, np.full(bias.shape, expected))
     assert np.broadcast_shapes(bias.shape, (L, HIDDEN)) == (L, HIDDEN)
 
 
 def test_all_neurons_without_k(activations):
-    found = fuse.masks(activations, spec=MergeSpec(weights=tuple(PROJECTIONS)))
+    found = masks.masks(activations, spec=MergeSpec(weights=tuple(PROJECTIONS)))
     assert len(found) == 2 * len(PROJECTIONS)
     for path, mask in found.items():
         np.testing.assert_array_equal(mask, 1, err_msg=path)
 
 
 def test_the_vocabulary_has_no_activation_mask(activations):
-    assert fuse.masks(activations, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
-    assert fuse.masks(None, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
+    assert masks.masks(activations, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
+    assert masks.masks(None, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
 
 
 # ------------------------------------------------------------------------ rules

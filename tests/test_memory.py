@@ -10,6 +10,7 @@ import pytest
 
 from ot_merge_jax import calibration, memory, spaces
 from ot_merge_jax.config import ModelConfig, Rope
+from ot_merge_jax.data import batching
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.io.hf import load_hf
@@ -28,7 +29,7 @@ def cfgs(tiny_checkpoint):
 @pytest.fixture(scope="module")
 def data():
     rows = [([0, 1], [2 * i, 2 * i + 1]) for i in range(8)]
-    parts = calibration.batches([[1, 2, 3, 4]] * 8, rows)
+    parts = batching.batches([[1, 2, 3, 4]] * 8, rows)
     return calibration.Calibration(parts, parts, 8, 32, 32, rows=16, target_matched=1.0,
                                    source_matched=1.0)  # fmt: skip
 

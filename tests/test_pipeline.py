@@ -11,20 +11,12 @@ import safetensors.numpy
 from checkpoints import mixed, recast
 from published import report_of
 
-from ot_merge_jax import (
-    calibration,
-    errors,
-    memory,
-    pipeline,
-    planning,
-    preflight,
-    recipe,
-    sharding,
-    texts,
-)
+from ot_merge_jax import calibration, errors, memory, pipeline, planning, preflight, sharding, texts
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import details, hf, provenance
+from ot_merge_jax.recipes import loading
 from ot_merge_jax.report import arms, schema, verdict
+from ot_merge_jax.reports import model_card
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
 
@@ -68,7 +60,7 @@ def resolved(folders, text_file):
             "continuations": 0,
         }
         given |= {role: str(folder) for role, folder in folders.items()}
-        return recipe.resolve(given | settings)
+        return loading.resolve(given | settings)
 
     return make
 
@@ -292,7 +284,7 @@ def test_disk_that_fills_up_at_the_end_keeps_what_is_finished(
         raise OSError(number, "full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(provenance, "model_card", fail)
+        patch.setattr(model_card, "model_card", fail)
         with pytest.raises(
             errors.ResourceError, match=r"The disk is full at .* \(full\); "
         ) as caught:

@@ -5,8 +5,8 @@ import math
 import pytest
 import yaml
 
-from ot_merge_jax import recipe
 from ot_merge_jax.errors import RecipeError
+from ot_merge_jax.recipes import loading, presets
 from ot_merge_jax.types import HParams, MergeSpec
 
 BASICS = {"target": "t", "source": "s", "calibration": {"path": "c.txt"}}
@@ -14,7 +14,7 @@ WITH_BASE = {**BASICS, "source_base": "b"}
 
 
 def resolve(preset="barycentric", **said):
-    return recipe.resolve({**WITH_BASE, "preset": preset, **said})
+    return loading.resolve({**WITH_BASE, "preset": preset, **said})
 
 
 def write(tmp_path, content):
@@ -24,7 +24,7 @@ def write(tmp_path, content):
 
 
 def load(tmp_path, content):
-    return recipe.load(write(tmp_path, content))
+    return loading.load(write(tmp_path, content))
 
 
 # ------------------------------------------------------------------------ presets
@@ -74,11 +74,11 @@ def test_presets(preset):
 
 
 def test_every_preset_is_tested():
-    assert set(recipe.PRESETS) == set(PRESETS)
+    assert set(presets.PRESETS) == set(PRESETS)
 
 
 def test_delta_is_the_default_preset():
-    assert recipe.resolve(WITH_BASE) == resolve("delta")
+    assert loading.resolve(WITH_BASE) == resolve("delta")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_an_unknown_key_without_a_neighbour_is_named():
 
 def test_a_key_that_is_not_a_string_is_named(tmp_path):
     with pytest.raises(RecipeError, match="unknown key '3'; unknown key 4"):
-        recipe.resolve(load(tmp_path, "3: x\ncalibration: {4: y}\n"))
+        loading.resolve(load(tmp_path, "3: x\ncalibration: {4: y}\n"))
 
 
 @pytest.mark.parametrize("name", ["calibration", "evaluation"])
@@ -229,14 +229,14 @@ def test_a_strength_for_each_moving_group():
 @pytest.mark.parametrize("preset", ["delta", "barycentric"])
 def test_delta_needs_a_source_base(preset):
     with pytest.raises(RecipeError, match="source_base"):
-        recipe.resolve({**BASICS, "preset": preset, "rule": "delta"})
+        loading.resolve({**BASICS, "preset": preset, "rule": "delta"})
 
 
 @pytest.mark.parametrize("missing", ["target", "source", "calibration"])
 def test_a_missing_setting_is_named(missing):
     said = {key: value for key, value in WITH_BASE.items() if key != missing}
     with pytest.raises(RecipeError, match=f"{missing} is missing"):
-        recipe.resolve(said)
+        loading.resolve(said)
 
 
 def test_a_missing_path_is_named():
@@ -282,7 +282,7 @@ def test_all_bad_values_are_named_at_once():
 
 def test_the_place_is_named():
     with pytest.raises(RecipeError, match=r"^my\.yaml: "):
-        recipe.resolve({}, where="my.yaml")
+        loading.resolve({}, where="my.yaml")
 
 
 # ------------------------------------------------------------------------ YAML
@@ -305,7 +305,7 @@ def test_load(tmp_path):
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "'0.001'"])
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, text):
     """YAML 1.1 takes 1e-3 for a string."""
-    found = recipe.resolve(load(tmp_path, FILE + f"epsilon: {text}\nthreshold: {text}\n"))
+    found = loading.resolve(load(tmp_path, FILE + f"epsilon: {text}\nthreshold: {text}\n"))
     assert found.epsilon == found.threshold == 0.001
 
 
@@ -316,16 +316,16 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, text):
 def test_words_that_yaml_reads_as_booleans_are_no_numbers(tmp_path, key, word):
     """Without care, ``k: yes`` is 1 and ``strength: off`` is 0."""
     with pytest.raises(RecipeError, match=f"{key}: must"):
-        recipe.resolve(load(tmp_path, FILE + f"{key}: {word}\n"))
+        loading.resolve(load(tmp_path, FILE + f"{key}: {word}\n"))
 
 
 def test_strength_written_as_1e_3_is_a_number(tmp_path):
-    assert recipe.resolve(load(tmp_path, FILE + "strength: 1e-3\n")).strength == 0.001
+    assert loading.resolve(load(tmp_path, FILE + "strength: 1e-3\n")).strength == 0.001
 
 
 @pytest.mark.parametrize("answer", ["yes", "on", "true", "True"])
 def test_yaml_booleans(tmp_path, answer):
-    assert recipe.resolve(load(tmp_path, FILE + f"signed: {answer}\n")).signed is True
+    assert loading.resolve(load(tmp_path, FILE + f"signed: {answer}\n")).signed is True
 
 
 @pytest.mark.parametrize("key", ["target", "preset", "calibration"])
@@ -394,7 +394,7 @@ def test_deep_nesting_is_refused(tmp_path, content):
 def test_damaged_yaml_is_refused(tmp_path, content):
     path = write(tmp_path, content)
     with pytest.raises(RecipeError, match="not YAML") as caught:
-        recipe.load(path)
+        loading.load(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -413,9 +413,9 @@ def test_several_documents_are_refused(tmp_path, content):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="no recipe"):
-        recipe.load(tmp_path / "nowhere.yaml")
+        loading.load(tmp_path / "nowhere.yaml")
     with pytest.raises(RecipeError, match="no recipe"):
-        recipe.load(tmp_path)
+        loading.load(tmp_path)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -433,13 +433,13 @@ def test_a_recipe_survives_its_file(tmp_path, preset, more):
     """to_yaml -> load -> resolve, and the file is one that another YAML reader understands."""
     first = resolve(preset, **more)
     path = write(tmp_path, first.to_yaml())
-    assert recipe.resolve(recipe.load(path)) == first
+    assert loading.resolve(loading.load(path)) == first
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["target"] == first.target
 
 
 def test_flags_override_the_file(tmp_path):
     settings = {**load(tmp_path, FILE + "epsilon: 0.5\n"), "epsilon": 0.25, "preset": "paper"}
-    found = recipe.resolve(settings)
+    found = loading.resolve(settings)
     assert (found.epsilon, found.preset, found.form) == (0.25, "paper", "joint")
 
 
@@ -466,9 +466,9 @@ def test_flags_override_the_file(tmp_path):
 )
 def test_flags_win_key_by_key(file, flags, expected):
     flags = {"path": None, "field": None, "encoding": None, "samples": None} | flags
-    assert recipe.overridden(file, {"calibration": flags})["calibration"] == expected
+    assert loading.overridden(file, {"calibration": flags})["calibration"] == expected
 
 
 def test_field_alone_makes_no_text():
-    said = recipe.overridden({}, {"evaluation": {"path": None, "field": "body"}, "seed": None})
+    said = loading.overridden({}, {"evaluation": {"path": None, "field": "body"}, "seed": None})
     assert said == {}

@@ -15,9 +15,10 @@ from tokenizers import (
     trainers,
 )
 
-from ot_merge_jax import calibration, rows
+from ot_merge_jax import rows
 from ot_merge_jax.activations import gather
 from ot_merge_jax.calibration import align, encode
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hf
 
@@ -299,7 +300,7 @@ def test_activations_are_those_of_the_right_token(tiny_checkpoint, texts):
     sides = []
     for family in ("llama", "qwen2"):
         folder = tiny_checkpoint(family)
-        sides.append((calibration.load_tokenizer(folder), *hf.load_hf(folder)))
+        sides.append((tokenizers.load_tokenizer(folder), *hf.load_hf(folder)))
     data = align(texts[:8], sides[0][0], sides[1][0], rows="span", max_rows=60)
     assert data.rows == 60
     ends = []

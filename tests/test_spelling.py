@@ -7,6 +7,7 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ot_merge_jax import calibration, spelling
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -59,7 +60,7 @@ def spelled(tokenizer, size=10_000):
 @pytest.mark.parametrize("kind", ["bpe", "qwen", "metaspace"])
 def test_every_token_spells_what_it_decodes_to(kind, tokenizer_folder):
     """The decoder of the tokenizer as the judge, wherever the bytes are whole characters."""
-    tokenizer = calibration.load_tokenizer(tokenizer_folder(kind))
+    tokenizer = tokenizers.load_tokenizer(tokenizer_folder(kind))
     special = set(tokenizer.all_special_ids)
     found = {row: word for word, row in spelled(tokenizer).items()}
     # after a word, so that no leading space is stripped
@@ -78,7 +79,7 @@ def test_every_token_spells_what_it_decodes_to(kind, tokenizer_folder):
 def test_all_256_bytes_are_spelled(tokenizer_folder):
     """By the alphabet of byte-level tokens as by byte tokens."""
     for kind in ("bpe", "metaspace"):
-        found = spelled(calibration.load_tokenizer(tokenizer_folder(kind)))
+        found = spelled(tokenizers.load_tokenizer(tokenizer_folder(kind)))
         assert {bytes([byte]) for byte in range(256)} <= found.keys()
 
 
@@ -161,7 +162,7 @@ def test_byte_level_and_sentence_piece_tokens_match():
 
 def test_no_row_is_matched_twice(tokenizer_folder):
     for a, b in (("bpe", "metaspace"), ("metaspace", "qwen"), ("qwen", "bpe")):
-        target, source = (calibration.load_tokenizer(tokenizer_folder(kind)) for kind in (a, b))
+        target, source = (tokenizers.load_tokenizer(tokenizer_folder(kind)) for kind in (a, b))
         found = pairs(target, source)
         assert len(found) >= 256
         for side in zip(*found, strict=True):

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, errors, merge, pipeline, preflight, recipe, sweep
+from ot_merge_jax import activations, errors, merge, pipeline, preflight, sweep
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, details, hf, stages
+from ot_merge_jax.recipes import loading
 from ot_merge_jax.transport import coupling
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 2}
@@ -37,7 +38,7 @@ def resolved(tiny_checkpoint, tmp_path_factory):
     for name, word, count in (("calibration", "river", 40), ("heldout", "market", 8)):
         lines = [f"the {word} {number:02d}\n" for number in range(count)]
         (folder / f"{name}.txt").write_text("".join(lines))
-    return recipe.resolve(
+    return loading.resolve(
         {
             "preset": "delta",
             "weights": ["up", "embed"],

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration, fuse, sweep
+from ot_merge_jax import fuse, sweep
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
@@ -128,7 +129,7 @@ def setup(tiny_checkpoint, texts):
     """(target, prepared, dev windows): the update follows the gradient, so some of it helps."""
     folder = tiny_checkpoint("llama", layers=1)
     cfg, params = load_hf(folder)
-    dev = nll.windows(texts[:8], calibration.load_tokenizer(folder), max_positions=64)
+    dev = nll.windows(texts[:8], tokenizers.load_tokenizer(folder), max_positions=64)
     tokens = np.concatenate([b.tokens for b in dev.batches])[:, :24]
     no_rows = np.zeros((len(tokens), 1), np.int32)
     batch = jax.device_put(Batch(tokens, np.ones(tokens.shape, bool), no_rows, no_rows - 1))

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from published import assert_nothing_is_lost, report_of
 
-from ot_merge_jax import calibration, pipeline, recipe
+from ot_merge_jax import pipeline
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import hf
 from ot_merge_jax.models import decoder
+from ot_merge_jax.recipes import loading
 
 WORDS = ["river", "market", "the", "stone", "house", "water", "bread", "light"]
 SIZES = {"layers": 2, "hidden": 24, "heads": 2, "intermediate": 24}
@@ -53,7 +55,7 @@ def sources(target, tmp_path_factory):
     """Name -> a copy of the target that learned something in its head alone."""
     cfg, params = hf.load_hf(target)
     cut = nll.windows(
-        documents(200, 2), calibration.load_tokenizer(target), max_positions=cfg.max_positions
+        documents(200, 2), tokenizers.load_tokenizer(target), max_positions=cfg.max_positions
     )
     identity = {**params, "lm_head": {"kernel": jnp.eye(cfg.hidden_size)}}
     x, following = [], []
@@ -99,7 +101,7 @@ def reports(target, sources, walks, tmp_path_factory):
             "seeds": 2 if name == "knows" else 1,
         }
         out = tmp_path_factory.mktemp("out") / name
-        pipeline.run(recipe.resolve(settings), out, command="test")
+        pipeline.run(loading.resolve(settings), out, command="test")
         assert_nothing_is_lost(out)
         found[name] = report_of(out)
     return found
@@ -168,7 +170,7 @@ def of_neurons(target, walks, tiny_checkpoint, tmp_path_factory):
         "seeds": 2,
     }
     out = tmp_path_factory.mktemp("out") / "neurons"
-    pipeline.run(recipe.resolve(settings), out, command="test")
+    pipeline.run(loading.resolve(settings), out, command="test")
     assert_nothing_is_lost(out)
     return report_of(out)
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import controls, fuse, trials
-from ot_merge_jax import recipe as recipes
 from ot_merge_jax.adapt import arms, run, training
 from ot_merge_jax.adapt import inputs as checking
 from ot_merge_jax.adapt import residual as residuals
@@ -29,6 +28,7 @@ from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, hf, stages
+from ot_merge_jax.recipes import loading
 from ot_merge_jax.report import baselines as reporting
 from ot_merge_jax.report.baselines import Outcome
 from ot_merge_jax.report.schema import Report
@@ -62,7 +62,7 @@ def why_not(start: Start, name: str) -> str | None:
 
 def rule_of(start: Start) -> Any:
     """The rule that a merge was made by, as its folder says."""
-    return recipes.load(start.folder.path / "ot_merge" / "recipe.yaml")["rule"]
+    return loading.load(start.folder.path / "ot_merge" / "recipe.yaml")["rule"]
 
 
 def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, jax.Array]:

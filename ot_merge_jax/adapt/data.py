@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from ot_merge_jax import rows as alignment
-from ot_merge_jax import spelling, texts
+from ot_merge_jax import spelling
 from ot_merge_jax.adapt.objectives import Examples, Pairs
+from ot_merge_jax.data import chat
+from ot_merge_jax.data.chat import Chat, Document
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.texts import Chat, Document
 
 #: Who is imitated in a chat.
 RESPONDER = "assistant"
@@ -103,7 +104,7 @@ def mark(
     Raises:
         InputError: if offsets are needed and the tokenizer is slow, or a chat cannot be rendered.
     """
-    rendered = texts.render(document, tokenizer)
+    rendered = chat.render(document, tokenizer)
     is_masked = responses_only and isinstance(document, Chat)
     needs_offsets = is_masked or has_ends
     if needs_offsets and not tokenizer.is_fast:

@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ot_merge_jax import calibration, preflight, texts
+from ot_merge_jax import texts
 from ot_merge_jax.adapt import data, start
 from ot_merge_jax.adapt.objectives import Objective
 from ot_merge_jax.adapt.settings import BLOCK, Adaptation
 from ot_merge_jax.adapt.start import Start
 from ot_merge_jax.adapt.training import Problem
+from ot_merge_jax.data import documents as documents_module
+from ot_merge_jax.data import tokenizers
+from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import location, publish, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.recipe import Text
-from ot_merge_jax.texts import Document
 
 
 class Inputs(NamedTuple):
@@ -99,16 +101,16 @@ def check(
     source = None
     if settings.is_distilled and settings.source is not None:
         source = open_folder(settings.source, offline=offline)
-    tokenizer = preflight.tokenizer_of(begun.folder)
+    tokenizer = tokenizers.tokenizer_of(begun.folder)
     if settings.samples is None:
-        documents = preflight.documents_of(settings.text, sources["text"])
+        documents = documents_module.documents_of(settings.text, sources["text"])
     else:
-        documents = preflight.sampled(
+        documents = documents_module.sampled(
             settings.text, sources["text"], samples=settings.samples, seed=settings.seed
         )
     held_out = None
     if settings.evaluation is not None:
-        held_out = preflight.documents_of(settings.evaluation, sources["evaluation"])
+        held_out = documents_module.documents_of(settings.evaluation, sources["evaluation"])
     learned, dev = texts.split(documents, seed=settings.seed)
     if not dev:
         raise InputError(
@@ -122,8 +124,8 @@ def check(
             f"--block {block} is longer than the context of the "
             f"{'student' if block > contexts[0] else 'teacher'}, {min(contexts)} tokens; lower it."
         )
-    teacher = None if source is None else preflight.tokenizer_of(source)
-    is_universal = teacher is not None and not calibration.is_same_tokenizer(
+    teacher = None if source is None else tokenizers.tokenizer_of(source)
+    is_universal = teacher is not None and not tokenizers.is_same_tokenizer(
         tokenizer, teacher, documents
     )
     blocks = [

@@ -7,7 +7,7 @@ and steps give the same parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from ot_merge_jax.errors import DivergedError
-
 
 
 class TrainState(NamedTuple):

@@ -15,6 +15,7 @@ from ot_merge_jax.io import checkpoint, details, provenance
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.report import html, schema
 from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports import model_card
 
 
 def write(
@@ -56,11 +57,11 @@ def write(
     start.save_residual(inside, begun, parts)
     (inside / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(
-        provenance.model_card(
+        model_card.model_card(
             name=begun.folder.name,
             models={role: (one.path, one.origin) for role, one in folders.items()},
             verdict=report.verdict,
-            evaluation=provenance.losses(report.evaluation),
+            evaluation=model_card.losses(report.evaluation),
             command=command,
             recipe=text,
             relation="finetune",

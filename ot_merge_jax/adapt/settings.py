@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 import yaml
 
-from ot_merge_jax import recipe as recipes
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.recipe import Folder, Positive, Text
+from ot_merge_jax.recipes import loading
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
@@ -184,4 +184,4 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the command line") -> 
     try:
         return Adaptation.model_validate(said)
     except pydantic.ValidationError as error:
-        raise RecipeError(f"{where}: {'; '.join(recipes.sentences(error.errors()))}.") from error
+        raise RecipeError(f"{where}: {'; '.join(loading.sentences(error.errors()))}.") from error

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import recipe as recipes
 from ot_merge_jax import sharding
 from ot_merge_jax.adapt import residual as residuals
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import checkpoint, hf, location
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
+from ot_merge_jax.recipes import loading
 from ot_merge_jax.report import schema
 from ot_merge_jax.spaces import GROUPS
 from ot_merge_jax.types import Params
@@ -91,7 +91,7 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
         )  # fmt: skip
     settings = {}
     if (details / "recipe.yaml").is_file():
-        settings = recipes.load(details / "recipe.yaml")
+        settings = loading.load(details / "recipe.yaml")
     if "rule" not in settings:
         if target is not None:
             raise RecipeError(

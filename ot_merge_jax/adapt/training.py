@@ -22,6 +22,7 @@ from ot_merge_jax.adapt.objectives import Examples, Objective
 from ot_merge_jax.adapt.settings import Adaptation
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import specs
+from ot_merge_jax.training import optimizer
 from ot_merge_jax.types import Params
 
 
@@ -91,7 +92,7 @@ class Plan(NamedTuple):
     parts: int
     lora_scale: float
     steps: int
-    schedule: loop.Schedule
+    schedule: optimizer.Schedule
     warmup: float
 
 
@@ -164,7 +165,7 @@ def rates_of(problem: Problem) -> Rates:
 
 def transform_of(plan: Plan, rates: Rates) -> optax.GradientTransformation:
     """The optimiser of a plan; its state does not depend on the rates."""
-    return loop.optimizer(
+    return optimizer.optimizer(
         steps=plan.steps, warmup=plan.warmup, schedule=plan.schedule, **rates._asdict()
     )
 

@@ -64,12 +64,12 @@ def evaluate(
 ) -> None:
     """Score models on texts, questions and tasks, with intervals for their differences."""
     from ot_merge_jax import evaluation
-    from ot_merge_jax import recipe as recipes
+    from ot_merge_jax.recipes import loading
     from ot_merge_jax.report import comparisons
 
     with session(verbose=verbose, quiet=quiet):
         ask = evaluation.Ask(
-            text=None if text is None else recipes.text(text, field=field, encoding=encoding),
+            text=None if text is None else loading.text(text, field=field, encoding=encoding),
             questions=choices or (),
             tasks=[one.strip() for one in (tasks or "").split(",") if one.strip()],
             include_path=include_path,

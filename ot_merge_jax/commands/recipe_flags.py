@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ot_merge_jax import recipe as recipes
 from ot_merge_jax.console import Encoding, Field
 from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.recipes import loading
 
 
 def recipe_of(
@@ -70,7 +70,7 @@ def recipe_of(
     seed: Annotated[int | None, typer.Option(help="Of every random choice.", min=0)] = None,
 ) -> Recipe:
     """The recipe that a file, flags, or both ask for; flags win."""
-    said = {} if recipe is None else recipes.load(recipe)
+    said = {} if recipe is None else loading.load(recipe)
     flags: dict[str, Any] = {
         "preset": preset, "target": target, "source": source, "source_base": source_base,
         "weights": _listed(weights) if weights else None,
@@ -86,8 +86,8 @@ def recipe_of(
         },
         "evaluation": {"path": eval_text, "field": field, "encoding": encoding},
     }  # fmt: skip
-    said = recipes.overridden(said, flags)
-    return recipes.resolve(said, where=str(recipe or "the command line"))
+    said = loading.overridden(said, flags)
+    return loading.resolve(said, where=str(recipe or "the command line"))
 
 
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ot_merge_jax import calibration, texts
+from ot_merge_jax.data import chat
+from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.folder import ModelFolder
-from ot_merge_jax.texts import Document
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -48,9 +48,9 @@ def tokenize(tokenizer: Any, document: Document, **options: Any) -> Any:
         What the tokenizer returns.
 
     Raises:
-        InputError: if a chat cannot be rendered (`texts.render`).
+        InputError: if a chat cannot be rendered (`chat.render`).
     """
-    rendered = texts.render(document, tokenizer)
+    rendered = chat.render(document, tokenizer)
     return tokenizer(rendered.text, add_special_tokens=not rendered.has_special, **options)
 
 

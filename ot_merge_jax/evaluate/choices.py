@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax import texts
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.data import chat
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import compare, continuations, nll
 from ot_merge_jax.io import records
@@ -208,7 +208,7 @@ def _requests(
     """
     context, space = prompt, " "
     if is_chat:
-        context, space = texts.before_answer([texts.Turn("user", prompt)], tokenizer), ""
+        context, space = chat.before_answer([chat.Turn("user", prompt)], tokenizer), ""
     alone, *whole = (
         tokenizer(context + end, add_special_tokens=False)["input_ids"]
         for end in ("", *(f"{space}{one}" for one in answers))

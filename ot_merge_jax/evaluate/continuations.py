@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import calibration, progress, sharding
+from ot_merge_jax import progress, sharding
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.data import batching
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate.nll import sequences_at_once
 from ot_merge_jax.models import decoder
@@ -93,7 +94,7 @@ def score(
     )
     mesh = sharding.mesh_of(params)
     log, is_greedy = np.zeros(len(places)), np.zeros(len(places), bool)
-    batches = calibration.batches(read, owners)
+    batches = batching.batches(read, owners)
     for batch in progress.track(batches, f"score {what} (batches)"):
         owner = np.asarray(batch.row_id)[:, 0]
         following, counted = (

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import calibration, progress, texts
+from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.data import batching, chat
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import continuations, nll
 from ot_merge_jax.models.generation import generate
@@ -125,15 +126,15 @@ class Answering:
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """A chat by the model's template; a system message that it refuses is left out."""
-        turns = [texts.Turn(one["role"], one["content"]) for one in chat_history]
+        turns = [chat.Turn(one["role"], one["content"]) for one in chat_history]
         is_begun = not add_generation_prompt
         try:
-            return texts.before_answer(turns, self.tokenizer, is_begun=is_begun)
+            return chat.before_answer(turns, self.tokenizer, is_begun=is_begun)
         except InputError:
             asked = [turn for turn in turns if turn.role != "system"]
             if len(asked) == len(turns):
                 raise
-            return texts.before_answer(asked, self.tokenizer, is_begun=is_begun)
+            return chat.before_answer(asked, self.tokenizer, is_begun=is_begun)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -220,7 +221,7 @@ class Answering:
         if empty := [one for one, ids in zip(prompts, encoded, strict=True) if not ids]:
             raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; mend it.")
         ends = self._ending(until)
-        groups = calibration.grouped(
+        groups = batching.grouped(
             {index: len(ids) for index, ids in enumerate(encoded)}, longest=longest
         )
         found = [""] * len(prompts)

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import calibration, progress, sharding, texts
+from ot_merge_jax import progress, sharding
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.data import batching, chat
+from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.models.decoder import token_nll
-from ot_merge_jax.texts import Document
 from ot_merge_jax.types import BUDGET, Batch, Params
 
 #: Longest window: attention needs memory in proportion to its square.
@@ -103,7 +104,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
     pieces: list[tuple[int, list[int], int]] = []  # document, tokens, how many of them count
     counts, sizes = [], []
     for index, document in enumerate(documents):
-        text, contents, has_special = texts.render(document, tokenizer)
+        text, contents, has_special = chat.render(document, tokenizer)
         sizes.append(sum(len(text[start:stop].encode()) for start, stop in contents))
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if has_special and ids[:1] == [prefix]:
@@ -116,7 +117,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
         raise InputError("The evaluation text has 0 documents with tokens; add text.")
     made = Windows([], [], [], np.array(counts), np.array(sizes))
     lengths = {place: len(sequence) for place, (_, sequence, _) in enumerate(pieces)}
-    for group in calibration.grouped(lengths, longest=max_positions):
+    for group in batching.grouped(lengths, longest=max_positions):
         shape = (group.size, group.length)
         tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
         counted, owner = np.zeros(shape, np.float32), np.zeros(group.size, np.int32)
@@ -320,4 +321,4 @@ def largest_window(cfg: ModelConfig, scored: Sequence[int]) -> tuple[int, int]:
     """Sequences and length, at most, of the batches that documents of so many tokens make."""
     most = min(cfg.max_positions, LONGEST_WINDOW, max(scored, default=0) + 1)
     length = 1 << max(0, most - 1).bit_length()
-    return max(1, calibration.TOKENS_PER_BATCH // length), length
+    return max(1, batching.TOKENS_PER_BATCH // length), length

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import progress, texts
+from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.data import chat
+from ot_merge_jax.data.chat import Chat, Document
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.models.generation import generate
-from ot_merge_jax.texts import Chat, Document
 from ot_merge_jax.types import Params
 
 _PROMPT_TOKENS = 32
@@ -82,7 +83,7 @@ def written(prompt: Document) -> str:
 
 def encode(prompt: Document, tokenizer: Any) -> list[int]:
     """The tokens of a model that a prompt begins with; never empty, and not ended."""
-    text, contents, has_special = texts.render(prompt, tokenizer)
+    text, contents, has_special = chat.render(prompt, tokenizer)
     if has_special:  # what the template writes after the answer would end it
         text = text[: contents[-1][1]] or text
     ids = list(tokenizer(text, add_special_tokens=not has_special)["input_ids"])

@@ -14,6 +14,7 @@ from ot_merge_jax.io import adapter, checkpoint, hub, provenance, records
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.report import html, schema
 from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports import model_card
 from ot_merge_jax.types import Coupling, MergeReport, WeightReport
 
 #: Every file of a model folder that decides what a run writes.
@@ -94,11 +95,11 @@ def write(
         checkpoint.save_coupling(details / "coupling", coupling)
     (details / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(
-        provenance.model_card(
+        model_card.model_card(
             name=" + ".join(folders[role].name for role in ("target", "source")),
             models=_by_role(folders),
             verdict=report.verdict,
-            evaluation=provenance.losses(report.evaluation),
+            evaluation=model_card.losses(report.evaluation),
             command=command,
             recipe=text,
         ),

@@ -11,7 +11,8 @@ import pydantic
 import yaml
 
 from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.recipe import CONTROLS, PRESETS, CalibrationText, Recipe, Text
+from ot_merge_jax.recipe import CONTROLS, CalibrationText, Recipe, Text
+from ot_merge_jax.recipes.presets import PRESETS
 
 _MAX_RECIPE_BYTES = 1_000_000
 

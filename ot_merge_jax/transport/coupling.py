@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ot_merge_jax import progress
-from ot_merge_jax.transport import batches, cost, solve
+from ot_merge_jax.transport import batches, cost, sinkhorn
 from ot_merge_jax.types import BUDGET, Activations, Coupling, HParams, MergeSpec, Potentials, Solver
 
 #: The paper's iteration limit for the layer problem (Transport and Merge, A.3).
@@ -45,7 +45,7 @@ def couple(
             ``solver``. Under a trace a pair whose cost spans too many epsilons for the scaling form
             comes back not converged, unless the solver is ``ott``.
         sites: The sites to couple; None: all of the target's activations.
-        pairs_at_once: Layer pairs solved side by side at most; None: `solve.pairs_at_once`.
+        pairs_at_once: Layer pairs solved side by side at most; None: `sinkhorn.pairs_at_once`.
         rows_at_once: Entries of the source's rows on the device at a time, at least one layer's.
 
     Returns:
@@ -73,14 +73,14 @@ def couple(
             f"Rows of target and source must correspond one to one and be at least 2, "
             f"not {len(target.row_id)} and {len(source.row_id)}."
         )
-    solve.check_budgets(pairs_at_once=pairs_at_once, rows_at_once=rows_at_once)
+    sinkhorn.check_budgets(pairs_at_once=pairs_at_once, rows_at_once=rows_at_once)
     sites = tuple(target.values) if sites is None else tuple(sites)
     total = sum(
         len(target.values[site]) * len(_blocks(source.values[site].shape, rows_at_once))
         for site in sites
     )
     for epsilon in (hparams.epsilon, hparams.layer_epsilon):
-        solve.check_epsilon(epsilon)
+        sinkhorn.check_epsilon(epsilon)
     steps = iter(progress.track(range(total), "neuron transport (layers x sites)"))
     feature, layer, std_target, std_source = {}, {}, {}, {}
     for site in sites:
@@ -94,7 +94,9 @@ def couple(
                     max_iterations=spec.max_iterations, signed=spec.signed, size=pairs_at_once,
                 )  # fmt: skip
                 solved.append(
-                    solve.by_solver(spec.solver, lambda chosen, run=one_layer: run(solver=chosen))
+                    sinkhorn.by_solver(
+                        spec.solver, lambda chosen, run=one_layer: run(solver=chosen)
+                    )
                 )
             blocks.append(solved)
         feature[site], std_target[site], std_source[site] = _stacked(
@@ -137,7 +139,7 @@ def peak_bytes(
     for n, m in problems:
         block = _blocks((source_layers, rows, m), rows_at_once)[0]
         layers = block.stop - block.start
-        pairs = min(layers, pairs_at_once or solve.pairs_at_once(n, m))
+        pairs = min(layers, pairs_at_once or sinkhorn.pairs_at_once(n, m))
         copies = 1 + (pairs < layers)
         entries = rows * (3 * n + layers * m) + pairs * (copies * rows * m + 4 * n * m)
         peak = max(peak, 4 * entries)
@@ -222,12 +224,12 @@ def _one_layer(
     second copy of them.
     """
     units, std = cost.standardise(x)
-    size = size or solve.pairs_at_once(x.shape[1], ys.shape[2])
+    size = size or sinkhorn.pairs_at_once(x.shape[1], ys.shape[2])
 
     def pairs(chosen: jax.Array) -> tuple[Potentials, jax.Array, jax.Array]:
         others, stds = jax.vmap(cost.standardise)(chosen)
         costs = jax.vmap(lambda other: cost.of_units(units, other, signed=signed))(others)
-        potentials, is_too_wide = solve.solve_batch(
+        potentials, is_too_wide = sinkhorn.solve_batch(
             costs, epsilon, threshold, max_iterations=max_iterations, solver=solver, size=size
         )
         return potentials, stds, is_too_wide
@@ -252,7 +254,7 @@ def layer_plan(
         layer_cost: ``plain`` takes the costs as they are. ``median`` subtracts the smallest and
             divides by the median (0 counts as 1), because the costs of a real model differ by a
             few hundredths and eta 0.1 would give a flat plan.
-        solver: As for `solve.solve`.
+        solver: As for `sinkhorn.solve`.
 
     Returns:
         ``[L, M]``, summing to 1; rows sum to 1/L and columns to 1/M. NaN where costs span too many
@@ -276,8 +278,8 @@ def layer_plan(
     """
     if layer_cost not in ("plain", "median"):
         raise ValueError(f"layer_cost is 'plain' or 'median', not {layer_cost!r}.")
-    solve.check_epsilon(epsilon)
-    return solve.by_solver(
+    sinkhorn.check_epsilon(epsilon)
+    return sinkhorn.by_solver(
         solver,
         lambda chosen: _layer_plan(costs, epsilon, layer_cost=layer_cost, solver=chosen),
     )
@@ -293,11 +295,11 @@ def _layer_plan(
         middle = jnp.median(shifted)
         costs = shifted / jnp.where(middle > 0, middle, 1.0)
     epsilon = jnp.asarray(epsilon, jnp.float32) * jnp.maximum(1.0, costs.max() / 1000)
-    solved = solve.solve_batch(
+    solved = sinkhorn.solve_batch(
         costs[None], epsilon, 1e-6, max_iterations=LAYER_ITERATIONS, solver=solver
     )
     potentials, is_too_wide = jax.tree.map(lambda leaf: leaf[0], solved)
-    plan = solve.plan(costs, potentials)
+    plan = sinkhorn.plan(costs, potentials)
     if solver == "scaling":  # a plan has no flag that would say that it was not solved
         plan = jnp.where(is_too_wide, jnp.nan, plan)
     return plan, is_too_wide
@@ -366,7 +368,7 @@ def rebuild(
 
     def block(chosen: jax.Array) -> jax.Array:
         rho = cost.correlation_of_units(units[:, chosen], others)
-        found = solve.plan(
+        found = sinkhorn.plan(
             1.0 - (jnp.abs(rho) if signed else rho), potentials._replace(f=f[chosen])
         )
         return found * jnp.sign(rho) if signed else found

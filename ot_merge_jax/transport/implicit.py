@@ -54,7 +54,7 @@ def pullback(
         problem has failed: a ``where`` over ``converged`` keeps such a problem out of a gradient.
 
     Example:
-        >>> from ot_merge_jax.transport import solve
+        >>> from ot_merge_jax.transport import sinkhorn
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 0.0]])
         >>> zero = (jnp.zeros(2), jnp.zeros(2))
         >>> potentials = solve.solve(cost, epsilon=0.1)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from ot_merge_jax import progress
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import solve
+from ot_merge_jax.transport import sinkhorn
 from ot_merge_jax.types import BUDGET, Activations, Coupling, MergeSpec, Potentials
 
 
@@ -212,7 +212,7 @@ def carry(
 
     Source: Transport and Merge, eq. 14; see `transported`.
     """
-    solve.check_budgets(plan_at_once=plan_at_once)
+    sinkhorn.check_budgets(plan_at_once=plan_at_once)
     selected = selected or {}
     make_map = functools.partial(_map, spec=spec, plan_at_once=plan_at_once)
     shares = [

@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
 from ot_merge_jax.adapt import data
+from ot_merge_jax.data import tokenizers
+from ot_merge_jax.data.chat import Chat, Turn
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.texts import Chat, Turn
 
 TEMPLATE = "{% for m in messages %}<|begin|>{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
 
@@ -16,7 +16,7 @@ TEMPLATE = "{% for m in messages %}<|begin|>{{ m['role'] }}: {{ m['content'] }}<
 @pytest.fixture(scope="module")
 def readers(tokenizer_folder):
     """kind -> tokenizer; those of ``bpe`` read chats."""
-    made = {kind: calibration.load_tokenizer(tokenizer_folder(kind)) for kind in ("bpe", "qwen")}
+    made = {kind: tokenizers.load_tokenizer(tokenizer_folder(kind)) for kind in ("bpe", "qwen")}
     made["bpe"].chat_template = TEMPLATE
     return made
 
@@ -178,7 +178,7 @@ def test_the_demos_two_families_share_most_ends():
 
     documents = list(read_documents(assets.path("calibration.jsonl")))[:60]
     student, teacher = (
-        calibration.load_tokenizer(assets.path(name)) for name in ("stranger", "source")
+        tokenizers.load_tokenizer(assets.path(name)) for name in ("stranger", "source")
     )
     made = data.pair(documents, student, teacher, length=128)
     assert made.pairs.target_matched > 0.6

@@ -10,6 +10,7 @@ from ot_merge_jax.adapt import loop
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward, token_nll
+from ot_merge_jax.training import optimizer
 from ot_merge_jax.types import Batch
 
 STEPS = 12
@@ -44,7 +45,7 @@ def schedule(learning_rate, steps, warmup):
 )
 def test_the_rate_rises_and_falls(steps, warmup):
     """A constant gradient of one makes Adam step by the rate itself."""
-    transform = loop.optimizer(learning_rate=0.1, steps=steps, warmup=warmup, clip=1e9)
+    transform = optimizer.optimizer(learning_rate=0.1, steps=steps, warmup=warmup, clip=1e9)
     params, gradient = jnp.zeros(()), jnp.ones(())
     state, rates = transform.init(params), []
     for _ in range(steps):
@@ -61,7 +62,7 @@ def test_steps_are_torchs_adamw(rng, weight_decay, clip):
     torch = pytest.importorskip("torch")
     shapes, steps = {"a": (3, 5), "b": (4,)}, 6
     start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    transform = loop.optimizer(
+    transform = optimizer.optimizer(
         learning_rate=0.1, steps=steps, warmup=0.5, weight_decay=weight_decay, clip=clip
     )
     ours = jax.tree.map(jnp.asarray, start)
@@ -106,7 +107,7 @@ class Run:
         self.start = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         self.before = jax.tree.map(np.array, self.start)
         self.calls = []
-        transform = transform or loop.optimizer(learning_rate=0.02, steps=steps)
+        transform = transform or optimizer.optimizer(learning_rate=0.02, steps=steps)
 
         def loss(params, _, blocks):
             return next_token_loss(params, blocks, cfg=self.cfg)

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_model_named_twice_in_the_same_way_is_scored_once(place, text_files, cli
 
 def test_document_longer_than_the_context_is_scored_whole(long_text, place, cli):
     found = cli("eval", place / "llama-target", "--text", long_text, "--json").json
-    tokenizer = calibration.load_tokenizer(place / "llama-target")
+    tokenizer = tokenizers.load_tokenizer(place / "llama-target")
     documents = long_text.read_text(encoding="utf-8").splitlines()
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents]
     assert max(lengths) > 512

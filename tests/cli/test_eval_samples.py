@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.generation import generate
 
@@ -34,7 +34,7 @@ def test_json(called, models, text_files):
         for name in ("llama-target", "qwen2-target"):
             folder = models[name]
             cfg, params = load_hf(folder, dtype="float32")
-            tokenizer = calibration.load_tokenizer(folder)
+            tokenizer = tokenizers.load_tokenizer(folder)
             ids = jnp.array([tokenizer(one["prompt"])["input_ids"]])
             new = np.asarray(generate(params, ids, ids >= 0, cfg=cfg, max_new_tokens=5))[0].tolist()
             end = new.index(cfg_eos) if (cfg_eos := eos_of(folder)) in new else 5

@@ -12,11 +12,11 @@ import typer
 from hub_cache import contents, fill
 
 from ot_merge_jax import pipeline
-from ot_merge_jax import recipe as recipes
 from ot_merge_jax.adapt import run as adaptation
 from ot_merge_jax.cli import app
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hub
+from ot_merge_jax.recipes import loading
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 #: SPEC section 14: alpha of the fusion, alpha and learning rate of the adaptation.
@@ -111,7 +111,7 @@ def test_every_recipe_is_known():
 
 @each
 def test_settings_are_those_of_the_reference_runs(name):
-    found = recipes.resolve(recipes.load(path(name)))
+    found = loading.resolve(loading.load(path(name)))
     fused = REFERENCE[name][0]
     assert (found.preset, found.k, found.epsilon, found.strength) == ("paper", 128, 0.1, fused)
     assert found.calibration.samples == 2000
@@ -133,7 +133,7 @@ def test_settings_are_those_of_the_reference_runs(name):
 def test_commands_of_the_comment_ask_for_what_it_says(name, asked):
     """They are read by the command line itself; the adaptation starts from a merge shown before."""
     shown = commands(name)
-    own = recipes.resolve(recipes.load(path(name)))
+    own = loading.resolve(loading.load(path(name)))
     merges, adapted = {}, None
     for words in shown:
         if words[0] == "run":
@@ -155,7 +155,7 @@ def test_commands_of_the_comment_ask_for_what_it_says(name, asked):
     assert others
     for one in others:
         assert one.model_dump(exclude={"target", "source", "source_base", "calibration"}) == (
-            recipes.resolve({"preset": one.preset, "target": "t", "source": "s", "source_base": "b",
+            loading.resolve({"preset": one.preset, "target": "t", "source": "s", "source_base": "b",
                              "calibration": "c.txt"})
             .model_dump(exclude={"target", "source", "source_base", "calibration"})
         )  # fmt: skip
@@ -194,7 +194,7 @@ def test_plan_of_the_recipe_as_it_stands(name, cli, tiny_checkpoint, documents, 
         "target": tiny_checkpoint("llama", seed=8, tied=True, dtype="bfloat16", **sizes["target"]),
         "source": tiny_checkpoint(source_family, seed=9, **sizes["source"]),
     }
-    settings = recipes.load(path(name))
+    settings = loading.load(path(name))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     for role, folder in made.items():
         fill(tmp_path / "hub", hub.model_id(settings[role])[0], contents(folder))

@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from ot_merge_jax import calibration, spelling
+from ot_merge_jax import spelling
+from ot_merge_jax.data import tokenizers as tokenizers_module
 
 NAMES = ["delta llama<-qwen2", "delta qwen2<-llama"]
 
@@ -61,7 +62,7 @@ def test_matched_rows_move_and_no_others(merge, cli, tmp_path):
     words = [*merge.arguments, "--strength", "1", "--out", tmp_path / "out", "--json"]
     called = cli(*words)
     assert called.code == 0, called.err
-    tokenizers = [calibration.load_tokenizer(path) for path in (merge.target, merge.source)]
+    tokenizers = [tokenizers_module.load_tokenizer(path) for path in (merge.target, merge.source)]
     sizes = [
         json.loads((path / "config.json").read_text())["vocab_size"]
         for path in (merge.target, merge.source)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import choices, continuations
 from ot_merge_jax.evaluate.choices import Question
@@ -26,7 +26,7 @@ QUESTIONS = [
 def model(tiny_checkpoint):
     folder = tiny_checkpoint("llama")
     cfg, params = load_hf(folder, dtype="float32")
-    return params, cfg, calibration.load_tokenizer(folder)
+    return params, cfg, tokenizers.load_tokenizer(folder)
 
 
 def write(tmp_path, *lines, name="q.jsonl"):

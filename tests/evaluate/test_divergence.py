@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import divergence, nll
 from ot_merge_jax.io.hf import load_hf
@@ -29,7 +29,7 @@ def other(tiny_checkpoint):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder):
-    return calibration.load_tokenizer(tokenizer_folder("bpe"))
+    return tokenizers.load_tokenizer(tokenizer_folder("bpe"))
 
 
 def log_softmax(logits):

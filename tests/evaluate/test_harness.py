@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.evaluate import harness, tasks
 from ot_merge_jax.io.folder import open_folder, stop_ids
@@ -77,7 +77,7 @@ def folder(tmp_path_factory, texts):
 
 def read(checkpoint):
     cfg, params = load_hf(checkpoint, dtype="float32")
-    tokenizer = calibration.load_tokenizer(checkpoint)
+    tokenizer = tokenizers.load_tokenizer(checkpoint)
     return harness.Model(params, cfg, tokenizer, stop_ids(open_folder(checkpoint)))
 
 

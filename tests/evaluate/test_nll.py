@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
@@ -19,7 +19,7 @@ def scored(request, tiny_checkpoint, texts):
     """(cfg, params, tokenizer, prefix token, documents); llama has a BOS, qwen2 an EOS alone."""
     folder = tiny_checkpoint(request.param)
     cfg, params = load_hf(folder)
-    tokenizer = calibration.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     prefix = {"llama": tokenizer.bos_token_id, "qwen2": tokenizer.eos_token_id}[request.param]
     assert prefix is not None
     return cfg, params, tokenizer, prefix, texts[:9]
@@ -27,7 +27,7 @@ def scored(request, tiny_checkpoint, texts):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder):
-    return calibration.load_tokenizer(tokenizer_folder("bpe"))
+    return tokenizers.load_tokenizer(tokenizer_folder("bpe"))
 
 
 _run = jax.jit(forward, static_argnames=("cfg",))
@@ -210,7 +210,7 @@ def test_no_text_raises(tokenizer, documents):
 
 
 def test_a_tokenizer_without_bos_and_eos_raises(tokenizer_folder):
-    tokenizer = calibration.load_tokenizer(tokenizer_folder("bpe"))
+    tokenizer = tokenizers.load_tokenizer(tokenizer_folder("bpe"))
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(InputError, match="neither"):
         nll.windows(["one"], tokenizer, max_positions=64)

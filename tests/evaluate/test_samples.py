@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
+from ot_merge_jax.data.chat import Chat, Turn
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import samples
 from ot_merge_jax.io.folder import open_folder, stop_ids
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.generation import generate
-from ot_merge_jax.texts import Chat, Turn
 
 NEW = 7
 
@@ -22,7 +22,7 @@ def model(tiny_checkpoint):
     """(params, cfg, tokenizer) of a tiny llama."""
     folder = tiny_checkpoint("llama", layers=2)
     cfg, params = load_hf(folder)
-    return params, cfg, calibration.load_tokenizer(folder)
+    return params, cfg, tokenizers.load_tokenizer(folder)
 
 
 def alone(model, prompt, **more):
@@ -79,7 +79,7 @@ def test_a_chat_is_continued_inside_its_first_answer(tiny_checkpoint, writable_c
     (folder / "chat_template.jinja").write_text(
         "<|begin|>{% for m in messages %}[{{ m.role }}] {{ m.content }}<|end|>{% endfor %}"
     )
-    tokenizer = calibration.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     turns = ("user", "Which river?"), ("assistant", "The old river of songs"), ("user", "More?")
     [prompt] = samples.prompts([Chat(tuple(Turn(*one) for one in turns))], tokenizer)
     [question, answer] = prompt.turns

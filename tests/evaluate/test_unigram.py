@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.evaluate import nll, unigram
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import decoder
@@ -16,7 +16,7 @@ def model(tiny_checkpoint, texts):
     """(cfg, params, windows of the texts)."""
     folder = tiny_checkpoint("llama", layers=2)
     cfg, params = load_hf(folder)
-    cut = nll.windows(texts, calibration.load_tokenizer(folder), max_positions=cfg.max_positions)
+    cut = nll.windows(texts, tokenizers.load_tokenizer(folder), max_positions=cfg.max_positions)
     return cfg, params, cut
 
 

@@ -10,9 +10,10 @@ from bombs import ALIASES
 from hub_cache import COMMIT, fill, jsonl
 from pyarrow import parquet
 
+from ot_merge_jax.data.chat import Chat, Turn
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import records
-from ot_merge_jax.texts import Chat, Turn, read_documents
+from ot_merge_jax.texts import read_documents
 
 
 @pytest.fixture

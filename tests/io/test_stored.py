@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration, merge
+from ot_merge_jax import merge
 from ot_merge_jax.activations import gather
+from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
@@ -66,7 +67,7 @@ def test_layer_by_layer_gathers_the_same(family, tiny_checkpoint, random_batch):
 def test_layer_by_layer_scores_the_same(tied, tiny_checkpoint, texts):
     folder = tiny_checkpoint("gemma2", tied=tied)
     cfg, loaded = load_hf(folder)
-    tokenizer = calibration.load_tokenizer(folder)
+    tokenizer = tokenizers.load_tokenizer(folder)
     cut = nll.windows(texts[:6], tokenizer, max_positions=32)
     whole = nll.score(loaded, cut, cfg=cfg)
     layered = nll.score(open_stored(folder).params, cut, cfg=cfg)

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, calibration, fuse, merge, recipe, weight_diagnostics
+from ot_merge_jax import activations, fuse, merge, weight_diagnostics
+from ot_merge_jax.data import batching
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import Model, Models
+from ot_merge_jax.recipes import loading
 from ot_merge_jax.spaces import PROJECTIONS, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
@@ -25,8 +27,8 @@ def batches():
     rng = np.random.default_rng(0)
     sequences = [rng.integers(2, 300, 16).tolist() for _ in range(16)]
     rows = [([3, 7, 11, 15], list(range(4 * i, 4 * i + 4))) for i in range(16)]
-    target = calibration.batches(sequences, rows)
-    source = calibration.batches([s[::-1] for s in sequences[::-1]][::-1], rows)
+    target = batching.batches(sequences, rows)
+    source = batching.batches([s[::-1] for s in sequences[::-1]][::-1], rows)
     return AlignedBatches(target, source)
 
 
@@ -35,7 +37,7 @@ def spec_of(preset):
     said = {"target": "t", "source": "s", "source_base": "b", "calibration": "c", "preset": preset}
     if preset == "paper":
         said |= {"k": K, "max_iterations": 2000}  # the solver's program is shared with the others
-    return recipe.resolve(said).spec()
+    return loading.resolve(said).spec()
 
 
 def bits(array):

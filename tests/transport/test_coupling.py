@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.transport import cost, operator, solve
+from ot_merge_jax.transport import cost, operator, sinkhorn
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec
 
@@ -69,8 +69,8 @@ def test_shapes(coupled):
 def solve_alone(x, y):
     """Cost and plan of one pair, by the solver alone."""
     costs = cost.correlation_cost(x, y)
-    found = solve.solve(costs, epsilon=jnp.float32(EPSILON))
-    return found.cost, solve.plan(costs, found)
+    found = sinkhorn.solve(costs, epsilon=jnp.float32(EPSILON))
+    return found.cost, sinkhorn.plan(costs, found)
 
 
 def test_every_pair_is_solved(coupled):
@@ -117,8 +117,8 @@ def test_a_wide_plan_rebuilt_is_the_plan_that_was_solved(rng):
         for width in (192, 256)
     )
     costs = cost.correlation_cost(x, y)
-    found = solve.solve(costs, epsilon=0.05)
-    solved = np.asarray(solve.plan(costs, found))
+    found = sinkhorn.solve(costs, epsilon=0.05)
+    solved = np.asarray(sinkhorn.plan(costs, found))
     rebuilt = np.asarray(couplings.rebuild(x, y, found))
     assert np.abs(rebuilt - solved).sum() <= 1e-5
     np.testing.assert_allclose(rebuilt, solved, rtol=1e-4, atol=1e-6 * solved.max())
@@ -210,9 +210,9 @@ def test_layer_plan_has_uniform_marginals(rng, L, M, layer_cost):
 
 def test_plain_takes_the_costs_as_they_are(rng):
     costs = jnp.asarray(rng.random((3, 5)), jnp.float32)
-    alone = solve.solve(costs, epsilon=0.1, max_iterations=1000)
+    alone = sinkhorn.solve(costs, epsilon=0.1, max_iterations=1000)
     np.testing.assert_allclose(
-        layer_plan(costs, epsilon=0.1, layer_cost="plain"), solve.plan(costs, alone), atol=1e-6
+        layer_plan(costs, epsilon=0.1, layer_cost="plain"), sinkhorn.plan(costs, alone), atol=1e-6
     )
 
 
@@ -261,7 +261,7 @@ def test_eta_grows_above_a_cost_of_1000_only(rng, largest, grown):
     eta = 50.0
 
     def at(epsilon):
-        return solve.plan(costs, solve.solve(costs, epsilon=epsilon, max_iterations=1000))
+        return sinkhorn.plan(costs, sinkhorn.solve(costs, epsilon=epsilon, max_iterations=1000))
 
     ours = layer_plan(costs, epsilon=eta, layer_cost="plain")
     np.testing.assert_allclose(ours, at(eta * grown), atol=1e-5)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ot_merge_jax.transport import cost as costs
-from ot_merge_jax.transport import diagnostics, solve
+from ot_merge_jax.transport import diagnostics, sinkhorn
 
 SIZES = [(1, 1), (2, 5), (7, 3), (60, 97)]
 
@@ -143,7 +143,7 @@ def test_r2_of_a_solved_plan_against_numpy(rng):
     target, source = target + 0.3 * rng.normal(size=target.shape), source + 0
     fitted, held_out = halves((target, source))
     cost = costs.correlation_cost(*fitted)
-    plan = solve.plan(cost, solve.solve(cost, epsilon=0.05))
+    plan = sinkhorn.plan(cost, sinkhorn.solve(cost, epsilon=0.05))
     x, y = ((v - v[:100].mean(0)) / v[:100].std(0) for v in (target, source))
     mapped = y[100:] @ (5 * np.asarray(plan, np.float64)).T
     expected = 1 - ((x[100:] - mapped) ** 2).sum() / (x[100:] ** 2).sum()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from ot_merge_jax import fuse
+from ot_merge_jax.merging import masks
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator, vocabulary
+from ot_merge_jax.transport import operator, procrustes, vocabulary
 from ot_merge_jax.types import Activations, HParams, MergeSpec, VocabularyMatch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -150,7 +151,7 @@ def test_interpolate_with_masked_rows(golden, activations, coupled):
     moved = transported(
         golden, activations, coupling, golden["w_source"], form="joint", layers="soft"
     )
-    mask = fuse.masks(activations[0], spec=spec_of(k=int(golden["k"])))
+    mask = masks.masks(activations[0], spec=spec_of(k=int(golden["k"])))
     np.testing.assert_array_equal(mask[PATH][:, 0, :], golden["mask_rows"])
     ours = fused(golden, moved, golden["alpha"], "interpolate", mask)
     close(ours, golden[f"eps{epsilon}/interpolate_rows_{kind}"])
@@ -159,7 +160,7 @@ def test_interpolate_with_masked_rows(golden, activations, coupled):
 def test_residual_with_masked_columns(golden, activations, coupled):
     epsilon, kind, coupling = coupled
     moved = transported(golden, activations, coupling, golden["w_source"])
-    kept = fuse.largest(activations[0].values["mlp_in"], int(golden["k"]))
+    kept = masks.largest(activations[0].values["mlp_in"], int(golden["k"]))
     chosen = np.zeros(golden["mask_columns"].shape, np.float32)
     np.put_along_axis(chosen, kept, 1.0, axis=1)
     np.testing.assert_array_equal(chosen, golden["mask_columns"])
@@ -184,7 +185,7 @@ def test_vocabulary(golden):
         jnp.asarray(golden[f"vocab_{name}"], jnp.float32)
         for name in ("source_base", "source", "target")
     )
-    rotation = vocabulary.procrustes(base[:count], target[:count])
+    rotation = procrustes.procrustes(base[:count], target[:count])
     close(rotation, golden["vocab_map"])
     moved, mask = vocabulary.moved_rows(source - base, rotation, matched, size=len(target))
     params = {"embed_tokens": {"embedding": target}}

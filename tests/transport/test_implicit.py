@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import solve
+from ot_merge_jax.transport import sinkhorn as solve
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
 EPSILONS = [0.5, 0.1, 0.02]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.transport import cost, operator, solve
+from ot_merge_jax.transport import cost, operator, sinkhorn
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
@@ -448,7 +448,7 @@ def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
     for site in coupling.feature:
         x, y = target.values[site][1], source.values[site][0]
         costs = cost.correlation_cost(jnp.asarray(x), jnp.asarray(y))
-        solved = solve.plan(costs, solve.solve(costs, epsilon=coupling.feature[site].epsilon[1, 0],
+        solved = sinkhorn.plan(costs, sinkhorn.solve(costs, epsilon=coupling.feature[site].epsilon[1, 0],
                                                max_iterations=5000))  # fmt: skip
         rebuilt = couplings.plan(coupling, target, source, site=site, l=1, m=0)
         np.testing.assert_allclose(rebuilt, solved, rtol=0, atol=1e-6)

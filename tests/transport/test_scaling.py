@@ -6,7 +6,7 @@ import numpy as np
 import ot as pot
 import pytest
 
-from ot_merge_jax.transport import anderson, batches, scaling, solve
+from ot_merge_jax.transport import anderson, batches, scaling, sinkhorn
 
 N, M = 33, 21
 THRESHOLD = 1e-6
@@ -212,8 +212,8 @@ def test_the_form_follows_the_epsilons_a_cost_spans(rng):
     costs = costs_of(rng, 1)[0]
     span = float(costs.max() - costs.min())
     for share, is_log in ((0.9, False), (1.1, True)):
-        found = solve.solve(
-            costs, epsilon=span / solve.MAX_COST_OVER_EPSILON / share, max_iterations=20
+        found = sinkhorn.solve(
+            costs, epsilon=span / sinkhorn.MAX_COST_OVER_EPSILON / share, max_iterations=20
         )
         assert bool(found.is_log) is is_log
 
@@ -221,7 +221,7 @@ def test_the_form_follows_the_epsilons_a_cost_spans(rng):
 def test_both_solvers_agree(rng):
     costs = costs_of(rng, 2)
     ours, theirs = (
-        jax.tree.map(np.asarray, solve.solve(costs, epsilon=0.05, solver=name))
+        jax.tree.map(np.asarray, sinkhorn.solve(costs, epsilon=0.05, solver=name))
         for name in ("auto", "ott")
     )
     assert theirs.is_log.all()
@@ -237,21 +237,21 @@ def test_log_form_solves_what_the_kernel_form_cannot(rng):
     """A cost that spans 4000 epsilons because of a few entries that no mass may take."""
     costs = costs_of(rng, 1)[0]
     costs = jnp.where(jnp.asarray(rng.random(costs.shape) < 0.1), 800.0, costs)
-    found = solve.solve(costs, epsilon=0.2)
+    found = sinkhorn.solve(costs, epsilon=0.2)
     assert found.is_log
     assert found.converged
     theirs = pot.sinkhorn(
         np.full(N, 1 / N), np.full(M, 1 / M), np.asarray(costs, np.float64), 0.2,
         method="sinkhorn_log", numItermax=10_000, stopThr=1e-11,
     )  # fmt: skip
-    close(solve.plan(costs, found), theirs)
+    close(sinkhorn.plan(costs, found), theirs)
 
 
 def test_a_batch_may_hold_both_forms(rng):
     costs = costs_of(rng, 2)
-    found = solve.solve(costs, epsilon=jnp.array([0.05, 0.0005]), max_iterations=50)
+    found = sinkhorn.solve(costs, epsilon=jnp.array([0.05, 0.0005]), max_iterations=50)
     assert found.is_log.tolist() == [False, True]
-    alone = solve.solve(costs[0], epsilon=0.05, max_iterations=50)
+    alone = sinkhorn.solve(costs[0], epsilon=0.05, max_iterations=50)
     np.testing.assert_allclose(found.f[0], alone.f, atol=1e-6)
 
 
@@ -296,6 +296,6 @@ def test_batches_are_filled_up_and_cut(count, size):
 def test_one_program_for_any_last_batch(rng, caplog):
     costs = costs_of(rng, 7, 4, 6)
     with jax.log_compiles():
-        jax.block_until_ready(solve.solve(costs, epsilon=0.3, max_iterations=77))
+        jax.block_until_ready(sinkhorn.solve(costs, epsilon=0.3, max_iterations=77))
     compiled = [one for one in caplog.messages if one.startswith("Finished XLA compilation")]
     assert sum("_solve" in one for one in compiled) == 1, compiled

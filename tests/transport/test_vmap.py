@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.transport import anderson, solve
+from ot_merge_jax.transport import anderson, sinkhorn
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
@@ -83,7 +83,7 @@ def assert_same(swept, alone, index, *, is_regrouped=False):
 
 @pytest.mark.parametrize(("solver", "expected"), [("auto", False), ("ott", True)])
 def test_vmapped_solve_has_the_log_domain_only_if_asked(rng, solver, expected):
-    run = jax.jit(jax.vmap(lambda e: solve.solve(costs, epsilon=e, solver=solver).cost))
+    run = jax.jit(jax.vmap(lambda e: sinkhorn.solve(costs, epsilon=e, solver=solver).cost))
     costs = costs_of(rng, 2)
     assert has_log_domain(run, EPSILONS) is expected
 
@@ -119,7 +119,7 @@ def test_each_lane_spends_its_own_iterations(rng, axes, batch):
     ]
 
     def run(cost, epsilon, threshold):
-        return solve.solve(cost, epsilon=epsilon, threshold=threshold)
+        return sinkhorn.solve(cost, epsilon=epsilon, threshold=threshold)
 
     lanes = [
         run(*(v[i] if axis == 0 else v for v, axis in zip(arguments, axes, strict=True)))
@@ -141,7 +141,9 @@ def test_a_vmap_does_the_work_of_the_loop(rng, monkeypatch):
         return step(*args, **kw)
 
     def run(epsilon):
-        return solve.solve(costs, epsilon=epsilon, max_iterations=1997).iterations  # a new program
+        return sinkhorn.solve(
+            costs, epsilon=epsilon, max_iterations=1997
+        ).iterations  # a new program
 
     def count(function):
         rounds.clear()
@@ -174,23 +176,23 @@ def test_nested_vmaps(rng, outer, pairs_at_once):
 
 
 def _solve_one(pairs_at_once, cost, epsilon):
-    return solve.solve(cost, epsilon=epsilon, pairs_at_once=pairs_at_once)
+    return sinkhorn.solve(cost, epsilon=epsilon, pairs_at_once=pairs_at_once)
 
 
 def test_lanes_with_epsilons_for_each_problem(rng):
     costs = costs_of(rng, 2)
     epsilons = jnp.array([[0.5, 0.02], [0.1, 0.3], [0.03, 0.03]])
-    swept = jax.jit(jax.vmap(lambda e: solve.solve(costs, epsilon=e)))(epsilons)
+    swept = jax.jit(jax.vmap(lambda e: sinkhorn.solve(costs, epsilon=e)))(epsilons)
     np.testing.assert_array_equal(swept.epsilon, epsilons)
     for index, row in enumerate(epsilons):
-        assert_same(swept, solve.solve(costs, epsilon=row), index)
+        assert_same(swept, sinkhorn.solve(costs, epsilon=row), index)
 
 
 def test_lanes_of_other_axes(rng):
     costs = costs_of(rng, 3)
-    swept = jax.vmap(lambda c: solve.solve(c, epsilon=0.1), in_axes=2)(jnp.moveaxis(costs, 0, 2))
+    swept = jax.vmap(lambda c: sinkhorn.solve(c, epsilon=0.1), in_axes=2)(jnp.moveaxis(costs, 0, 2))
     for index, cost in enumerate(costs):
-        assert_same(swept, solve.solve(cost, epsilon=0.1), index, is_regrouped=True)
+        assert_same(swept, sinkhorn.solve(cost, epsilon=0.1), index, is_regrouped=True)
 
 
 def test_a_cost_that_lanes_share_is_not_copied(rng):
@@ -200,7 +202,7 @@ def test_a_cost_that_lanes_share_is_not_copied(rng):
         epsilons = jnp.linspace(0.1, 1, lanes)
         cost_lanes = jnp.broadcast_to(cost, (lanes, N, M)) if batched else cost
         run = jax.vmap(
-            lambda c, e: solve.solve(c, epsilon=e, pairs_at_once=1), (0 if batched else None, 0)
+            lambda c, e: sinkhorn.solve(c, epsilon=e, pairs_at_once=1), (0 if batched else None, 0)
         )
         program = jax.make_jaxpr(run)(cost_lanes, epsilons)
         sizes = [math.prod(out.aval.shape) for eqn, _ in inner(program) for out in eqn.outvars]
@@ -213,29 +215,29 @@ def test_a_cost_that_lanes_share_is_not_copied(rng):
 def test_a_lane_that_is_too_wide_is_not_attempted(rng):
     costs = costs_of(rng, 2)
     epsilons = jnp.array([0.1, 1e-4, 0.05])
-    swept = jax.jit(jax.vmap(lambda e: solve.solve(costs, epsilon=e)))(epsilons)
+    swept = jax.jit(jax.vmap(lambda e: sinkhorn.solve(costs, epsilon=e)))(epsilons)
     assert swept.converged.tolist() == [[True] * 2, [False] * 2, [True] * 2]
     assert (swept.iterations[1] <= 1).all()
     assert not swept.is_log.any()
-    assert_same(swept, solve.solve(costs, epsilon=0.05), 2)
-    eager = solve.solve(costs, epsilon=1e-4, solver="scaling", max_iterations=30)
+    assert_same(swept, sinkhorn.solve(costs, epsilon=0.05), 2)
+    eager = sinkhorn.solve(costs, epsilon=1e-4, solver="scaling", max_iterations=30)
     assert not eager.converged.any()
     assert not eager.is_log.any()
-    assert solve.solve(costs, epsilon=1e-4, max_iterations=30).is_log.all()  # outside a trace
+    assert sinkhorn.solve(costs, epsilon=1e-4, max_iterations=30).is_log.all()  # outside a trace
 
 
 def test_ott_under_vmap(rng):
     cost = costs_of(rng, 1)[0]
-    swept = jax.jit(jax.vmap(lambda e: solve.solve(cost, epsilon=e, solver="ott")))(EPSILONS)
+    swept = jax.jit(jax.vmap(lambda e: sinkhorn.solve(cost, epsilon=e, solver="ott")))(EPSILONS)
     assert swept.is_log.all()
     for index, epsilon in enumerate(EPSILONS):
-        assert_same(swept, solve.solve(cost, epsilon=epsilon, solver="ott"), index)
+        assert_same(swept, sinkhorn.solve(cost, epsilon=epsilon, solver="ott"), index)
 
 
 @pytest.mark.parametrize("solver", ["log", "", None])
 def test_an_unknown_solver(solver, rng, unchecked):
     with pytest.raises(ValueError, match="solver is 'auto', 'scaling', 'ott'"):
-        solve.solve(jnp.zeros((3, 5)), epsilon=0.1, solver=solver)
+        sinkhorn.solve(jnp.zeros((3, 5)), epsilon=0.1, solver=solver)
     with pytest.raises(ValueError, match="solver is"):
         couplings.layer_plan(jnp.zeros((3, 5)), epsilon=0.1, solver=solver)
     with pytest.raises(ValueError, match="solver is"):
@@ -249,8 +251,8 @@ def test_an_unknown_solver(solver, rng, unchecked):
 @pytest.mark.parametrize("pairs_at_once", [1, 2, 5, 100])
 def test_pairs_at_once_does_not_matter(rng, pairs_at_once):
     costs = costs_of(rng, 5)
-    expected = solve.solve(costs, epsilon=0.05)
-    found = solve.solve(costs, epsilon=0.05, pairs_at_once=pairs_at_once)
+    expected = sinkhorn.solve(costs, epsilon=0.05)
+    found = sinkhorn.solve(costs, epsilon=0.05, pairs_at_once=pairs_at_once)
     np.testing.assert_allclose(found.f, expected.f, rtol=0, atol=2e-6)
     np.testing.assert_allclose(found.cost, expected.cost, rtol=0, atol=1e-6)
 
@@ -258,7 +260,7 @@ def test_pairs_at_once_does_not_matter(rng, pairs_at_once):
 def test_pairs_at_once_is_what_runs_side_by_side(rng):
     costs = costs_of(rng, 5)
     for size in (1, 2):
-        run = functools.partial(solve.solve, epsilon=0.05, solver="scaling", pairs_at_once=size)
+        run = functools.partial(sinkhorn.solve, epsilon=0.05, solver="scaling", pairs_at_once=size)
         shapes = {
             out.aval.shape
             for eqn, in_loop in inner(jax.make_jaxpr(run)(costs))
@@ -287,7 +289,7 @@ def test_budgets_are_at_least_one(rng, name):
         )
     if name == "pairs_at_once":
         with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-            solve.solve(jnp.zeros((3, 5)), epsilon=0.1, pairs_at_once=0)
+            sinkhorn.solve(jnp.zeros((3, 5)), epsilon=0.1, pairs_at_once=0)
 
 
 # ------------------------------------------------------------------------ couple

@@ -7,12 +7,14 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-from ot_merge_jax.transport import vocabulary
+from ot_merge_jax.data import vocabulary
+from ot_merge_jax.transport import procrustes as procrustes_module
+from ot_merge_jax.transport import vocabulary as vocabulary_module
 from ot_merge_jax.types import VocabularyMatch
 
 #: (matched rows, source width, target width): equal, narrower, wider, fewer rows than features.
 SIZES = [(40, 5, 5), (40, 9, 4), (40, 3, 7), (2, 5, 3), (1, 1, 2)]
-procrustes = jax.jit(vocabulary.procrustes)
+procrustes = jax.jit(procrustes_module.procrustes)
 
 
 def rotation_of(rng, d_s, d_t):
@@ -180,14 +182,14 @@ def test_half_precision_tables_are_fitted_in_float32(rng):
 
 def test_rows_must_correspond(unchecked):
     with pytest.raises(ValueError, match="must correspond"):
-        vocabulary.procrustes(jnp.ones((4, 2)), jnp.ones((3, 2)))
+        procrustes_module.procrustes(jnp.ones((4, 2)), jnp.ones((3, 2)))
 
 
 def test_promotes_nothing_implicitly(rng, strict):
     source, target = (jnp.asarray(rng.normal(size=(12, d)), jnp.float32) for d in (5, 3))
     with strict():
-        found = vocabulary.procrustes(source, target, weights=jnp.ones(12))
-        vocabulary.moved_rows(source, found, pairs([1, 2], [0, 1]), size=4)
+        found = procrustes_module.procrustes(source, target, weights=jnp.ones(12))
+        vocabulary_module.moved_rows(source, found, pairs([1, 2], [0, 1]), size=4)
     np.testing.assert_allclose(found, ours(source, target), atol=1e-5)
 
 
@@ -201,7 +203,9 @@ def pairs(target_ids, source_ids):
 def test_matched_rows_are_mapped_and_the_others_masked(rng):
     source = jnp.asarray(rng.normal(size=(6, 5)), jnp.float32)
     rotation = jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
-    table, mask = vocabulary.moved_rows(source, rotation, pairs([1, 4, 6], [5, 0, 2]), size=8)
+    table, mask = vocabulary_module.moved_rows(
+        source, rotation, pairs([1, 4, 6], [5, 0, 2]), size=8
+    )
     assert table.shape == (8, 3)
     assert table.dtype == mask.dtype == jnp.float32
     expected = np.asarray(source, np.float64) @ np.asarray(rotation, np.float64)
@@ -213,7 +217,7 @@ def test_matched_rows_are_mapped_and_the_others_masked(rng):
 
 def test_half_precision_rows_are_moved_in_float32(rng):
     source = jnp.asarray(rng.normal(size=(6, 5)), jnp.bfloat16)
-    table, _ = vocabulary.moved_rows(source, 3 * jnp.eye(5), pairs([0], [4]), size=2)
+    table, _ = vocabulary_module.moved_rows(source, 3 * jnp.eye(5), pairs([0], [4]), size=2)
     assert table.dtype == jnp.float32
     np.testing.assert_allclose(table[0], 3 * np.asarray(source[4], np.float32), rtol=1e-6)
 
@@ -229,6 +233,8 @@ def test_a_rotated_vocabulary_arrives(rng, d_s, d_t):
     target = np.concatenate([source[shared] @ rotation, rng.normal(size=(2, d_t))])
     matched = vocabulary.match(target_names, names)
     found = ours(source[np.asarray(matched.source_ids)], target[np.asarray(matched.target_ids)])
-    table, mask = vocabulary.moved_rows(jnp.asarray(source), jnp.asarray(found), matched, size=23)
+    table, mask = vocabulary_module.moved_rows(
+        jnp.asarray(source), jnp.asarray(found), matched, size=23
+    )
     np.testing.assert_allclose(table[:21], target[:21], atol=1e-4)
     assert mask[:, 0].tolist() == [1] * 21 + [0, 0]

@@ -9,7 +9,7 @@ import ot as pot
 import pytest
 import scipy.optimize
 
-from ot_merge_jax.transport import solve
+from ot_merge_jax.transport import sinkhorn
 
 #: (target, source), never square by accident.
 SIZES = [(1, 1), (2, 1), (3, 5), (33, 21)]
@@ -23,7 +23,7 @@ def draw(rng, *shape):
 
 def run(cost, **kw):
     """Ours on a numpy cost, leaves as numpy."""
-    found = solve.solve(jnp.asarray(cost), **{"epsilon": EPSILON, **kw})
+    found = sinkhorn.solve(jnp.asarray(cost), **{"epsilon": EPSILON, **kw})
     return jax.tree.map(np.asarray, found)
 
 
@@ -86,7 +86,7 @@ def test_reported_numbers_are_those_of_the_plan(solved):
 
 def test_plan_rebuilds_from_potentials(solved):
     cost, found = solved
-    ours = solve.plan(jnp.asarray(cost), jax.tree.map(jnp.asarray, found))
+    ours = sinkhorn.plan(jnp.asarray(cost), jax.tree.map(jnp.asarray, found))
     np.testing.assert_allclose(ours, plan(cost, found), rtol=2e-5, atol=1e-12)
 
 
@@ -259,7 +259,7 @@ def test_each_problem_of_a_batch_may_have_its_epsilon(rng):
 
 def test_vmap_over_epsilon_is_the_loop(rng):
     cost, epsilons = jnp.asarray(draw(rng, 3, 5)), jnp.array([0.05, 0.2, 1.0])
-    swept = jax.vmap(lambda epsilon: solve.solve(cost, epsilon=epsilon))(epsilons)
+    swept = jax.vmap(lambda epsilon: sinkhorn.solve(cost, epsilon=epsilon))(epsilons)
     for index, epsilon in enumerate(epsilons):
         alone = run(cost, epsilon=epsilon)
         np.testing.assert_allclose(swept.f[index], alone.f, rtol=0, atol=2e-5)
@@ -268,7 +268,7 @@ def test_vmap_over_epsilon_is_the_loop(rng):
 
 def test_epsilon_may_be_traced(rng):
     cost = jnp.asarray(draw(rng, 3, 5))
-    traced = jax.jit(lambda epsilon: solve.solve(cost, epsilon=epsilon).f)(0.05)
+    traced = jax.jit(lambda epsilon: sinkhorn.solve(cost, epsilon=epsilon).f)(0.05)
     np.testing.assert_allclose(traced, run(cost).f, rtol=0, atol=2e-5)
 
 
@@ -280,10 +280,10 @@ def test_the_second_call_compiles_nothing(rng, caplog):
         return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
 
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        solve.solve(first, epsilon=0.1, threshold=1e-6)
+        sinkhorn.solve(first, epsilon=0.1, threshold=1e-6)
         assert compiled()  # the probe works
         caplog.clear()
-        solve.solve(second, epsilon=0.03, threshold=1e-4)
+        sinkhorn.solve(second, epsilon=0.03, threshold=1e-4)
         assert compiled() == []
 
 
@@ -291,19 +291,19 @@ def test_the_second_call_compiles_nothing(rng, caplog):
 def test_epsilon_must_be_positive_and_finite(epsilon):
     cost = jnp.zeros((3, 3, 5)) if isinstance(epsilon, list) else jnp.zeros((3, 5))
     with pytest.raises(ValueError, match="epsilon must be positive and finite"):
-        solve.solve(cost, epsilon=jnp.array(epsilon))
+        sinkhorn.solve(cost, epsilon=jnp.array(epsilon))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2, 3, 5)])
 def test_a_cost_has_two_or_three_axes(shape, unchecked):
     with pytest.raises(ValueError, match="axes"):
-        solve.solve(jnp.zeros(shape), epsilon=0.1)
+        sinkhorn.solve(jnp.zeros(shape), epsilon=0.1)
 
 
 @pytest.mark.parametrize("max_iterations", [0, -1])
 def test_max_iterations_is_at_least_one(max_iterations):
     with pytest.raises(ValueError, match="max_iterations"):
-        solve.solve(jnp.zeros((3, 5)), epsilon=0.1, max_iterations=max_iterations)
+        sinkhorn.solve(jnp.zeros((3, 5)), epsilon=0.1, max_iterations=max_iterations)
 
 
 def test_half_precision_costs_are_solved_in_float32(rng):
@@ -315,6 +315,6 @@ def test_half_precision_costs_are_solved_in_float32(rng):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (128, 192), (2048, 4096), (10**6, 10**6)])
 def test_side_by_side_is_bounded(n, m):
-    pairs = solve.pairs_at_once(n, m)
+    pairs = sinkhorn.pairs_at_once(n, m)
     assert 1 <= pairs <= 64
     assert pairs == 1 or pairs * n * m <= 2**18
