@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
-from ot_merge_jax import progress, sharding
+from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.spaces import site_width

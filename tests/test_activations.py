@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, sharding
+from ot_merge_jax import activations
 from ot_merge_jax.data import batching
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward

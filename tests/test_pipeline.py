@@ -11,7 +11,8 @@ import safetensors.numpy
 from checkpoints import mixed, recast
 from published import report_of
 
-from ot_merge_jax import calibration, errors, memory, pipeline, planning, preflight, sharding, texts
+from ot_merge_jax import calibration, errors, memory, pipeline, planning, preflight, texts
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import details, hf, provenance
 from ot_merge_jax.recipes import loading

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ot_merge_jax import progress, sharding
+from ot_merge_jax import progress
 from ot_merge_jax.adapt import loop, training
 from ot_merge_jax.adapt.loop import CourseError, Seen, TrainState
 from ot_merge_jax.adapt.objectives import Examples
 from ot_merge_jax.adapt.training import Constants, Plan, Problem, Rates
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import DivergedError
 
 #: Bytes that rates which train together may hold on an accelerator; none on CPU, where products in

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import sharding
 from ot_merge_jax.adapt import residual as residuals
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import checkpoint, hf, location
 from ot_merge_jax.io.folder import ModelFolder, open_folder

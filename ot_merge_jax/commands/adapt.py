@@ -121,10 +121,11 @@ def adapt(
     quiet: Quiet = False,
 ) -> None:
     """Train a merged model with its residual frozen, or any model, and write a plain folder."""
-    from ot_merge_jax import memory, sharding
+    from ot_merge_jax import memory
     from ot_merge_jax.adapt import baselines as comparison
     from ot_merge_jax.adapt import run
     from ot_merge_jax.adapt import settings as adaptations
+    from ot_merge_jax.distributed import sharding
     from ot_merge_jax.report.numbers import number
 
     of_text = {"field": field, "encoding": encoding}

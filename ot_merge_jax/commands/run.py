@@ -46,7 +46,8 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Merge a source into a target, by a recipe, by flags, or by both (flags win)."""
-    from ot_merge_jax import memory, pipeline, sharding
+    from ot_merge_jax import memory, pipeline
+    from ot_merge_jax.distributed import sharding
     from ot_merge_jax.report import tables
 
     if out is None:

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import progress, sharding
+from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.data import batching
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate.nll import sequences_at_once
 from ot_merge_jax.models import decoder

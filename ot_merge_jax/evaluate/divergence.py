@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import progress, sharding
+from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate.nll import Windows, largest_window, sequences_at_once
 from ot_merge_jax.models import decoder

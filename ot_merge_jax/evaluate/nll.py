@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import progress, sharding
+from ot_merge_jax import progress
 from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.data import batching, chat
 from ot_merge_jax.data.chat import Document
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.models import decoder, specs, streamed
 from ot_merge_jax.models.decoder import token_nll

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ot_merge_jax import sharding
 from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.io import adapter as adapters
 from ot_merge_jax.io import location, publish, safetensors
@@ -61,7 +61,7 @@ def load_hf(
         path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given; or
             ``BASE+ADAPTER``, where the LoRA adapter is merged in, in float32.
         revision: Branch, tag or commit of the hub id.
-        mesh: Where the parameters go, by the rules of `ot_merge_jax.sharding`; each process reads
+        mesh: Where the parameters go, by the rules of `ot_merge_jax.distributed.sharding`; each process reads
             only its slices. None: the default device.
         dtype: Dtype of the parameters; None: the widest dtype of each leaf's tensors.
 

@@ -82,10 +82,7 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of caches and fonts
-    from ot_merge_jax.report import (
-        drawing,
-        plots,
-    )
+    from ot_merge_jax.report import drawing, plots
 
     drawn = plots.draw(run.report)
     page = render(run, {one.name: one.inline for one in drawn}, style=drawing.style()).encode()

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import sharding
 from ot_merge_jax.adapt import data, loop, lora, training
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.models import decoder, specs
 from ot_merge_jax.types import Batch

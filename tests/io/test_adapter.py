@@ -12,7 +12,7 @@ import safetensors.numpy
 from checkpoints import header, tensors
 from hub_cache import COMMIT, contents, fill
 
-from ot_merge_jax import sharding
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.folder import open_folder
 from ot_merge_jax.io.hf import load_hf, save_hf

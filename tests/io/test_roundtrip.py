@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from checkpoints import DTYPES, digests, header, mixed, names, recast, tensors
 
-from ot_merge_jax import sharding
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import folder as folders
 from ot_merge_jax.io import safetensors as files

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ot_merge_jax import sharding
+from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import decoder, families, specs
