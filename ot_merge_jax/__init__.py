@@ -4,13 +4,13 @@ The public names below are enough for most uses; modules of the same name as a f
 (`ot_merge_jax.merge`, `ot_merge_jax.fuse`, `ot_merge_jax.sweep`) stay modules.
 """
 
-from ot_merge_jax.activations import gather
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import OtMergeError
 from ot_merge_jax.io.hf import load_hf, save_hf
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.decoder import forward
+from ot_merge_jax.models.gather import gather
 from ot_merge_jax.models.model import Model, Models
-from ot_merge_jax.spaces import sites_of
+from ot_merge_jax.models.sites import sites_of
 from ot_merge_jax.transport.coupling import couple
 from ot_merge_jax.types import (
     Activations,

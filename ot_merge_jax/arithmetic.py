@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ot_merge_jax import activations, weight_transport
+from ot_merge_jax import weight_transport
 from ot_merge_jax.calibration import Calibration
-from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.spaces import site_width, sites_of
+from ot_merge_jax.models import gather
+from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.models.sites import site_width, sites_of
 from ot_merge_jax.transport import coupling
 from ot_merge_jax.types import MergeSpec
 
@@ -67,7 +68,7 @@ def of_merge(
         The problems, and the FLOPs of every step that there is.
 
     Example:
-        >>> from ot_merge_jax.config import Rope
+        >>> from ot_merge_jax.models.config import Rope
         >>> cfg = ModelConfig("llama", 99, 8, 16, 2, 2, 1, 4, 512, 1e-5,
         ...                   Rope(1e4), True, False, "float32")
         >>> data = Calibration([], [], 0, 0, 0, 10, None, None)
@@ -89,11 +90,9 @@ def of_merge(
     )
     flops = {}
     if problems:
-        flops["gather the target"] = sum(
-            activations.flops(target, data.target) for data in gathered
-        )
+        flops["gather the target"] = sum(gather.flops(target, data.target) for data in gathered)
         flops[f"gather the {reference}"] = sum(
-            activations.flops(cfgs[reference], data.source) for data in gathered
+            gather.flops(cfgs[reference], data.source) for data in gathered
         )
         widths = [(site.target, site.source) for site in problems.values()]
         flops["correlation costs"], flops[ITERATION] = coupling.flops(

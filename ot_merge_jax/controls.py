@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import fuse
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.io.stored import StoredParams
 from ot_merge_jax.merge import Stage, call, gather_rows, given, merge, steps_of
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import Model, Models
-from ot_merge_jax.spaces import sites_of
+from ot_merge_jax.models.sites import sites_of
 from ot_merge_jax.types import (
     BUDGET,
     Activations,

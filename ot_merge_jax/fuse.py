@@ -12,7 +12,7 @@ import numpy as np
 
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.models import specs
-from ot_merge_jax.spaces import group_of, weight_of
+from ot_merge_jax.models.sites import group_of, weight_of
 from ot_merge_jax.types import MergeSpec, Params
 
 Leaves = Mapping[str, jax.Array]

@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import psutil
 
-from ot_merge_jax import activations, weight_diagnostics, weight_transport
+from ot_merge_jax import weight_diagnostics, weight_transport
 from ot_merge_jax.calibration import Calibration
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import divergence, nll, unigram
-from ot_merge_jax.models import specs
-from ot_merge_jax.spaces import site_width, sites_of
+from ot_merge_jax.models import gather, specs
+from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.models.sites import site_width, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import sinkhorn
 from ot_merge_jax.types import BUDGET, Budget, MergeSpec
@@ -237,7 +237,7 @@ def needed(
     if problems:
         for role, cfg in cfgs.items():
             batches = data.target if role == "target" else data.source
-            stages[f"gather the {role}"] = models + activations.peak_bytes(
+            stages[f"gather the {role}"] = models + gather.peak_bytes(
                 cfg, batches, is_resident=role not in on_disk, hidden_at_once=budget.hidden
             )
         stages["couple"] = models + couplings.peak_bytes(

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from ot_merge_jax import fuse
-from ot_merge_jax.activations import gather
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.models.gather import gather
 from ot_merge_jax.models.model import AnyModel, Models
-from ot_merge_jax.spaces import VOCABULARY, sites_of
+from ot_merge_jax.models.sites import VOCABULARY, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import (
     BUDGET,

@@ -30,7 +30,6 @@ from ot_merge_jax import (
     texts,
     trials,
 )
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.data import batching, tokenizers
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples, saved_scores
@@ -47,14 +46,15 @@ from ot_merge_jax.io import (
 )
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.merge import Stage, gather_rows, merge
-from ot_merge_jax.models import decoder, specs, streamed
+from ot_merge_jax.models import decoder, offload, specs
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models
+from ot_merge_jax.models.sites import sites_of
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.report import arms, schema
 from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.report.schema import Report
-from ot_merge_jax.spaces import sites_of
 from ot_merge_jax.transport import cost, site_diagnostics
 from ot_merge_jax.types import BUDGET, Alignment, Budget, MergeReport, MergeSpec, Params
 
@@ -396,8 +396,8 @@ def _self_check(folder: Path, fused: Params) -> None:
     tokenizers.load_tokenizer(folder)
     batch = batching.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
     cfg, written = stored.stored(opened, dtype=jnp.float32)
-    [x] = streamed.residuals(written, [batch], cfg=cfg, what="check what was written")
-    logits = _head(streamed.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)
+    [x] = offload.residuals(written, [batch], cfg=cfg, what="check what was written")
+    logits = _head(offload.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)
     if not np.isfinite(np.asarray(logits)).all():
         raise OSError(f"{folder} was written, but its logits are not finite; report this as a bug.")
 

@@ -12,14 +12,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import activations, arithmetic, memory, preflight, weight_transport
+from ot_merge_jax import arithmetic, memory, preflight, weight_transport
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import ResourceError
 from ot_merge_jax.io import safetensors
-from ot_merge_jax.models import specs
+from ot_merge_jax.models import gather, specs
+from ot_merge_jax.models.sites import site_width, sites_of
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipe import Recipe
-from ot_merge_jax.spaces import site_width, sites_of
 from ot_merge_jax.transport import coupling
 
 _LOG = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def disk(inputs: Inputs) -> dict[str, int]:
     spec, source = recipe.spec(), inputs.folders["source"].cfg
     # every further calibration seed gathers, couples and moves for itself
     seeds = recipe.seeds if inputs.held_out is not None else 1
-    rows_of = functools.partial(activations.result_bytes, sites=sites_of(spec.weights))
+    rows_of = functools.partial(gather.result_bytes, sites=sites_of(spec.weights))
     # rows that both models give, and those of the random source of a control
     shared, alone = seeds * inputs.data.rows, 0
     if inputs.held_out_data is not None:

@@ -20,8 +20,8 @@ from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import location, publish, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.model import BASE
+from ot_merge_jax.models.sites import VOCABULARY
 from ot_merge_jax.recipe import Recipe, Text
-from ot_merge_jax.spaces import VOCABULARY
 from ot_merge_jax.texts import documents_of, sampled
 from ot_merge_jax.types import VocabularyMatch
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 import yaml
 
-from ot_merge_jax.spaces import GROUPS, PROJECTIONS, VOCABULARY
+from ot_merge_jax.models.sites import GROUPS, PROJECTIONS, VOCABULARY
 from ot_merge_jax.types import HParams, MergeSpec
 
 Weight = Literal["q", "k", "v", "o", "gate", "up", "down", "embed", "head"]

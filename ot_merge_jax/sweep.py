@@ -15,7 +15,7 @@ from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.merge import Stage
 from ot_merge_jax.models.model import AnyModel
-from ot_merge_jax.spaces import GROUPS
+from ot_merge_jax.models.sites import GROUPS
 from ot_merge_jax.types import BUDGET, Choice, HParams, MergeSpec, Params, Point, Transported
 
 #: SPEC section 9.

@@ -202,7 +202,7 @@ class MergeSpec(NamedTuple):
     """Choices that fix the program; hashable, so they are static in jit. Made by `Recipe.spec`.
 
     Attributes:
-        weights: What moves: names of `ot_merge_jax.spaces.PROJECTIONS` and ``VOCABULARY``.
+        weights: What moves: names of `ot_merge_jax.models.sites.PROJECTIONS` and ``VOCABULARY``.
         form: ``joint`` or ``barycentric`` (SPEC section 5).
         rule: ``interpolate``, ``residual`` or ``delta`` (SPEC section 7).
         layers: ``soft`` or ``top1``.

@@ -13,7 +13,7 @@ from jax import core
 
 from ot_merge_jax import fuse
 from ot_merge_jax.models import specs
-from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, weight_of
+from ot_merge_jax.models.sites import PROJECTIONS, VOCABULARY, weight_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import diagnostics, operator
 from ot_merge_jax.types import (

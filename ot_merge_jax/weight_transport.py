@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.merging import masks as masks_module
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import AnyModel, Models
-from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY, site_width, weight_of
+from ot_merge_jax.models.sites import PROJECTIONS, VOCABULARY, site_width, weight_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator, procrustes, vocabulary
 from ot_merge_jax.types import BUDGET, Alignment, MergeSpec, Params, Transported, VocabularyMatch

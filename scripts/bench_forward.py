@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import random_checkpoint
 
-from ot_merge_jax import activations
 from ot_merge_jax.io import hf
 from ot_merge_jax.io.stored import open_stored
-from ot_merge_jax.spaces import SITES
+from ot_merge_jax.models import gather as activations
+from ot_merge_jax.models.sites import SITES
 from ot_merge_jax.types import Batch
 
 _SHAPE = {"hidden": 512, "heads": 8, "kv_heads": 4, "intermediate": 1536, "vocabulary": 4096}

@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import fuse
-from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.io import checkpoint
 from ot_merge_jax.merging import masks
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig, Rope
+from ot_merge_jax.models.sites import PROJECTIONS, site_width, sites_of
 from ot_merge_jax.recipes.presets import PRESETS
-from ot_merge_jax.spaces import PROJECTIONS, site_width, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
 from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec

@@ -29,9 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import activations, assets, calibration, texts
+from ot_merge_jax import assets, calibration, texts
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.models import gather
 from ot_merge_jax.transport import cost, coupling
 from ot_merge_jax.transport import sinkhorn as solve
 from ot_merge_jax.types import Activations, HParams, MergeSpec
@@ -60,7 +61,7 @@ def widened(n: int, m: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     sides = []
     for name, batches, width in (("sibling", data.target, n), ("source-base", data.source, m)):
         cfg, params = load_hf(assets.path(name), dtype="float32")
-        found = activations.gather(params, batches, cfg=cfg, sites=["mlp_in"]).values["mlp_in"]
+        found = gather.gather(params, batches, cfg=cfg, sites=["mlp_in"]).values["mlp_in"]
         narrow = np.asarray(found[2])
         narrow = (narrow - narrow.mean(0)) / (narrow.std(0) + 1e-6)
         map_, _ = np.linalg.qr(rng.normal(size=(width, narrow.shape[1])))

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import decoder
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Batch, Params
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ot_merge_jax import activations, arithmetic, calibration
+from ot_merge_jax import arithmetic, calibration
 from ot_merge_jax.data import batching
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.models import families
+from ot_merge_jax.models import families, gather
 from ot_merge_jax.types import MergeSpec
 
 SITES = frozenset({"mlp_in"})
@@ -33,7 +33,7 @@ def test_forward_is_what_xla_counts(models, gathered):
         {"target": cfg, "source": cfg}, [gathered], spec=MergeSpec(weights=("up",))
     )
     counted = sum(
-        activations._step.lower(params, batch, cfg=cfg, sites=SITES).cost_analysis()["flops"]
+        gather._step.lower(params, batch, cfg=cfg, sites=SITES).cost_analysis()["flops"]
         for batch in gathered.target
     )
     assert work.flops["gather the target"] == pytest.approx(counted, rel=0.15)

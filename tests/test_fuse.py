@@ -9,7 +9,7 @@ import pytest
 from ot_merge_jax import fuse
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.merging import masks
-from ot_merge_jax.spaces import PROJECTIONS, SITES
+from ot_merge_jax.models.sites import PROJECTIONS, SITES
 from ot_merge_jax.types import Activations, MergeSpec
 
 L, V = 3, 7

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ot_merge_jax import activations, weight_diagnostics
-from ot_merge_jax.config import ModelConfig, Rope
+from ot_merge_jax import weight_diagnostics
 from ot_merge_jax.evaluate import divergence, nll, unigram
-from ot_merge_jax.models import decoder, specs, streamed
+from ot_merge_jax.models import decoder, gather, offload, specs
+from ot_merge_jax.models.config import ModelConfig, Rope
 from ot_merge_jax.transport import coupling, operator
 from ot_merge_jax.types import BUDGET, Batch, MergeSpec, Potentials
 
@@ -57,22 +57,20 @@ LONG = config(heads=8, head_dim=4, positions=512), (2, 512)
 @pytest.mark.parametrize(("cfg", "size"), [WIDE, NARROW, LONG])
 def test_gather(cfg, size):
     batch = batch_of(*size)
-    took = counted(
-        activations._step, specs.abstract(cfg), batch, cfg=cfg, sites=frozenset({"down_out"})
-    )
-    check(activations.peak_bytes(cfg, [batch]), took)
+    took = counted(gather._step, specs.abstract(cfg), batch, cfg=cfg, sites=frozenset({"down_out"}))
+    check(gather.peak_bytes(cfg, [batch]), took)
 
 
 def test_hidden_states_and_layers_come_on_top_where_a_model_is_on_disk():
     cfg, batches = config(intermediate=2048), [batch_of(16, 64), batch_of(4, 64)]
     layer = specs.largest_piece(cfg)
     assert layer == 3 * 32 * 2048 + 4 * 32 * 32 + 2 * 32
-    resident = activations.peak_bytes(cfg, batches)
+    resident = gather.peak_bytes(cfg, batches)
     for budget, tokens in ((BUDGET.hidden, 20 * 64), (4 * 32 * 1100, 1100), (1, 16 * 64)):
-        said = activations.peak_bytes(cfg, batches, is_resident=False, hidden_at_once=budget)
+        said = gather.peak_bytes(cfg, batches, is_resident=False, hidden_at_once=budget)
         assert said - resident == 4 * 32 * tokens + 2 * 4 * layer
-    assert [part.stop - part.start for part in streamed.chunks(batches, cfg=cfg)] == [2]
-    small = streamed.chunks(batches, cfg=cfg, hidden_at_once=1)
+    assert [part.stop - part.start for part in offload.chunks(batches, cfg=cfg)] == [2]
+    small = offload.chunks(batches, cfg=cfg, hidden_at_once=1)
     assert [part.stop - part.start for part in small] == [1, 1]
 
 
@@ -174,9 +172,7 @@ def test_maps_and_parts_of_plans(n, m, rows, at_once, side):
 def test_smaller_budgets_never_need_more():
     cfg, batches, problems = config(vocabulary=20000), [batch_of(16, 64)] * 3, [(600, 800), (8, 9)]
     falling = {
-        "gather": lambda b: activations.peak_bytes(
-            cfg, batches, is_resident=False, hidden_at_once=b
-        ),
+        "gather": lambda b: gather.peak_bytes(cfg, batches, is_resident=False, hidden_at_once=b),
         "score": lambda b: nll.peak_bytes(cfg, [63] * 99, logits_at_once=b),
         "stream": lambda b: nll.peak_bytes(cfg, [63] * 99, is_resident=False, hidden_at_once=b),
         "divergence": lambda b: divergence.peak_bytes((cfg, cfg), [63] * 99, logits_at_once=b),

@@ -16,11 +16,11 @@ from tokenizers import (
 )
 
 from ot_merge_jax import rows
-from ot_merge_jax.activations import gather
 from ot_merge_jax.calibration import align, encode
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hf
+from ot_merge_jax.models.gather import gather
 
 ENGLISH = [
     "The rivers  carried old songs, and the markets counted nothing.",

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, errors, merge, pipeline, preflight, sweep
+from ot_merge_jax import errors, merge, pipeline, preflight, sweep
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import checkpoint, details, hf, stages
+from ot_merge_jax.models import gather
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.transport import coupling
 
@@ -152,7 +153,7 @@ def test_kill_at_one_commit_point(place, until, out, straight):
 @pytest.mark.usefixtures("state")
 def test_finished_stages_compute_nothing(until, out, straight, resolved, monkeypatch):
     for module, name in (
-        (activations, "_step"), (coupling, "couple"), (merge, "transport_weights"),
+        (gather, "_step"), (coupling, "couple"), (merge, "transport_weights"),
         (sweep, "sweep"), (nll, "score"), (hf, "write_model"), (merge, "gather"),
         (details, "write"),
     ):  # fmt: skip
@@ -257,8 +258,8 @@ def test_activations_are_memory_mapped_and_the_same_as_in_memory(resolved, tmp_p
     inputs = preflight.check(resolved, tmp_path / "out", overwrite=False)
     cfg, params = hf.load_hf(inputs.folders["target"].path)
     settings = {"cfg": cfg, "sites": ["mlp_in", "up_out"]}
-    held = activations.gather(params, inputs.data.target, **settings)
-    rows = activations.gather(
+    held = gather.gather(params, inputs.data.target, **settings)
+    rows = gather.gather(
         params, inputs.data.target, allocate=checkpoint.allocator(tmp_path), **settings
     )
     checkpoint.save_row_ids(tmp_path, rows)

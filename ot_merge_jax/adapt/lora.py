@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
 #: Path of a kernel -> its two factors ``{"a", "b"}``.
@@ -29,13 +29,13 @@ def init(key: jax.Array, cfg: ModelConfig, *, rank: int, targets: Sequence[str])
         key: PRNG key.
         cfg: The model.
         rank: Columns of ``A``; not more than the smaller side of a weight is used.
-        targets: Names of projections (`ot_merge_jax.spaces.PROJECTIONS`).
+        targets: Names of projections (`ot_merge_jax.models.sites.PROJECTIONS`).
 
     Returns:
         Float32 factors of the kernel of each of them.
 
     Example:
-        >>> from ot_merge_jax.config import Rope
+        >>> from ot_merge_jax.models.config import Rope
         >>> cfg = ModelConfig("llama", 99, 64, 128, 2, 4, 1, 16, 512, 1e-5,
         ...                   Rope(1e4), True, False, "float32")
         >>> found = init(jax.random.key(0), cfg, rank=4, targets=["down"])

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import decoder
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.decoder import token_nll
 from ot_merge_jax.types import Batch, Params
 

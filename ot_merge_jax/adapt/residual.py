@@ -20,7 +20,7 @@ import numpy as np
 from ot_merge_jax import fuse
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.models import specs
-from ot_merge_jax.spaces import GROUPS, weight_of
+from ot_merge_jax.models.sites import GROUPS, weight_of
 from ot_merge_jax.types import Params
 
 #: Path of a parameter -> what was added to it.

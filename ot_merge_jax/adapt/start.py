@@ -21,9 +21,9 @@ from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import checkpoint, hf, location
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.sites import GROUPS
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.report import schema
-from ot_merge_jax.spaces import GROUPS
 from ot_merge_jax.types import Params
 
 RESIDUAL = "residual"

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.data import chat
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import compare, continuations, nll
 from ot_merge_jax.io import records
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
 #: How an option is chosen. ``plain``: its text behind the question alone. ``lettered``: its text

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import progress
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.data import batching, chat
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, NonFiniteError
-from ot_merge_jax.models import decoder, specs, streamed
+from ot_merge_jax.models import decoder, offload, specs
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.decoder import token_nll
 from ot_merge_jax.types import BUDGET, Batch, Params
 
@@ -231,10 +231,10 @@ def _losses(
                 _sequence_nll(params, split, scored, bias, cfg=cfg, logits_at_once=logits_at_once),
             )
         return
-    for part in streamed.chunks(cut.batches, cfg=cfg, hidden_at_once=hidden_at_once):
+    for part in offload.chunks(cut.batches, cfg=cfg, hidden_at_once=hidden_at_once):
         batches = cut.batches[part]
-        hidden = streamed.residuals(params, batches, cfg=cfg, what=f"score {text}")
-        last = streamed.of_head(params, cfg=cfg)
+        hidden = offload.residuals(params, batches, cfg=cfg, what=f"score {text}")
+        last = offload.of_head(params, cfg=cfg)
         for x, (batch, scored, document) in zip(hidden, parts[part], strict=True):
             yield (
                 document,
@@ -313,7 +313,7 @@ def peak_bytes(
     if is_resident:
         return peak
     tokens = max(size * length, 2 * sum(scored))  # padded
-    return peak + streamed.peak_bytes(
+    return peak + offload.peak_bytes(
         cfg, tokens=tokens, batch=size * length, hidden_at_once=hidden_at_once
     )
 

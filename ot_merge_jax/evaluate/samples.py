@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import progress
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.data import chat
 from ot_merge_jax.data.chat import Chat, Document
 from ot_merge_jax.errors import InputError
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.generation import generate
 from ot_merge_jax.types import Params
 

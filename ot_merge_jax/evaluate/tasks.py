@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.evaluate import compare, harness
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
 _KNOWN_AT_MOST = 12  # names that a message lists

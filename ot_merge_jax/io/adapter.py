@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hub, location, safetensors
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -50,7 +50,7 @@ def load_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 
 def allocator(folder: Path) -> Callable[[str, tuple[int, ...]], np.ndarray]:
-    """Makes float32 arrays that live in files of a folder, for `ot_merge_jax.activations.gather`.
+    """Makes float32 arrays that live in files of a folder, for `ot_merge_jax.models.gather.gather`.
 
     The disk space is reserved at once: a memory map on a disk that fills up ends the process.
 

@@ -10,12 +10,12 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import adapter as adapters
 from ot_merge_jax.io import hub, location, safetensors
 from ot_merge_jax.io.location import link_problems, read_json, unusable
 from ot_merge_jax.models import families, specs
+from ot_merge_jax.models.config import ModelConfig
 
 INDEX = location.INDEX
 SINGLE = "model.safetensors"

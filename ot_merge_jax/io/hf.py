@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, NonFiniteError
 from ot_merge_jax.io import adapter as adapters
 from ot_merge_jax.io import location, publish, safetensors
 from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import Model
 from ot_merge_jax.types import Params
 

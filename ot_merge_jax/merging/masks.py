@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from ot_merge_jax.spaces import PROJECTIONS
+from ot_merge_jax.models.sites import PROJECTIONS
 from ot_merge_jax.transport import cost
 from ot_merge_jax.types import Activations, MergeSpec
 

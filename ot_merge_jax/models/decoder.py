@@ -17,10 +17,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.layers import MLP, Attention, Cache, Sites, norm, rows_times
-from ot_merge_jax.models.rotary import rope_tables
+from ot_merge_jax.models.rope import rope_tables
 from ot_merge_jax.models.specs import NORMS
 from ot_merge_jax.types import Batch, Params
 
@@ -185,7 +185,7 @@ def forward(
         params: Parameters, in the dtype to compute in.
         batch: Tokens, mask and the rows wanted.
         cfg: The model; static.
-        capture: Sites to return (`ot_merge_jax.spaces.SITES`); static.
+        capture: Sites to return (`ot_merge_jax.models.sites.SITES`); static.
         unroll: Layers per scan step; changes the compiled program, never the numbers.
 
     Returns:

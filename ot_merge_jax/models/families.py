@@ -10,9 +10,9 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from ot_merge_jax.config import Family, ModelConfig, Style
-from ot_merge_jax.config_file import read_config
 from ot_merge_jax.errors import InputError
+from ot_merge_jax.models.config import Family, ModelConfig, Style
+from ot_merge_jax.models.hf_config import read_config
 
 _GEMMA = Style(norms="both", unit_offset=True, activation="gelu_tanh")
 _GEMMA_FIXED = {

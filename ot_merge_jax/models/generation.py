@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import decoder
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.layers import Cache
 from ot_merge_jax.types import Params
 

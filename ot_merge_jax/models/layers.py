@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.models.rotary import rotate
+from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.models.rope import rotate
 
 Sites = dict[str, jax.Array]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
 #: What the models of a merge are called in messages and in the files that a run writes.

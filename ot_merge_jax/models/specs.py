@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ot_merge_jax.config import ModelConfig
-from ot_merge_jax.spaces import PROJECTIONS, VOCABULARY
+from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.models.sites import PROJECTIONS, VOCABULARY
 from ot_merge_jax.types import Params
 
 #: Where a layer's norms sit -> their names in Hugging Face checkpoints.
@@ -89,7 +89,7 @@ def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
         One `ParamSpec` for each leaf.
 
     Example:
-        >>> from ot_merge_jax.config import Rope
+        >>> from ot_merge_jax.models.config import Rope
         >>> cfg = ModelConfig("llama", 99, 64, 128, 2, 4, 1, 16, 512, 1e-5,
         ...                   Rope(1e4), True, False, "float32")
         >>> spec = next(s for s in param_specs(cfg) if s.weight == "down")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from ot_merge_jax import merge
-from ot_merge_jax.activations import gather
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import nll
@@ -14,8 +13,9 @@ from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.io.stored import open_stored
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.families import FAMILIES
+from ot_merge_jax.models.gather import gather
 from ot_merge_jax.models.model import Models
-from ot_merge_jax.spaces import PROJECTIONS, SITES, VOCABULARY
+from ot_merge_jax.models.sites import PROJECTIONS, SITES, VOCABULARY
 from ot_merge_jax.types import AlignedBatches, HParams, MergeSpec, VocabularyMatch
 
 

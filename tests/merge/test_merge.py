@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, fuse, merge, weight_diagnostics
+from ot_merge_jax import fuse, merge, weight_diagnostics
 from ot_merge_jax.data import batching
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.models import specs
+from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.model import Model, Models
+from ot_merge_jax.models.sites import PROJECTIONS, sites_of
 from ot_merge_jax.recipes import loading
-from ot_merge_jax.spaces import PROJECTIONS, sites_of
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.transport import operator
 from ot_merge_jax.types import AlignedBatches, Budget, Choice, HParams, MergeSpec, Point
@@ -129,7 +129,7 @@ def test_alignment_is_by_the_base_where_there_is_one(merged, batches):
         (models.target, batches.target, alignment.target),
         (models.base or models.source, batches.source, alignment.source),
     ):
-        expected = activations.gather(params, side, cfg=cfg, sites=sites)
+        expected = gather.gather(params, side, cfg=cfg, sites=sites)
         assert set(found.values) == set(sites)
         for site in sites:
             np.testing.assert_array_equal(found.values[site], expected.values[site])
@@ -479,7 +479,7 @@ def unpruned(pruned, batches):
     spec = MergeSpec(weights=("gate", "up", "down"), rule="interpolate")
     target, source, _ = pruned
     rows = [
-        activations.gather(params, batches.target, cfg=cfg, sites=sites_of(spec.weights))
+        gather.gather(params, batches.target, cfg=cfg, sites=sites_of(spec.weights))
         for cfg, params in (target, source)
     ]
     return spec, couplings.couple(*rows, HPARAMS, spec=spec), rows

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations, spaces
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.models import gather, sites
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.models.families import FAMILIES
 
@@ -88,7 +88,7 @@ def captured(request, torch_checkpoint, random_batch, strict):
     other = random_batch(cfg, padding="right", lengths=(7, 5, 3), rows=3, seed=1)
     batch = jax.tree.map(lambda left, right: left.at[2].set(right[2]), batch, other)
     with strict():
-        ours = _forward(params, batch, cfg=cfg, capture=frozenset(spaces.SITES))[1]
+        ours = _forward(params, batch, cfg=cfg, capture=frozenset(sites.SITES))[1]
     return cfg, params, batch, torch_sites(model, batch), ours
 
 
@@ -116,28 +116,28 @@ def test_batch_has_picked_and_pooled_rows_and_both_paddings(captured):
 
 @pytest.mark.torch
 def test_every_site_is_captured_and_nothing_else(captured):
-    assert captured[4].keys() == spaces.SITES.keys()
+    assert captured[4].keys() == sites.SITES.keys()
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("site", spaces.SITES)
+@pytest.mark.parametrize("site", sites.SITES)
 def test_site_matches_the_hook(captured, site):
     cfg, _, batch, theirs, ours = captured
     expected = rows_of(theirs[site], batch)
     assert ours[site].dtype == np.float32
-    assert ours[site].shape == (3, 3, 3, spaces.site_width(site, cfg))
+    assert ours[site].shape == (3, 3, 3, sites.site_width(site, cfg))
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(ours[site], expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("weight", spaces.PROJECTIONS)
+@pytest.mark.parametrize("weight", sites.PROJECTIONS)
 def test_wiring_joins_the_sites_it_names(captured, weight):
     """The weight, applied to its input site, gives its output site: the wiring table against the
     arithmetic.
     """
     cfg, params, _, _, ours = captured
-    wire = spaces.PROJECTIONS[weight]
+    wire = sites.PROJECTIONS[weight]
     leaf = params
     for key in wire.path.split("/"):
         leaf = leaf[key]
@@ -154,7 +154,7 @@ def test_one_site_alone_is_the_same(site, tiny_checkpoint, random_batch):
     cfg, params = load_hf(tiny_checkpoint("qwen2"))
     batch = random_batch(cfg, padding="right")
     alone = _forward(params, batch, cfg=cfg, capture=frozenset({site}))[1]
-    together = _forward(params, batch, cfg=cfg, capture=frozenset(spaces.SITES))[1]
+    together = _forward(params, batch, cfg=cfg, capture=frozenset(sites.SITES))[1]
     assert list(alone) == [site]
     np.testing.assert_allclose(alone[site], together[site], rtol=0, atol=1e-6)
 
@@ -177,7 +177,7 @@ def test_gather_drops_rows_without_an_id_and_sorts_the_others(captured):
     cfg, params, batch, theirs, _ = captured
     ids = np.array([[5, -1, 2], [-1, 0, -1], [3, 4, 1]], np.int32)
     batch = batch._replace(row_id=jax.numpy.asarray(ids))
-    got = activations.gather(params, [batch], cfg=cfg, sites=("mlp_in", "k_out"))
+    got = gather.gather(params, [batch], cfg=cfg, sites=("mlp_in", "k_out"))
     assert np.asarray(got.row_id).tolist() == [0, 1, 2, 3, 4, 5]
     for site in ("mlp_in", "k_out"):
         rows = rows_of(theirs[site], batch)

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax.config import LayerKind
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.hf import load_hf, save_hf
 from ot_merge_jax.models import decoder
+from ot_merge_jax.models.config import LayerKind
 from ot_merge_jax.models.families import FAMILIES, read
 
 pytestmark = pytest.mark.torch

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.models import decoder, layers, rotary
+from ot_merge_jax.models import decoder, layers
+from ot_merge_jax.models import rope as rotary
+from ot_merge_jax.models.config import ModelConfig, Rope
 from ot_merge_jax.types import Batch
 
 pytestmark = pytest.mark.torch

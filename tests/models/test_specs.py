@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ot_merge_jax import spaces
-from ot_merge_jax.models import decoder, families, specs
+from ot_merge_jax.models import decoder, families, sites, specs
 from ot_merge_jax.types import Batch
 
 #: ``config.json`` as published on the hub, and the number of parameters its files add up to.
@@ -100,12 +99,12 @@ def test_forward_of_published_sizes_by_shape(name):
         shape((2, 5), jnp.int32),
         shape((2, 5), jnp.int32),
     )
-    step = functools.partial(decoder.forward, cfg=cfg, capture=frozenset(spaces.SITES))
+    step = functools.partial(decoder.forward, cfg=cfg, capture=frozenset(sites.SITES))
     logits, captured = jax.eval_shape(step, specs.abstract(cfg, jnp.bfloat16), batch)
     assert logits.shape == (2, 33, cfg.vocab_size)
     assert logits.dtype == jnp.float32
-    for site in spaces.SITES:
-        assert captured[site].shape == (cfg.num_layers, 2, 5, spaces.site_width(site, cfg))
+    for site in sites.SITES:
+        assert captured[site].shape == (cfg.num_layers, 2, 5, sites.site_width(site, cfg))
         assert captured[site].dtype == jnp.float32
 
 
@@ -117,21 +116,21 @@ def test_weights_follow_the_wiring(family, tied, kv_heads, config_dict):
     cfg = small_config(config_dict, family, tied, kv_heads)
     table = specs.param_specs(cfg)
     kernels = {spec.weight: spec for spec in table if spec.path.endswith("/kernel")}
-    assert spaces.PROJECTIONS.keys() <= kernels.keys()
-    for weight, wire in spaces.PROJECTIONS.items():
+    assert sites.PROJECTIONS.keys() <= kernels.keys()
+    for weight, wire in sites.PROJECTIONS.items():
         spec = kernels[weight]
         assert spec.path == f"{wire.path}/kernel"
         assert spec.shape == (
             cfg.num_layers,
-            spaces.site_width(wire.in_site, cfg),
-            spaces.site_width(wire.out_site, cfg),
+            sites.site_width(wire.in_site, cfg),
+            sites.site_width(wire.out_site, cfg),
         )
         assert spec.transpose
     for spec in table:
         if spec.path.endswith("/bias"):
-            wire = spaces.PROJECTIONS[spec.weight]
+            wire = sites.PROJECTIONS[spec.weight]
             assert spec.path == f"{wire.path}/bias"
-            assert spec.shape == (cfg.num_layers, spaces.site_width(wire.out_site, cfg))
+            assert spec.shape == (cfg.num_layers, sites.site_width(wire.out_site, cfg))
         if spec.path.endswith("/scale"):
             assert spec.weight is None
 
@@ -140,11 +139,9 @@ def test_weights_follow_the_wiring(family, tied, kv_heads, config_dict):
 def test_vocabulary_tables_follow_the_wiring(family, tied, kv_heads, config_dict):
     cfg = small_config(config_dict, family, tied, kv_heads)
     tables = {
-        spec.weight: spec.path
-        for spec in specs.param_specs(cfg)
-        if spec.weight in spaces.VOCABULARY
+        spec.weight: spec.path for spec in specs.param_specs(cfg) if spec.weight in sites.VOCABULARY
     }
-    expected = dict(spaces.VOCABULARY)
+    expected = dict(sites.VOCABULARY)
     if tied:
         del expected["head"]
     assert tables == expected
@@ -183,15 +180,15 @@ def test_fused_tensors_are_shared_without_gaps(config_dict):
 def test_masked_axis_is_the_sharded_one(config_dict):
     """Rows of q, k, v, gate, up and columns of o, down: the masked site is the wide, split one."""
     for spec in specs.param_specs(families.read(config_dict("qwen2"))):
-        if spec.weight in spaces.PROJECTIONS and spec.path.endswith("/kernel"):
-            out = spaces.PROJECTIONS[spec.weight].masked == "out"
+        if spec.weight in sites.PROJECTIONS and spec.path.endswith("/kernel"):
+            out = sites.PROJECTIONS[spec.weight].masked == "out"
             assert (spec.axes[2] is not None) == out
             assert (spec.axes[1] is not None) != out
 
 
-@pytest.mark.parametrize("weight", spaces.PROJECTIONS)
+@pytest.mark.parametrize("weight", sites.PROJECTIONS)
 def test_masked_site_is_one_of_the_two(weight):
-    wire = spaces.PROJECTIONS[weight]
+    wire = sites.PROJECTIONS[weight]
     expected = wire.in_site if weight in ("o", "down") else wire.out_site
     assert wire.masked_site == expected
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.models import specs
+from ot_merge_jax.models.config import ModelConfig, Rope
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TEXT = "\n\n".join(

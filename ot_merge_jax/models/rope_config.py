@@ -7,7 +7,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from ot_merge_jax.config import Family, Rope
+from ot_merge_jax.models.config import Family, Rope
 
 _NAMES = {
     "factor": "factor",

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from ot_merge_jax import progress
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.models import decoder, specs
-from ot_merge_jax.spaces import VOCABULARY
+from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.models.sites import VOCABULARY
 from ot_merge_jax.types import BUDGET, Batch, Params
 
 

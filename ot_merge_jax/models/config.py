@@ -1,6 +1,6 @@
 """`ModelConfig`: the shape and the arithmetic of a decoder. Types only; imports nothing of ours.
 
-`ot_merge_jax.config_file` reads it from a ``config.json``.
+`ot_merge_jax.models.hf_config` reads it from a ``config.json``.
 """
 
 from __future__ import annotations

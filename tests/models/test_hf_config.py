@@ -7,9 +7,9 @@ import json
 import jax
 import pytest
 
-from ot_merge_jax.config import ModelConfig, Rope
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.models import families
+from ot_merge_jax.models.config import ModelConfig, Rope
 from ot_merge_jax.models.families import FAMILIES, read
 
 LLAMA3 = {

@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from ot_merge_jax import progress
-from ot_merge_jax.config import ModelConfig
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.models import decoder, specs, streamed
-from ot_merge_jax.spaces import site_width
+from ot_merge_jax.models import decoder, offload, specs
+from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.models.sites import site_width
 from ot_merge_jax.types import BUDGET, Activations, Batch, Params
 
 
@@ -62,9 +62,9 @@ def _by_layer(
 ) -> Iterator[tuple[slice, int, dict[str, jax.Array]]]:
     """The same layer by layer, where the parameters are on disk."""
     what = f"gather activations of the {model}"
-    for part in streamed.chunks(batches, cfg=cfg, hidden_at_once=hidden_at_once):
+    for part in offload.chunks(batches, cfg=cfg, hidden_at_once=hidden_at_once):
         split = [sharding.split_batch(batch, mesh) for batch in batches[part]]
-        for l, index, _, rows in streamed.through_layers(
+        for l, index, _, rows in offload.through_layers(
             params, split, cfg=cfg, sites=sites, what=what
         ):
             captured = {site: one[None] for site, one in rows.items()}
@@ -92,7 +92,7 @@ def gather(
             one layer at a time is in memory.
         batches: From `ot_merge_jax.calibration`.
         cfg: The model.
-        sites: Names of `ot_merge_jax.spaces.SITES`.
+        sites: Names of `ot_merge_jax.models.sites.SITES`.
         mesh: Splits each batch along its ``data`` axis; None: that of the parameters, if any.
         model: Which model this is, for messages.
         allocate: Makes the float32 array of a site from its name and shape ``[layers, rows, d]``;
@@ -161,7 +161,7 @@ def peak_bytes(
     if is_resident:
         return step
     tokens = sum(map(math.prod, shapes))
-    return step + streamed.peak_bytes(
+    return step + offload.peak_bytes(
         cfg, tokens=tokens, batch=size * length, hidden_at_once=hidden_at_once
     )
 

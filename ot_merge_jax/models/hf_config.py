@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ot_merge_jax.config import Family, LayerKind, ModelConfig, Rope, Style
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.rope_settings import is_positive, read_ropes, shown
+from ot_merge_jax.models.config import Family, LayerKind, ModelConfig, Rope, Style
+from ot_merge_jax.models.rope_config import is_positive, read_ropes, shown
 
 #: Keys of any family that describe training, generation, the file or the export, not the forward
 #: pass.

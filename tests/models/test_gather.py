@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import activations
 from ot_merge_jax.data import batching
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.models import gather
 from ot_merge_jax.models.decoder import forward
-from ot_merge_jax.spaces import SITES, site_width
+from ot_merge_jax.models.sites import SITES, site_width
 from ot_merge_jax.types import Batch
 
 TOLERANCE = 1e-5  # sums of other lengths round differently
@@ -83,13 +83,13 @@ def check(gathered, expected):
 
 def test_rows_are_those_of_a_direct_pass(model, made, expected):
     cfg, params = model
-    check(activations.gather(params, made, cfg=cfg, sites=WANTED), expected)
+    check(gather.gather(params, made, cfg=cfg, sites=WANTED), expected)
 
 
 def test_order_of_batches_does_not_matter(model, made):
     cfg, params = model
-    one = activations.gather(params, made, cfg=cfg, sites=WANTED)
-    other = activations.gather(params, made[::-1], cfg=cfg, sites=WANTED)
+    one = gather.gather(params, made, cfg=cfg, sites=WANTED)
+    other = gather.gather(params, made[::-1], cfg=cfg, sites=WANTED)
     np.testing.assert_array_equal(one.row_id, other.row_id)
     for site in WANTED:
         np.testing.assert_array_equal(one.values[site], other.values[site])
@@ -111,13 +111,13 @@ def test_padding_does_not_matter(model, documents, expected, side):
         position[place, : len(ids)] = [p if p < 0 else p + start for p in positions]
         row_id[place, : len(ids)] = ids
     batch = Batch(*map(jnp.asarray, (tokens, mask, position, row_id)))
-    check(activations.gather(params, [batch], cfg=cfg, sites=WANTED), expected)
+    check(gather.gather(params, [batch], cfg=cfg, sites=WANTED), expected)
 
 
 @pytest.mark.parametrize("sites", [(), ("down_out", "mlp_in"), tuple(SITES)])
 def test_only_the_sites_asked_for(model, made, sites):
     cfg, params = model
-    found = activations.gather(params, made[:1], cfg=cfg, sites=sites)
+    found = gather.gather(params, made[:1], cfg=cfg, sites=sites)
     assert set(found.values) == set(sites)
     for site, values in found.values.items():
         assert values.shape == (cfg.num_layers, len(found.row_id), site_width(site, cfg))
@@ -125,13 +125,13 @@ def test_only_the_sites_asked_for(model, made, sites):
 
 def test_rows_stay_on_the_host(model, made):
     cfg, params = model
-    found = activations.gather(params, made, cfg=cfg, sites=WANTED)
+    found = gather.gather(params, made, cfg=cfg, sites=WANTED)
     assert all(type(values) is np.ndarray for values in found.values.values())
 
 
 def test_no_batches_give_no_rows(model):
     cfg, params = model
-    found = activations.gather(params, [], cfg=cfg, sites=["mlp_in"])
+    found = gather.gather(params, [], cfg=cfg, sites=["mlp_in"])
     assert found.row_id.shape == (0,)
     assert found.values["mlp_in"].shape == (cfg.num_layers, 0, cfg.hidden_size)
 
@@ -139,7 +139,7 @@ def test_no_batches_give_no_rows(model):
 def test_rows_with_one_id_raise(model, made):
     cfg, params = model
     with pytest.raises(ValueError, match="row_id"):
-        activations.gather(params, [*made, made[0]], cfg=cfg, sites=WANTED)
+        gather.gather(params, [*made, made[0]], cfg=cfg, sites=WANTED)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -150,17 +150,17 @@ def test_what_is_not_finite_names_site_and_layer(model, made, value):
     kernel = broken["layers"]["mlp"]["down_proj"]["kernel"]
     broken["layers"]["mlp"]["down_proj"]["kernel"] = kernel.at[2, 0, 0].set(value)
     with pytest.raises(NonFiniteError, match=r"down_out, layer 2"):
-        activations.gather(broken, made[:1], cfg=cfg, sites=["mlp_in", "down_out"])
-    activations.gather(broken, made[:1], cfg=cfg, sites=WANTED)  # those are finite
+        gather.gather(broken, made[:1], cfg=cfg, sites=["mlp_in", "down_out"])
+    gather.gather(broken, made[:1], cfg=cfg, sites=WANTED)  # those are finite
 
 
 def test_compiles_once_for_each_shape(model, made):
     cfg, params = model
     shapes = {tuple(leaf.shape for leaf in batch) for batch in made}
-    before = activations._step._cache_size()
+    before = gather._step._cache_size()
     for _ in range(2):
-        activations.gather(params, made, cfg=cfg, sites=["v_out"])
-    assert activations._step._cache_size() - before == len(shapes)
+        gather.gather(params, made, cfg=cfg, sites=["v_out"])
+    assert gather._step._cache_size() - before == len(shapes)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "model": 4}, {"data": 8}], ids=str)
@@ -172,8 +172,8 @@ def test_eight_devices_equal_one(tiny_checkpoint, model, made, sizes):
     _, split = load_hf(tiny_checkpoint("qwen2"), mesh=mesh)
     if "model" in sizes:
         assert not split["layers"]["mlp"]["up_proj"]["kernel"].is_fully_replicated
-    one = activations.gather(params, made, cfg=cfg, sites=WANTED)
-    eight = activations.gather(split, made, cfg=cfg, sites=WANTED, mesh=mesh)
+    one = gather.gather(params, made, cfg=cfg, sites=WANTED)
+    eight = gather.gather(split, made, cfg=cfg, sites=WANTED, mesh=mesh)
     np.testing.assert_array_equal(one.row_id, eight.row_id)
     for site in WANTED:
         np.testing.assert_allclose(eight.values[site], one.values[site], rtol=0, atol=TOLERANCE)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ot_merge_jax.config import Rope
+from ot_merge_jax.models.config import Rope
 
 
 def rope_frequencies(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from ot_merge_jax.config import ModelConfig
+from ot_merge_jax.models.config import ModelConfig
 
 #: Site -> what it is. Every site exists once per decoder layer.
 SITES: dict[str, str] = {
@@ -90,7 +90,7 @@ def site_width(site: str, cfg: ModelConfig) -> int:
     """Number of features of a site.
 
     Example:
-        >>> from ot_merge_jax.config import Rope
+        >>> from ot_merge_jax.models.config import Rope
         >>> cfg = ModelConfig("llama", 99, 64, 256, 2, 4, 1, 16, 512, 1e-5,
         ...                   Rope(1e4), True, False, "float32")
         >>> site_width("down_in", cfg), site_width("k_out", cfg)
