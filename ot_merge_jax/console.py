@@ -25,7 +25,7 @@ from rich.text import Text as Words
 
 from ot_merge_jax import progress
 from ot_merge_jax.errors import OtMergeError, is_out_of_memory
-from ot_merge_jax.redaction import redacted, visible
+from ot_merge_jax.io.redaction import redacted, visible
 
 OUT = Console()
 ERR = Console(stderr=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import fuse
-from ot_merge_jax.io.stored import StoredParams
+from ot_merge_jax.io.lazy import StoredParams
 from ot_merge_jax.merge import Stage, call, gather_rows, given, merge, steps_of
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ot_merge_jax import assets, pipeline
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.io import publish
+from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.report.numbers import number
 from ot_merge_jax.report.schema import Difference
@@ -49,7 +49,7 @@ def run(
     """
     recipes = settings(is_full=is_full, seed=seed)
     for name in recipes:
-        publish.check_output(out / name, overwrite=overwrite)
+        atomic.check_output(out / name, overwrite=overwrite)
     results: dict[str, pipeline.RunResult] = {}
     scores: dict[str, nll.Scores] = {}  # folder -> scores, so that no model is scored twice
     for name, own in recipes.items():

@@ -9,7 +9,7 @@ from ot_merge_jax import assets, demo, pipeline
 from ot_merge_jax.adapt import baselines
 from ot_merge_jax.adapt import settings as adaptations
 from ot_merge_jax.adapt.run import AdaptResult
-from ot_merge_jax.io import publish
+from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
 
 #: Of all arms: what three seeds of them take a few minutes for on two CPU cores.
@@ -43,7 +43,7 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = Fa
     """
     merged, adapted = out / "delta", out / "delta-adapted"
     for folder in (merged, adapted):
-        publish.check_output(folder, overwrite=overwrite)
+        atomic.check_output(folder, overwrite=overwrite)
     said = demo.settings(seed=seed)["delta"]
     command = "ot-merge demo --adapt"
     merge = pipeline.run(

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from ot_merge_jax import fuse
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.gather import gather
@@ -164,7 +164,7 @@ def merge(
             vocabulary=vocabulary,
             plan_at_once=budget.plan_block,
         ),
-        *checkpoint.TRANSPORTED,
+        *arrays.TRANSPORTED,
         needs=[] if alignment is None else ["rows-target", "rows-source", "coupling"],
     )
     choice = Choice(hparams, []) if choose is None else choose(transported)
@@ -240,7 +240,7 @@ def align_activations(
             pairs_at_once=budget.pairs,
             rows_at_once=budget.source_rows,
         ),
-        *checkpoint.COUPLING,
+        *arrays.COUPLING,
         needs=["rows-target", "rows-source"],
     )
     return Alignment(coupling, target, source)
@@ -278,7 +278,7 @@ def gather_rows(
             hidden_at_once=hidden_at_once,
             **place,
         ),
-        *checkpoint.ACTIVATIONS,
+        *arrays.ACTIVATIONS,
     )
 
 

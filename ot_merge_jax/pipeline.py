@@ -34,16 +34,7 @@ from ot_merge_jax.data import batching, tokenizers
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples, saved_scores
 from ot_merge_jax.evaluate.divergence import divergence
-from ot_merge_jax.io import (
-    checkpoint,
-    details,
-    hf,
-    provenance,
-    publish,
-    safetensors,
-    stages,
-    stored,
-)
+from ot_merge_jax.io import arrays, atomic, details, hf, lazy, provenance, safetensors, stages
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.merge import Stage, gather_rows, merge
 from ot_merge_jax.models import decoder, offload, specs
@@ -141,7 +132,7 @@ def run(
         decided["budget"] = held.budget._asdict()
     key = stages.key({"recipe": recipe.to_yaml(), **decided, **side})
     side = {"run": key, "command": command, **side}
-    with publish.locked(out):
+    with atomic.locked(out):
         if resume and (done := details.read(out, key)):
             _LOG.info("resume: %s is finished", out)
             stages.clear(out, key)
@@ -249,7 +240,7 @@ def _merge(
         samples=_samples(stage, inputs, models, model),
         weights=arms.weights(merged.report),
         sites=sites,
-        calibration=checkpoint.plain(preflight.calibration_facts(inputs)),
+        calibration=arrays.plain(preflight.calibration_facts(inputs)),
         settings=yaml.safe_load(provenance.public(recipe.to_yaml())),
         **shown,
     )
@@ -319,7 +310,7 @@ def _site_facts(
             alignment, held_out, signed=spec.signed, seed=seed, plan_at_once=budget.plan_block
         )
 
-    sites = stage("sites", compute, *checkpoint.JSON, needs=needs)
+    sites = stage("sites", compute, *arrays.JSON, needs=needs)
     return {name: schema.Site.model_validate(site) for name, site in sites.items()}
 
 
@@ -338,7 +329,7 @@ def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> Params:
 def _open(folder: ModelFolder) -> Params:
     """Parameters that stay on disk, in float32 when they are read."""
     _LOG.info("read layer by layer, on one device: %s", folder.where)
-    return stored.stored(folder, dtype=jnp.float32).params
+    return lazy.stored(folder, dtype=jnp.float32).params
 
 
 def _write_model(
@@ -384,7 +375,7 @@ _head = jax.jit(decoder.head, static_argnames="cfg")
 def _self_check(folder: Path, fused: Params) -> None:
     """Reads the written folder back, one piece at a time: parameters, tokenizer, a forward pass."""
     opened = open_folder(folder)
-    cfg, written = stored.stored(opened)
+    cfg, written = lazy.stored(opened)
     for spec in specs.param_specs(cfg):
         ours, theirs = np.asarray(specs.get(fused, spec.path)), specs.get(written, spec.path)
         pieces = zip(ours, theirs, strict=True) if spec.is_stacked else [(ours, theirs)]
@@ -395,7 +386,7 @@ def _self_check(folder: Path, fused: Params) -> None:
                 raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
     tokenizers.load_tokenizer(folder)
     batch = batching.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
-    cfg, written = stored.stored(opened, dtype=jnp.float32)
+    cfg, written = lazy.stored(opened, dtype=jnp.float32)
     [x] = offload.residuals(written, [batch], cfg=cfg, what="check what was written")
     logits = _head(offload.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)
     if not np.isfinite(np.asarray(logits)).all():
@@ -450,7 +441,7 @@ def _divergence(
         sums = divergence(models.target, model, cut, logits_at_once=logits_at_once)
         return float(sums.sum() / cut.tokens.sum())
 
-    return stage("divergence", compute, *checkpoint.JSON, needs=["model"])
+    return stage("divergence", compute, *arrays.JSON, needs=["model"])
 
 
 def _samples(stage: Stage, inputs: Inputs, models: Models, merged: Path) -> list[schema.Sample]:
@@ -470,7 +461,7 @@ def _samples(stage: Stage, inputs: Inputs, models: Models, merged: Path) -> list
             )
         return samples.facts(prompts, found)
 
-    written = stage("samples", compute, *checkpoint.JSON, needs=["model"])
+    written = stage("samples", compute, *arrays.JSON, needs=["model"])
     return [schema.Sample.model_validate(sample) for sample in written]
 
 

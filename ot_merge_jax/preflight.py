@@ -17,7 +17,7 @@ from ot_merge_jax.data import tokenizers as tokenizers_module
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.data.tokenizers import tokenizer_of
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import location, publish, records
+from ot_merge_jax.io import atomic, records, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.model import BASE
 from ot_merge_jax.models.sites import VOCABULARY
@@ -68,10 +68,10 @@ def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = 
     paths = {"target": recipe.target, "source": recipe.source, BASE: recipe.source_base}
     paths = {role: path for role, path in paths.items() if path is not None}
     if out is not None:
-        named = [side for path in paths.values() for side in location.split(path) if side]
+        named = [side for path in paths.values() for side in resolve.split(path) if side]
         named += [text.path for text in _texts(recipe).values()]
         local = [path for one in named if (path := Path(one).expanduser()).exists()]
-        publish.check_output(out, inputs=local, overwrite=overwrite)
+        atomic.check_output(out, inputs=local, overwrite=overwrite)
     sources = {
         name: records.locate(text.path, offline=offline) for name, text in _texts(recipe).items()
     }

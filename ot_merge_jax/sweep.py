@@ -12,7 +12,7 @@ import jax
 from ot_merge_jax import fuse, progress
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.merge import Stage
 from ot_merge_jax.models.model import AnyModel
 from ot_merge_jax.models.sites import GROUPS
@@ -100,7 +100,7 @@ def chooser(
             )
             return [point._asdict() for point in choice.tried]
 
-        tried = stage("sweep", compute, *checkpoint.JSON, needs=["moved"])
+        tried = stage("sweep", compute, *arrays.JSON, needs=["moved"])
         return chosen([Point(**point) for point in tried], hparams)
 
     return choose

@@ -17,7 +17,7 @@ import numpy as np
 
 from ot_merge_jax import controls, fuse, sweep
 from ot_merge_jax.evaluate import nll, saved_scores, unigram
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.merge import Stage, given, merge
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import Models
@@ -220,11 +220,11 @@ def _arm(context: TrialContext, stage: Stage, name: str, make: Callable[[], Merg
     def save(folder: Path, compute: Callable[[], Arm]) -> None:
         arm = compute()
         summary = {"strength": arm.strength, "points": arm.points}
-        checkpoint.save_json(folder / "arm.json", summary)
+        arrays.save_json(folder / "arm.json", summary)
         saved_scores.save(folder / "scores", {"arm": arm.scores})
 
     def load(folder: Path) -> Arm:
-        summary = checkpoint.load_json(folder / "arm.json")
+        summary = arrays.load_json(folder / "arm.json")
         points = [Point(**point) for point in summary["points"]]
         return Arm(summary["strength"], points, saved_scores.load(folder / "scores")["arm"])
 
@@ -282,11 +282,11 @@ def _biased(
 
     def save(folder: Path, compute: Callable[[], Biased]) -> None:
         biased = compute()
-        checkpoint.save_json(folder / "gamma.json", biased.gamma)
+        arrays.save_json(folder / "gamma.json", biased.gamma)
         saved_scores.save(folder / "scores", {"arm": biased.scores})
 
     def load(folder: Path) -> Biased:
-        gamma = checkpoint.load_json(folder / "gamma.json")
+        gamma = arrays.load_json(folder / "gamma.json")
         return Biased(gamma, saved_scores.load(folder / "scores")["arm"])
 
     return stage(f"bias-{name}", compute, save, load, needs=["moved"])

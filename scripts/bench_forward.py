@@ -26,7 +26,7 @@ import numpy as np
 import random_checkpoint
 
 from ot_merge_jax.io import hf
-from ot_merge_jax.io.stored import open_stored
+from ot_merge_jax.io.lazy import open_stored
 from ot_merge_jax.models import gather as activations
 from ot_merge_jax.models.sites import SITES
 from ot_merge_jax.types import Batch

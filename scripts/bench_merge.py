@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import fuse
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.merging import masks
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig, Rope
@@ -107,7 +107,7 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
     fused = timed(lambda: fuse.fuse(params, leaves, 0.5, spec=spec, mask=mask))[1]
     with tempfile.TemporaryDirectory() as place:
         start = time.perf_counter()
-        checkpoint.save_coupling(Path(place) / "coupling", coupling)
+        arrays.save_coupling(Path(place) / "coupling", coupling)
         wrote = time.perf_counter() - start
         size = sum(one.stat().st_size for one in Path(place).rglob("*") if one.is_file())
     every = target.num_layers * source.num_layers / (layers[0] * layers[1])

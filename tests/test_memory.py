@@ -11,7 +11,7 @@ import pytest
 from ot_merge_jax import calibration, memory
 from ot_merge_jax.data import batching
 from ot_merge_jax.errors import RecipeError, ResourceError
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import sites as spaces
 from ot_merge_jax.models.config import ModelConfig, Rope
@@ -242,7 +242,7 @@ def test_a_coupling_takes_the_disk_that_was_said(cfgs, tmp_path, rng):
     }  # fmt: skip
     std = [{site: draw(one.num_layers, width) for site in sites} for one in (target, source)]
     layer = {site: draw(*pairs) for site in sites}
-    checkpoint.save_coupling(tmp_path / "coupling", Coupling(layer, feature, *std))
+    arrays.save_coupling(tmp_path / "coupling", Coupling(layer, feature, *std))
     took = sum(one.stat().st_size for one in (tmp_path / "coupling").rglob("*") if one.is_file())
     said = coupling_bytes(target, source, ("up",))
     assert 0.9 * said < took < 1.05 * said

@@ -11,7 +11,7 @@ import pytest
 
 from ot_merge_jax import errors, merge, pipeline, preflight, sweep
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.io import checkpoint, details, hf, stages
+from ot_merge_jax.io import arrays, details, hf, stages
 from ot_merge_jax.models import gather
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.transport import coupling
@@ -260,10 +260,10 @@ def test_activations_are_memory_mapped_and_the_same_as_in_memory(resolved, tmp_p
     settings = {"cfg": cfg, "sites": ["mlp_in", "up_out"]}
     held = gather.gather(params, inputs.data.target, **settings)
     rows = gather.gather(
-        params, inputs.data.target, allocate=checkpoint.allocator(tmp_path), **settings
+        params, inputs.data.target, allocate=arrays.allocator(tmp_path), **settings
     )
-    checkpoint.save_row_ids(tmp_path, rows)
-    read = checkpoint.load_activations(tmp_path)
+    arrays.save_row_ids(tmp_path, rows)
+    read = arrays.load_activations(tmp_path)
     assert set(read.values) == {"mlp_in", "up_out"}
     np.testing.assert_array_equal(read.row_id, held.row_id)
     for site, values in held.values.items():

@@ -27,7 +27,7 @@ from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.io import checkpoint, hf, stages
+from ot_merge_jax.io import arrays, hf, stages
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.report import baselines as reporting
 from ot_merge_jax.report.baselines import Outcome
@@ -219,14 +219,14 @@ def _arm(
         )
         if is_published:
             leaves = jax.tree.leaves(arm.trained)
-            checkpoint.save_tree(folder / "trained", {_key(i): x for i, x in enumerate(leaves)})
+            arrays.save_tree(folder / "trained", {_key(i): x for i, x in enumerate(leaves)})
         best = arm.best._asdict() | {"tried": [(one.rate, one.loss) for one in arm.tried]}
-        checkpoint.save_json(folder / "arm.json", best)
-        checkpoint.save_arrays(folder / "scores", scores._asdict())
+        arrays.save_json(folder / "arm.json", best)
+        arrays.save_arrays(folder / "scores", scores._asdict())
 
     def load(folder: Path) -> Outcome:
-        kept = checkpoint.load_json(folder / "arm.json")
-        scores = nll.Scores(**checkpoint.load_arrays(folder / "scores"))  # pyright: ignore[reportArgumentType]
+        kept = arrays.load_json(folder / "arm.json")
+        scores = nll.Scores(**arrays.load_arrays(folder / "scores"))  # pyright: ignore[reportArgumentType]
         dev = [(step, loss) for step, loss in kept["dev"]]
         tried = [(rate, loss) for rate, loss in kept["tried"]]
         return Outcome(seed, kept["rate"], tried, kept["losses"], dev, scores)
@@ -241,7 +241,7 @@ def _key(place: int) -> str:
 
 def _trained(folder: Path, like: Any) -> Any:
     """What an arm trained, as `_arm` kept it."""
-    kept = checkpoint.load_tree(folder / "trained")
+    kept = arrays.load_tree(folder / "trained")
     leaves, treedef = jax.tree.flatten(like)
     return jax.tree.unflatten(
         treedef,

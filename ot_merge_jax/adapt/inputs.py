@@ -18,7 +18,7 @@ from ot_merge_jax.data import documents as documents_module
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.io import location, publish, records
+from ot_merge_jax.io import atomic, records, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.recipe import Text
 
@@ -81,13 +81,13 @@ def check(
         OtMergeError: naming what is wrong.
     """
     named = [side for one in (settings.model, settings.target, settings.source) if one
-             for side in location.split(one) if side]  # fmt: skip
+             for side in resolve.split(one) if side]  # fmt: skip
     said: dict[str, Text] = {"text": settings.text}
     if settings.evaluation is not None:
         said["evaluation"] = settings.evaluation
     named += [text.path for text in said.values()]
     local = [path for one in named if (path := Path(one).expanduser()).exists()]
-    publish.check_output(out, inputs=local, overwrite=overwrite)
+    atomic.check_output(out, inputs=local, overwrite=overwrite)
     sources = {name: records.locate(text.path, offline=offline) for name, text in said.items()}
     begun = start.open_start(settings.model, target=settings.target, offline=offline)
     start.factor_of(begun, settings.strength)  # refuses one that means nothing

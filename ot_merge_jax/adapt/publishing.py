@@ -11,7 +11,7 @@ from ot_merge_jax.adapt import start
 from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.evaluate.compare import Difference
-from ot_merge_jax.io import checkpoint, details, provenance
+from ot_merge_jax.io import arrays, details, provenance
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.report import html, schema
 from ot_merge_jax.report.schema import Report
@@ -78,7 +78,7 @@ def write(
         "wall_seconds": round(time.monotonic() - began, 2),
         **provenance.environment(),
     }
-    checkpoint.save_json(inside / "provenance.json", whole)
+    arrays.save_json(inside / "provenance.json", whole)
     html.write(inside)
 
 
@@ -90,7 +90,7 @@ def read(folder: Path, run_key: str) -> Report | None:
     """
     inside = folder / "ot_merge"
     try:
-        side = checkpoint.load_json(inside / "provenance.json")
+        side = arrays.load_json(inside / "provenance.json")
         if side["run"] != run_key or any(
             provenance.sha256(folder / name) != digest for name, digest in side["output"].items()
         ):

@@ -29,7 +29,7 @@ from ot_merge_jax.adapt.start import Parts
 from ot_merge_jax.adapt.training import Constants, Problem
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import compare, nll
-from ot_merge_jax.io import checkpoint, details, hf, provenance, publish, stages
+from ot_merge_jax.io import arrays, atomic, details, hf, provenance, stages
 from ot_merge_jax.report import schema
 from ot_merge_jax.report.schema import Report
 
@@ -142,7 +142,7 @@ def adapt(
     }  # fmt: skip
     key = stages.key(decided)
     side = {"run": key, "command": command, **side}
-    with publish.locked(out):
+    with atomic.locked(out):
         if resume and (report := publishing.read(out, key)) is not None:
             _LOG.info("resume: %s is finished", out)
             stages.clear(out, key)
@@ -155,7 +155,7 @@ def adapt(
             stages.stage(
                 run,
                 _SETTINGS,
-                lambda folder: checkpoint.save_json(folder / f"{_SETTINGS}.json", decided),
+                lambda folder: arrays.save_json(folder / f"{_SETTINGS}.json", decided),
                 lambda folder: folder,
             )
             job = Job(run, found, side, mesh, began)
@@ -341,7 +341,7 @@ def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constan
     if constants.residual:
         models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
     scores = {name: score(found, make()) for name, make in models.items()} if found.held_out else {}
-    checkpoint.save_json(folder / "scores.json", {"scores": scores, "dev": None})
+    arrays.save_json(folder / "scores.json", {"scores": scores, "dev": None})
 
 
 def _save_written(folder: Path, found: Inputs, model: Path) -> None:
@@ -351,7 +351,7 @@ def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     if not np.isfinite(dev):
         raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
     scores = {"after": score(found, written)} if found.held_out else {}
-    checkpoint.save_json(folder / "scores.json", {"scores": scores, "dev": dev})
+    arrays.save_json(folder / "scores.json", {"scores": scores, "dev": dev})
 
 
 def score(found: Inputs, params: Any) -> nll.Scores:
@@ -363,7 +363,7 @@ def score(found: Inputs, params: Any) -> nll.Scores:
 
 def _load_scores(folder: Path) -> Written:
     """Reads what `_save_scores` or `_save_written` wrote."""
-    found = checkpoint.load_json(folder / "scores.json")
+    found = arrays.load_json(folder / "scores.json")
     scores = {
         name: nll.Scores(*(np.array(one[field]) for field in nll.Scores._fields))
         for name, one in found["scores"].items()
@@ -404,7 +404,7 @@ def _report(found: Inputs, course: Course, before: Written, after: Written) -> R
             curve=[list(point) for point in course.dev],
         ),
         evaluation=evaluation,
-        data=checkpoint.plain(
+        data=arrays.plain(
             {
                 **found.counts,
                 "blocks": len(blocks.tokens),
@@ -433,7 +433,7 @@ def _refuse_others(out: Path, key: str, decided: Mapping[str, Any]) -> None:
         return
     for folder in folders:
         try:
-            was = checkpoint.load_json(folder / "state" / _SETTINGS / f"{_SETTINGS}.json")
+            was = arrays.load_json(folder / "state" / _SETTINGS / f"{_SETTINGS}.json")
             changes = _changes(was, json.loads(json.dumps(decided)))
         except (OSError, ValueError, AttributeError):
             continue

@@ -18,7 +18,7 @@ import numpy as np
 from ot_merge_jax.adapt import residual as residuals
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.io import checkpoint, hf, location
+from ot_merge_jax.io import arrays, hf, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.sites import GROUPS
@@ -84,7 +84,7 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
     if (details / RESIDUAL).is_dir():
         if (details / "report.json").is_file():
             schema.read(details / "report.json")  # a later version may mean something else
-        said = location.read_json(details / RESIDUAL / _STRENGTH)
+        said = resolve.read_json(details / RESIDUAL / _STRENGTH)
         return Start(
             folder, None, details / RESIDUAL, _by_group(said.get("merged"), details),
             _by_group(said.get("held"), details),
@@ -138,7 +138,7 @@ def verify(start: Start, hashes: Mapping[str, Any]) -> None:
     """
     if start.target is None:
         return
-    side = location.read_json(start.folder.path / "ot_merge" / "provenance.json")
+    side = resolve.read_json(start.folder.path / "ot_merge" / "provenance.json")
     known, now = _files(_object(side.get("inputs")).get("target")), _files(hashes)
     weights = {name for name in known.keys() | now.keys() if name.endswith(".safetensors")}
     if not weights or any(known.get(name) != now.get(name) for name in weights):
@@ -214,7 +214,7 @@ def _read(start: Start, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
     if start.stored is None:
         return {}
     known = {spec.path: spec for spec in specs.param_specs(start.folder.cfg) if spec.weight}
-    found = checkpoint.load_arrays(start.stored)
+    found = arrays.load_arrays(start.stored)
     for path, leaf in found.items():
         if path not in known or leaf.shape != known[path].shape or not np.isfinite(leaf).all():
             raise InputError(f"{start.stored} does not fit the model at {path}; {_REMADE}.")
@@ -235,6 +235,6 @@ def save_residual(folder: Path, start: Start, parts: Parts) -> None:
     """
     if start.merged is None:
         return
-    checkpoint.save_arrays(folder / RESIDUAL, parts.residual)
+    arrays.save_arrays(folder / RESIDUAL, parts.residual)
     said = {"merged": start.merged, "held": parts.factor}
-    checkpoint.save_json(folder / RESIDUAL / _STRENGTH, said)
+    arrays.save_json(folder / RESIDUAL / _STRENGTH, said)

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from ot_merge_jax.adapt.loop import Course
-from ot_merge_jax.io import checkpoint, stages
+from ot_merge_jax.io import arrays as checkpoint
+from ot_merge_jax.io import stages
 
 _PREFIX = "step-"
 _EVENTS = "events.jsonl"

@@ -21,7 +21,7 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """What a model folder holds, from its config and headers alone."""
-    from ot_merge_jax.io.checkpoint import plain
+    from ot_merge_jax.io.arrays import plain
     from ot_merge_jax.io.folder import open_folder
     from ot_merge_jax.models import specs
 

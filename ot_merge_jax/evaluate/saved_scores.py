@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 
 
 def save(folder: Path, scores: Mapping[str, nll.Scores]) -> None:
@@ -17,7 +17,7 @@ def save(folder: Path, scores: Mapping[str, nll.Scores]) -> None:
         for name, of_model in scores.items()
         for key, array in of_model._asdict().items()
     }
-    checkpoint.save_arrays(folder, named)
+    arrays.save_arrays(folder, named)
 
 
 def load(folder: Path) -> dict[str, nll.Scores]:
@@ -31,7 +31,7 @@ def load(folder: Path) -> dict[str, nll.Scores]:
         [1.5]
     """
     parts: dict[str, dict[str, Any]] = {}
-    for name, array in checkpoint.load_arrays(folder).items():
+    for name, array in arrays.load_arrays(folder).items():
         model, _, key = name.partition("/")
         parts.setdefault(model, {})[key] = array
     return {name: nll.Scores(**part) for name, part in parts.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ot_merge_jax.errors import InputError, VersionError
-from ot_merge_jax.io import adapter, checkpoint, hub, provenance, records
+from ot_merge_jax.io import arrays, hub, peft, provenance, records
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.report import html, schema
 from ot_merge_jax.report.schema import Report
@@ -42,7 +42,7 @@ def inputs(
                 and {
                     "hub": one.adapter.origin and one.adapter.origin._asdict(),
                     "files": provenance.file_hashes(
-                        one.adapter.path, (adapter.CONFIG, adapter.WEIGHTS, "README.md")
+                        one.adapter.path, (peft.CONFIG, peft.WEIGHTS, "README.md")
                     ),
                 },
             }
@@ -92,7 +92,7 @@ def write(
     command = provenance.public(side["command"])
     (details / "recipe.yaml").write_text(text, encoding="utf-8")
     if coupling is not None:
-        checkpoint.save_coupling(details / "coupling", coupling)
+        arrays.save_coupling(details / "coupling", coupling)
     (details / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(
         model_card.model_card(
@@ -120,7 +120,7 @@ def write(
         "wall_seconds": round(time.monotonic() - started, 2),
         **provenance.environment(),
     }
-    checkpoint.save_json(details / "provenance.json", whole)
+    arrays.save_json(details / "provenance.json", whole)
     html.write(details)
 
 
@@ -149,7 +149,7 @@ def read(folder: Path, run_key: str) -> tuple[Report, MergeReport] | None:
     """
     details = folder / "ot_merge"
     try:
-        side = checkpoint.load_json(details / "provenance.json")
+        side = arrays.load_json(details / "provenance.json")
         if side["run"] != run_key or any(
             provenance.sha256(folder / name) != digest for name, digest in side["output"].items()
         ):
@@ -157,7 +157,7 @@ def read(folder: Path, run_key: str) -> tuple[Report, MergeReport] | None:
         report = schema.read(details / "report.json")
         weights = {name: _arrays(weight) for name, weight in report.weights.items()}
         has_coupling = (details / "coupling").exists()
-        coupling = checkpoint.load_coupling(details / "coupling") if has_coupling else None
+        coupling = arrays.load_coupling(details / "coupling") if has_coupling else None
         rows = report.calibration["rows"] if has_coupling else 0
     except VersionError:
         raise

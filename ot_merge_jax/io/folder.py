@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import adapter as adapters
-from ot_merge_jax.io import hub, location, safetensors
-from ot_merge_jax.io.location import link_problems, read_json, unusable
+from ot_merge_jax.io import hub, resolve, safetensors
+from ot_merge_jax.io import peft as adapters
+from ot_merge_jax.io.resolve import link_problems, read_json, unusable
 from ot_merge_jax.models import families, specs
 from ot_merge_jax.models.config import ModelConfig
 
-INDEX = location.INDEX
+INDEX = resolve.INDEX
 SINGLE = "model.safetensors"
 _SHARD_NAME = re.compile(r"[\w.\-]{1,200}\.safetensors", re.ASCII)
 # buffers that old exporters stored; transformers ignores them too
@@ -50,7 +50,7 @@ class ModelFolder(NamedTuple):
     def name(self) -> str:
         """What people call it: the hub id, or the name of the folder; with that of the adapter."""
         parts = [self] if self.adapter is None else [self, self.adapter]
-        return "+".join(location.called(one.path, one.origin) for one in parts)
+        return "+".join(resolve.called(one.path, one.origin) for one in parts)
 
     @property
     def where(self) -> str:
@@ -68,7 +68,7 @@ def open_folder(
     """Checks a model folder by its config, index and headers; reads no weights.
 
     Args:
-        path: The folder, or a hub id (`location.resolve`); or ``BASE+ADAPTER`` of either.
+        path: The folder, or a hub id (`resolve.resolve`); or ``BASE+ADAPTER`` of either.
         revision: Branch, tag or commit of the hub id.
         needs_weights: Whether a folder without weights is an error.
         offline: Whether the network is forbidden.
@@ -79,8 +79,8 @@ def open_folder(
     Raises:
         InputError: listing all problems of the tensors at once, and all of the adapter.
     """
-    base, extra = location.split(path) if revision is None else (path, None)
-    path, origin = location.resolve(base, revision=revision, offline=offline)
+    base, extra = resolve.split(path) if revision is None else (path, None)
+    path, origin = resolve.resolve(base, revision=revision, offline=offline)
     if not (path / "config.json").exists() and (path / adapters.CONFIG).exists():
         raise adapters.is_alone(path)
     config = read_json(path / "config.json")
@@ -112,7 +112,7 @@ def open_folder(
         raise unusable(path, problems)
     added = None
     if extra is not None:
-        added = adapters.open_adapter(location.resolve(extra, offline=offline), cfg=cfg)
+        added = adapters.open_adapter(resolve.resolve(extra, offline=offline), cfg=cfg)
     return ModelFolder(path, config, cfg, owner, tensors, origin, added)
 
 

@@ -19,8 +19,8 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, NonFiniteError
-from ot_merge_jax.io import adapter as adapters
-from ot_merge_jax.io import location, publish, safetensors
+from ot_merge_jax.io import atomic, resolve, safetensors
+from ot_merge_jax.io import peft as adapters
 from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
@@ -226,8 +226,8 @@ def save_hf(
         >>> sorted(p.name for p in out.iterdir())[:2]
         ['config.json', 'generation_config.json']
     """
-    publish.check_output(Path(path), inputs=[Path(one) for one in location.split(like) if one])
-    with publish.atomic_folder(Path(path)) as partial:
+    atomic.check_output(Path(path), inputs=[Path(one) for one in resolve.split(like) if one])
+    with atomic.atomic_folder(Path(path)) as partial:
         write_model(partial, params, cfg=cfg, like=like, max_shard_bytes=max_shard_bytes)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ot_merge_jax.redaction import redacted
+from ot_merge_jax.io.redaction import redacted
 
 _PACKAGES = ("ot-merge-jax", "jax", "jaxlib", "flax", "ott-jax", "optax", "safetensors",
              "transformers", "huggingface-hub", "numpy")  # fmt: skip

@@ -17,7 +17,7 @@ import yaml
 
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hub
-from ot_merge_jax.io.location import link_problems
+from ot_merge_jax.io.resolve import link_problems
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _READABLE = (".parquet", *_JSON_LINES, ".txt")

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import pydantic
 
 from ot_merge_jax.errors import DivergedError, ResourceError, is_out_of_memory
-from ot_merge_jax.io import provenance, publish
+from ot_merge_jax.io import atomic, provenance
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def run_folder(
 
     A run that is killed or interrupted, that finds the disk or the memory full, or whose training
     diverges, keeps its finished stages; any other error leaves nothing. Call it under
-    `publish.locked`.
+    `atomic.locked`.
 
     Args:
         out: The folder to publish.
@@ -188,7 +188,7 @@ def run_folder(
         The run.
 
     Raises:
-        InputError: from `publish.check_output`.
+        InputError: from `atomic.check_output`.
         ResourceError: if the disk or the memory is full.
         KeyboardInterrupt: saying how to resume.
     """
@@ -196,7 +196,7 @@ def run_folder(
     folder, aside = _places(out, run_key)
     if aside.exists() and not out.exists():  # killed between the two renames of publishing
         aside.rename(out)
-    publish.check_output(out, overwrite=overwrite)
+    atomic.check_output(out, overwrite=overwrite)
     run = Run(folder)
     try:
         if folder.exists() and not resume:
@@ -213,10 +213,10 @@ def run_folder(
             _delete_others(run)
         yield run
         _commit_point("before publish")
-        publish.put(folder / MODEL, out, aside=aside, overwrite=overwrite)
+        atomic.put(folder / MODEL, out, aside=aside, overwrite=overwrite)
         _commit_point("after publish")
     except BaseException as error:
-        is_full = isinstance(error, OSError) and publish.is_full(error)
+        is_full = isinstance(error, OSError) and atomic.is_full(error)
         is_short = is_full or is_out_of_memory(error) or isinstance(error, ResourceError)
         has_diverged = isinstance(error, DivergedError)
         is_kept = keep and (is_short or has_diverged or not isinstance(error, Exception))
@@ -327,9 +327,9 @@ def _write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
     new = folder / f"{_MANIFEST}.new"
     manifest = Manifest(sha256=_digest(entries), stages=list(entries))
     new.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    publish.flush(new)
+    atomic.flush(new)
     new.replace(folder / _MANIFEST)
-    publish.flush(folder)
+    atomic.flush(folder)
 
 
 def _digest(entries: Sequence[Entry]) -> str:

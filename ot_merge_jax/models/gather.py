@@ -96,7 +96,7 @@ def gather(
         mesh: Splits each batch along its ``data`` axis; None: that of the parameters, if any.
         model: Which model this is, for messages.
         allocate: Makes the float32 array of a site from its name and shape ``[layers, rows, d]``;
-            host memory, unless it is e.g. `ot_merge_jax.io.checkpoint.allocator`.
+            host memory, unless it is e.g. `ot_merge_jax.io.arrays.allocator`.
         hidden_at_once: Bytes of hidden states in memory where parameters are lazy, one batch's at
             least.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ot_merge_jax import controls
 from ot_merge_jax.evaluate.compare import paired_bootstrap
 from ot_merge_jax.evaluate.nll import Scores
-from ot_merge_jax.io.checkpoint import plain
+from ot_merge_jax.io.arrays import plain
 from ot_merge_jax.recipe import CONTROLS
 from ot_merge_jax.report import schema
 from ot_merge_jax.report.verdict import Compared, Verdict, judge

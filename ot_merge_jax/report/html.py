@@ -19,7 +19,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.redaction import visible
+from ot_merge_jax.io.redaction import visible
 from ot_merge_jax.report import run_folder
 from ot_merge_jax.report.numbers import interval, number
 from ot_merge_jax.report.run_folder import Run

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from ot_merge_jax.errors import InputError, VersionError
-from ot_merge_jax.redaction import visible
+from ot_merge_jax.io.redaction import visible
 
 #: Of the reports that this program writes. A key that is added needs no new version; one that is
 #: renamed, removed or means something else does. Reports without a version are older than 1.

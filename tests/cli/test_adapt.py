@@ -14,7 +14,7 @@ from published import assert_nothing_is_lost, of_a_later_version, report_of, ten
 from ot_merge_jax import assets, load_hf
 from ot_merge_jax.adapt import residual, run, start
 from ot_merge_jax.adapt.loop import Course
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays as checkpoint
 from ot_merge_jax.models import specs
 
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 4, "--learning-rate", 0.01)

@@ -18,7 +18,7 @@ from published import tensors
 
 from ot_merge_jax.adapt import run, state, training
 from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 
 #: A process that is killed draws them.
 pytestmark = pytest.mark.usefixtures("every_plot")
@@ -88,7 +88,7 @@ def diverged(called, desk):
     assert f"lower the learning rate; what was good before is kept in {kept.parents[1].name}." in (
         sentence
     )
-    assert all(np.isfinite(one).all() for one in checkpoint.load_tree(kept / "arrays").values()), (
+    assert all(np.isfinite(one).all() for one in arrays.load_tree(kept / "arrays").values()), (
         "no number of the state is broken"
     )
     return sentence, len(json.loads((kept / "history.json").read_text())["losses"])

@@ -12,7 +12,7 @@ from ot_merge_jax import pipeline
 from ot_merge_jax.commands.plan import plan
 from ot_merge_jax.commands.run import run
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 
 NAME = "paper llama<-qwen2"
 
@@ -39,7 +39,7 @@ def test_disk_is_what_a_run_has_made(desk, cli, monkeypatch):
         made["activations"] = sum(np.load(path, mmap_mode="r").nbytes for path in rows)
         made["moved"] = (state / "moved" / "moved" / "arrays.safetensors").stat().st_size
         made["model"] = (model / "model.safetensors").stat().st_size
-        leaves = jax.tree.leaves(checkpoint.load_coupling(state / "coupling"))
+        leaves = jax.tree.leaves(arrays.load_coupling(state / "coupling"))
         made["coupling"] = sum(leaf.nbytes for leaf in leaves)
         raise InputError("Seen.")  # scores and controls would follow
 

@@ -20,7 +20,7 @@ from desk import FAST_TO_COMPILE, GATE, SINGLE
 from published import report_of
 
 from ot_merge_jax import pipeline, preflight
-from ot_merge_jax.io import hub, publish
+from ot_merge_jax.io import atomic, hub
 
 
 @pytest.fixture
@@ -369,7 +369,7 @@ def test_interrupt_from_outside(desk, everything, number, cli, interrupted):
 
 def test_second_run_to_the_same_folder_is_refused(desk, everything, cli):
     before = everything()
-    with publish.locked(desk.out):
+    with atomic.locked(desk.out):
         called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (3, "")
     [sentence] = called.err.splitlines()

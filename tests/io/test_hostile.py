@@ -33,7 +33,7 @@ from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import safetensors as files
 from ot_merge_jax.io.folder import open_folder
 from ot_merge_jax.io.hf import load_hf, save_hf
-from ot_merge_jax.io.location import resolve
+from ot_merge_jax.io.resolve import resolve
 
 #: Every message must tell the reader what to do next.
 ADVICE = re.compile(

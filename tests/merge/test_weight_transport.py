@@ -7,7 +7,7 @@ import pytest
 
 from ot_merge_jax import source_delta
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.io.stored import open_stored
+from ot_merge_jax.io.lazy import open_stored
 from ot_merge_jax.models import specs
 
 

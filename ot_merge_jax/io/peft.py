@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import hub, location, safetensors
+from ot_merge_jax.io import hub, resolve, safetensors
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
 
@@ -86,7 +86,7 @@ class Adapter(NamedTuple):
 def is_alone(path: Path) -> InputError:
     """The error for an adapter that was named without its base."""
     try:
-        base = location.read_json(path / CONFIG).get("base_model_name_or_path")
+        base = resolve.read_json(path / CONFIG).get("base_model_name_or_path")
     except InputError:
         base = None
     hint = f" ({CONFIG} says {base[:200]!r})" if isinstance(base, str) and base else ""
@@ -95,7 +95,7 @@ def is_alone(path: Path) -> InputError:
     )
 
 
-def open_adapter(where: location.Location, *, cfg: ModelConfig) -> Adapter:
+def open_adapter(where: resolve.Location, *, cfg: ModelConfig) -> Adapter:
     """Checks an adapter folder against its base; reads no weights.
 
     Tokenizer files that lie in it are not used: names, config and tokenizer are the base's.
@@ -113,7 +113,7 @@ def open_adapter(where: location.Location, *, cfg: ModelConfig) -> Adapter:
     path, origin = where
     if not (path / CONFIG).exists():
         raise InputError(f"{path} has no {CONFIG}; write BASE+ADAPTER, the adapter's folder last.")
-    config = location.read_json(path / CONFIG)
+    config = resolve.read_json(path / CONFIG)
     if config.get("peft_type") != "LORA":
         raise InputError(
             f"{path} is an adapter of type {str(config.get('peft_type'))[:60]}, and only LORA can "
@@ -125,14 +125,14 @@ def open_adapter(where: location.Location, *, cfg: ModelConfig) -> Adapter:
             "adapter to safetensors."
         )
     if problems := _config_problems(config):
-        raise location.unusable(path, problems, advice=_ELSEWHERE)
-    problems = [why for name in (CONFIG, WEIGHTS) for why in location.link_problems(path, name)]
+        raise resolve.unusable(path, problems, advice=_ELSEWHERE)
+    problems = [why for name in (CONFIG, WEIGHTS) for why in resolve.link_problems(path, name)]
     updates: dict[str, Update] = {}
     if not problems:
         tensors = safetensors.read_header(path / WEIGHTS)
         updates, problems = _updates(config, tensors, cfg)
     if problems:
-        raise location.unusable(path, problems)
+        raise resolve.unusable(path, problems)
     return Adapter(path, origin, updates)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.io import checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.types import Coupling, Potentials
 
 L, M, N_TARGET, N_SOURCE = 3, 8, 5, 7
@@ -46,14 +46,14 @@ def same(one, other):
 
 
 def test_what_is_read_is_what_was_written(coupling, tmp_path):
-    checkpoint.save_coupling(tmp_path / "coupling", coupling)
-    same(checkpoint.load_coupling(tmp_path / "coupling"), coupling)
+    arrays.save_coupling(tmp_path / "coupling", coupling)
+    same(arrays.load_coupling(tmp_path / "coupling"), coupling)
 
 
 def test_the_same_values_are_the_same_bytes(coupling, tmp_path):
     found = []
     for name in ("once", "again"):
-        checkpoint.save_coupling(tmp_path / name, coupling)
+        arrays.save_coupling(tmp_path / name, coupling)
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         found.append({
             str(path.relative_to(tmp_path / name)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -75,8 +75,8 @@ def test_it_is_read_under_another_mesh(coupling, tmp_path):
         layer=jax.device_put(coupling.layer, jax.sharding.NamedSharding(eight, spec))
     )
     assert len(split.layer["mlp_in"].sharding.device_set) == 8
-    checkpoint.save_coupling(tmp_path / "coupling", split)
-    found = checkpoint.load_coupling(tmp_path / "coupling", mesh=two)
+    arrays.save_coupling(tmp_path / "coupling", split)
+    found = arrays.load_coupling(tmp_path / "coupling", mesh=two)
     same(found, coupling)
     assert found.feature["mlp_in"].f.sharding.device_set == set(jax.devices()[:2])
 
@@ -85,5 +85,5 @@ def test_what_a_killed_run_left_is_cleared(coupling, tmp_path):
     left = tmp_path / "coupling.orbax-checkpoint-tmp"
     left.mkdir()
     (left / "half").write_bytes(b"half")
-    checkpoint.save_coupling(tmp_path / "coupling", coupling)
+    arrays.save_coupling(tmp_path / "coupling", coupling)
     assert [path.name for path in tmp_path.iterdir()] == ["coupling"]

@@ -16,8 +16,8 @@ from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.folder import open_folder
 from ot_merge_jax.io.hf import load_hf, save_hf
-from ot_merge_jax.io.location import split
-from ot_merge_jax.io.stored import open_stored
+from ot_merge_jax.io.lazy import open_stored
+from ot_merge_jax.io.resolve import split
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.families import FAMILIES
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as orbax
 
-from ot_merge_jax.io import publish, safetensors
+from ot_merge_jax.io import atomic, safetensors
 from ot_merge_jax.types import Activations, Coupling, Potentials, Transported
 
 _ARRAYS = "arrays.safetensors"
@@ -149,7 +149,7 @@ def save_tree(folder: Path, tree: Any) -> None:
         with _quiet(), orbax.Checkpointer(_one_file_per_array()) as writer:
             writer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree), force=True)
     except Exception as error:  # tensorstore hides the cause in the text of its own errors
-        code = next((one for one in publish.FULL if _says(error, one)), None)
+        code = next((one for one in atomic.FULL if _says(error, one)), None)
         if code is None or isinstance(error, OSError):
             raise
         raise OSError(code, os.strerror(code), str(folder)) from error

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from ot_merge_jax.errors import InputError, ResourceError
-from ot_merge_jax.io import publish
-from ot_merge_jax.io.publish import atomic_folder, check_output, locked
+from ot_merge_jax.io import atomic
+from ot_merge_jax.io.atomic import atomic_folder, check_output, locked
 
 
 def names(folder):
@@ -288,7 +288,7 @@ def test_unwritable_parent_is_refused_by_name(depth, tmp_path, monkeypatch):
         asked.append((Path(path), mode))
         return False
 
-    monkeypatch.setattr(publish.os, "access", denied)
+    monkeypatch.setattr(atomic.os, "access", denied)
     with pytest.raises(InputError, match=f"{re.escape(str(tmp_path))} is not writable"):
         check_output(tmp_path / depth)
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
