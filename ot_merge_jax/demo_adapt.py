@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from ot_merge_jax import assets, demo, pipeline
 from ot_merge_jax.adapt import baselines
-from ot_merge_jax.adapt import settings as adaptations
 from ot_merge_jax.adapt.run import AdaptResult
 from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
+from ot_merge_jax.recipes import training as adaptations
 
 #: Of all arms: what three seeds of them take a few minutes for on two CPU cores.
 BUDGET = {"steps": 48, "batch_size": 4, "block": 128, "eval_every": 16}

@@ -21,7 +21,7 @@ from ot_merge_jax.evaluate import choices, compare, divergence, nll, samples, ta
 from ot_merge_jax.io import hf, records
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models.model import Model
-from ot_merge_jax.recipe import Text
+from ot_merge_jax.recipes.recipe import Text
 
 _LOG = logging.getLogger(__name__)
 

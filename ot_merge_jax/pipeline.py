@@ -42,7 +42,7 @@ from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models
 from ot_merge_jax.models.sites import sites_of
 from ot_merge_jax.preflight import Inputs
-from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.recipes.recipe import Recipe
 from ot_merge_jax.report import arms, schema
 from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.report.schema import Report

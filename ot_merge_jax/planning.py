@@ -19,7 +19,7 @@ from ot_merge_jax.io import safetensors
 from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.sites import site_width, sites_of
 from ot_merge_jax.preflight import Inputs
-from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.recipes.recipe import Recipe
 from ot_merge_jax.transport import coupling
 
 _LOG = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from ot_merge_jax.io import atomic, records, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.model import BASE
 from ot_merge_jax.models.sites import VOCABULARY
-from ot_merge_jax.recipe import Recipe, Text
+from ot_merge_jax.recipes.recipe import Recipe, Text
 from ot_merge_jax.texts import documents_of, sampled
 from ot_merge_jax.types import VocabularyMatch
 

@@ -15,7 +15,7 @@ import numpy as np
 from ot_merge_jax.data.chat import Chat, Document, Turn
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import records
-from ot_merge_jax.recipe import Text
+from ot_merge_jax.recipes.recipe import Text
 
 #: Fraction of the documents that choose the strength and are never used for rows (SPEC section 9).
 DEV_FRACTION = 0.2

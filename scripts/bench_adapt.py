@@ -25,8 +25,8 @@ import random_checkpoint
 
 from ot_merge_jax.adapt import data, training
 from ot_merge_jax.adapt.objectives import Objective
-from ot_merge_jax.adapt.settings import resolve
 from ot_merge_jax.io import hf
+from ot_merge_jax.recipes.training import resolve
 
 _SHAPE = {"hidden": 512, "heads": 8, "kv_heads": 4, "intermediate": 1536, "vocabulary": 4096}
 _ROUNDS, _BATCH, _LENGTH, _RATE, _CLIP = 5, 8, 128, 1e-4, 1.0

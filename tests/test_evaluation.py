@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from ot_merge_jax import evaluation, recipe
+from ot_merge_jax import evaluation
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluation import Ask
+from ot_merge_jax.recipes import recipe
 
 
 @pytest.fixture(scope="module")

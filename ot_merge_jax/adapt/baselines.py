@@ -22,13 +22,13 @@ from ot_merge_jax.adapt import arms, run, training
 from ot_merge_jax.adapt import inputs as checking
 from ot_merge_jax.adapt import residual as residuals
 from ot_merge_jax.adapt.loop import Course
-from ot_merge_jax.adapt.settings import Adaptation
 from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import arrays, hf, stages
 from ot_merge_jax.recipes import loading
+from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.report import baselines as reporting
 from ot_merge_jax.report.baselines import Outcome
 from ot_merge_jax.report.schema import Report

@@ -11,7 +11,6 @@ import jax
 from ot_merge_jax import texts
 from ot_merge_jax.adapt import data, start
 from ot_merge_jax.adapt.objectives import Objective
-from ot_merge_jax.adapt.settings import BLOCK, Adaptation
 from ot_merge_jax.adapt.start import Start
 from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.data import documents as documents_module
@@ -20,7 +19,8 @@ from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import atomic, records, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
-from ot_merge_jax.recipe import Text
+from ot_merge_jax.recipes.recipe import Text
+from ot_merge_jax.recipes.training import BLOCK, Adaptation
 
 
 class Inputs(NamedTuple):

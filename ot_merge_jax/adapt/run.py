@@ -24,12 +24,12 @@ from ot_merge_jax.adapt import inputs as checking
 from ot_merge_jax.adapt import loop, publishing, start, state, training
 from ot_merge_jax.adapt.inputs import Inputs
 from ot_merge_jax.adapt.loop import Course
-from ot_merge_jax.adapt.settings import Adaptation
 from ot_merge_jax.adapt.start import Parts
 from ot_merge_jax.adapt.training import Constants, Problem
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import compare, nll
 from ot_merge_jax.io import arrays, atomic, details, hf, provenance, stages
+from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.report import schema
 from ot_merge_jax.report.schema import Report
 

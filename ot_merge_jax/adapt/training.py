@@ -18,10 +18,10 @@ from ot_merge_jax.adapt import data, loop, lora, objectives
 from ot_merge_jax.adapt import residual as residuals
 from ot_merge_jax.adapt.loop import Course, Seen, TrainState
 from ot_merge_jax.adapt.objectives import Examples, Objective
-from ot_merge_jax.adapt.settings import Adaptation
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
+from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.training import optimizer
 from ot_merge_jax.types import Params
 

@@ -124,8 +124,8 @@ def adapt(
     from ot_merge_jax import memory
     from ot_merge_jax.adapt import baselines as comparison
     from ot_merge_jax.adapt import run
-    from ot_merge_jax.adapt import settings as adaptations
     from ot_merge_jax.distributed import sharding
+    from ot_merge_jax.recipes import training as adaptations
     from ot_merge_jax.report.numbers import number
 
     of_text = {"field": field, "encoding": encoding}
@@ -193,7 +193,7 @@ def _starts(names: str | None) -> list[str] | None:
     """``all``, or some of the starts."""
     if names is None:
         return None
-    from ot_merge_jax.adapt.settings import Baseline
+    from ot_merge_jax.recipes.training import Baseline
 
     return list(get_args(Baseline)) if names == "all" else [x.strip() for x in names.split(",")]
 

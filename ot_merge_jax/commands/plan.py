@@ -24,7 +24,7 @@ from ot_merge_jax.console import (
     say,
     session,
 )
-from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
     from ot_merge_jax.planning import Needs

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from ot_merge_jax.console import Encoding, Field
-from ot_merge_jax.recipe import Recipe
 from ot_merge_jax.recipes import loading
+from ot_merge_jax.recipes.recipe import Recipe
 
 
 def recipe_of(

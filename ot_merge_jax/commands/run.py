@@ -24,7 +24,7 @@ from ot_merge_jax.console import (
     session,
 )
 from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.recipe import Recipe
+from ot_merge_jax.recipes.recipe import Recipe
 
 
 @guarded

@@ -11,8 +11,8 @@ import pydantic
 import yaml
 
 from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.recipe import CONTROLS, CalibrationText, Recipe, Text
 from ot_merge_jax.recipes.presets import PRESETS
+from ot_merge_jax.recipes.recipe import CONTROLS, CalibrationText, Recipe, Text
 
 _MAX_RECIPE_BYTES = 1_000_000
 

@@ -7,8 +7,8 @@ import pytest
 
 from ot_merge_jax.adapt import data, training
 from ot_merge_jax.adapt.objectives import Objective
-from ot_merge_jax.adapt.settings import resolve
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.recipes.training import resolve
 
 #: Of all problems: few shapes, since each compiles anew.
 BLOCKS, LENGTH, BATCH = 12, 9, 4

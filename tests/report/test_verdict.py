@@ -6,7 +6,7 @@ import pytest
 from ot_merge_jax import controls
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.evaluate.nll import Scores
-from ot_merge_jax.recipe import CONTROLS
+from ot_merge_jax.recipes.recipe import CONTROLS
 from ot_merge_jax.report import arms
 from ot_merge_jax.report.verdict import Compared, judge, of_merge, of_training
 from ot_merge_jax.trials import Arm, Biased, Trial

@@ -9,8 +9,8 @@ import pydantic
 import yaml
 
 from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.recipe import Folder, Positive, Text
 from ot_merge_jax.recipes import loading
+from ot_merge_jax.recipes.recipe import Folder, Positive, Text
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
