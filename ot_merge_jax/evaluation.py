@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from ot_merge_jax.data import documents as documents_module
+from ot_merge_jax.data import sources
 from ot_merge_jax.data import tokenizers as tokenizers_module
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluate import choices, compare, divergence, nll, samples, tasks
-from ot_merge_jax.io import hf, records
+from ot_merge_jax.io import hf
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models.model import Model
 from ot_merge_jax.recipes.recipe import Text
@@ -148,7 +149,7 @@ def _read(ask: Ask, tokenizer: Any, *, offline: bool) -> _Read:
     """Everything that is asked; reads no weights."""
     documents: list[Document] = []
     if ask.text is not None:
-        source = records.locate(ask.text.path, offline=offline)
+        source = sources.locate(ask.text.path, offline=offline)
         documents = documents_module.documents_of(ask.text, source)[: ask.limit]
     questions = {
         file: choices.read(Path(file), encoding=ask.encoding, limit=ask.limit)

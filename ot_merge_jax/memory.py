@@ -21,7 +21,7 @@ from typing import NamedTuple
 import psutil
 
 from ot_merge_jax import weight_diagnostics, weight_transport
-from ot_merge_jax.calibration import Calibration
+from ot_merge_jax.data.calibration import Calibration
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import divergence, nll, unigram
 from ot_merge_jax.models import gather, specs

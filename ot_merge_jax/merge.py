@@ -139,7 +139,8 @@ def merge(
         NonFiniteError: if activations are not finite.
 
     Example:
-        >>> from ot_merge_jax import assets, calibration, texts
+        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.data import calibration, documents
         >>> from ot_merge_jax.io.hf import load_hf
         >>> names = ("sibling", "source", "source-base")
         >>> models = Models(*(load_hf(assets.path(name)) for name in names))

@@ -18,19 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import (
-    calibration,
-    controls,
-    memory,
-    planning,
-    preflight,
-    run_controls,
-    staged,
-    sweep,
-    texts,
-    trials,
-)
-from ot_merge_jax.data import batching, tokenizers
+from ot_merge_jax import controls, memory, planning, preflight, run_controls, staged, sweep, trials
+from ot_merge_jax.data import batching, calibration, tokenizers
+from ot_merge_jax.data import documents as texts
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluate import nll, samples, saved_scores
 from ot_merge_jax.evaluate.divergence import divergence

@@ -11,18 +11,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import calibration, merge, spelling, texts
-from ot_merge_jax.data import chat
+from ot_merge_jax import merge
+from ot_merge_jax.data import calibration, chat
+from ot_merge_jax.data import documents as texts
+from ot_merge_jax.data import sources as records
 from ot_merge_jax.data import tokenizers as tokenizers_module
+from ot_merge_jax.data import vocabulary as spelling
 from ot_merge_jax.data.chat import Document
+from ot_merge_jax.data.documents import documents_of, sampled
 from ot_merge_jax.data.tokenizers import tokenizer_of
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import atomic, records, resolve
+from ot_merge_jax.io import atomic, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models.model import BASE
 from ot_merge_jax.models.sites import VOCABULARY
 from ot_merge_jax.recipes.recipe import Recipe, Text
-from ot_merge_jax.texts import documents_of, sampled
 from ot_merge_jax.types import VocabularyMatch
 
 _LOG = logging.getLogger(__name__)

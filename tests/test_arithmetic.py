@@ -2,8 +2,8 @@
 
 import pytest
 
-from ot_merge_jax import arithmetic, calibration
-from ot_merge_jax.data import batching
+from ot_merge_jax import arithmetic
+from ot_merge_jax.data import batching, calibration
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import families, gather
 from ot_merge_jax.types import MergeSpec

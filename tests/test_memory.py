@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import calibration, memory
-from ot_merge_jax.data import batching
+from ot_merge_jax import memory
+from ot_merge_jax.data import batching, calibration
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.io import arrays
 from ot_merge_jax.io.hf import load_hf

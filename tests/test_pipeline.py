@@ -11,7 +11,9 @@ import safetensors.numpy
 from checkpoints import mixed, recast
 from published import report_of
 
-from ot_merge_jax import calibration, errors, memory, pipeline, planning, preflight, texts
+from ot_merge_jax import errors, memory, pipeline, planning, preflight
+from ot_merge_jax.data import calibration
+from ot_merge_jax.data import documents as texts
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import details, hf, provenance

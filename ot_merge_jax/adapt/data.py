@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ot_merge_jax import rows as alignment
-from ot_merge_jax import spelling
 from ot_merge_jax.adapt.objectives import Examples, Pairs
-from ot_merge_jax.data import chat
+from ot_merge_jax.data import alignment, chat, vocabulary
 from ot_merge_jax.data.chat import Chat, Document
 from ot_merge_jax.errors import InputError
 
@@ -120,7 +118,7 @@ def mark(
         return_offsets_mapping=needs_offsets,
         verbose=False,  # of texts longer than a context: they are cut into blocks
     )
-    ids, special = list(one["input_ids"]), spelling.special_ids(tokenizer)
+    ids, special = list(one["input_ids"]), vocabulary.special_ids(tokenizer)
     is_special = [
         bool(added) or token in special
         for token, added in zip(ids, one["special_tokens_mask"], strict=True)

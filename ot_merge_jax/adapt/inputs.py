@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ot_merge_jax import texts
 from ot_merge_jax.adapt import data, start
 from ot_merge_jax.adapt.objectives import Objective
 from ot_merge_jax.adapt.start import Start
 from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.data import documents as documents_module
+from ot_merge_jax.data import documents as texts
+from ot_merge_jax.data import sources as records
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.io import atomic, records, resolve
+from ot_merge_jax.io import atomic, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.recipes.recipe import Text
 from ot_merge_jax.recipes.training import BLOCK, Adaptation

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax.data import chat
+from ot_merge_jax.data import chat, sources
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import compare, continuations, nll
-from ot_merge_jax.io import records
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
@@ -82,7 +81,7 @@ def read(path: str | Path, *, encoding: str = "utf-8", limit: int | None = None)
         what = "is not a .jsonl file" if file.is_file() else "does not exist"
         raise InputError(f"{file} {what}; give questions as .jsonl, one object a line.")
     found: list[Question] = []
-    for where, record in records.read(file, fields=(), encoding=encoding):
+    for where, record in sources.read(file, fields=(), encoding=encoding):
         if limit is not None and len(found) >= limit:
             break
         found.append(_question(record, where))

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ot_merge_jax.data import sources as records
 from ot_merge_jax.errors import InputError, VersionError
-from ot_merge_jax.io import arrays, hub, peft, provenance, records
+from ot_merge_jax.io import arrays, hub, peft, provenance
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.report import html, schema
 from ot_merge_jax.report.schema import Report

@@ -90,7 +90,7 @@ def gather(
     Args:
         params: Parameters, in the dtype to compute in; of `specs.LazyParams`
             one layer at a time is in memory.
-        batches: From `ot_merge_jax.calibration`.
+        batches: From `ot_merge_jax.data.calibration`.
         cfg: The model.
         sites: Names of `ot_merge_jax.models.sites.SITES`.
         mesh: Splits each batch along its ``data`` axis; None: that of the parameters, if any.

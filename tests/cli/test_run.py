@@ -15,7 +15,7 @@ import yaml
 from desk import FAST_TO_COMPILE
 from published import ALL, CROSS, assert_nothing_is_lost, moved, tensors
 
-from ot_merge_jax import texts
+from ot_merge_jax.data import documents
 from ot_merge_jax.io import provenance
 from ot_merge_jax.report.schema import Report
 
@@ -221,7 +221,7 @@ def test_auto_takes_the_best_strength_of_the_dev_split(
     if "delta" in name:
         assert isinstance(found.tried[-1].strength, dict)  # then one for each group
     # the dev split, and no other text: the loss at 0 is the target's on those documents
-    dev = texts.split(text_files[0].read_text().splitlines(), seed=0)[1]
+    dev = documents.split(text_files[0].read_text().splitlines(), seed=0)[1]
     (tmp_path / "dev.txt").write_text("\n".join(dev) + "\n")
     scored = cli("eval", merge.target, "--text", tmp_path / "dev.txt", "--json").json
     expected = scored["models"][str(merge.target)]

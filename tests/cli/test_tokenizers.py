@@ -8,8 +8,8 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from ot_merge_jax import spelling
 from ot_merge_jax.data import tokenizers as tokenizers_module
+from ot_merge_jax.data import vocabulary
 
 NAMES = ["delta llama<-qwen2", "delta qwen2<-llama"]
 
@@ -67,7 +67,7 @@ def test_matched_rows_move_and_no_others(merge, cli, tmp_path):
         json.loads((path / "config.json").read_text())["vocab_size"]
         for path in (merge.target, merge.source)
     ]
-    matched = spelling.matched(
+    matched = vocabulary.matched(
         *tokenizers, target_size=sizes[0], source_size=sizes[1], is_one=False
     )
     expected = np.asarray(matched.target_ids).tolist()

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from ot_merge_jax import rows as alignment
-from ot_merge_jax import spelling
-from ot_merge_jax.data import chat
+from ot_merge_jax.data import alignment, chat, vocabulary
 from ot_merge_jax.data.batching import batches
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.data.tokenizers import is_same_tokenizer
@@ -79,7 +77,7 @@ def encode(
             f"rows: span needs the character offsets of tokens, and the tokenizer of "
             f"{tokenizer.name_or_path} has none (no tokenizer.json); use rows: sample."
         )
-    encoded, special = [], spelling.special_ids(tokenizer)
+    encoded, special = [], vocabulary.special_ids(tokenizer)
     for document in documents:
         rendered = chat.render(document, tokenizer)
         one = tokenizer(

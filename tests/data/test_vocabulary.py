@@ -6,8 +6,8 @@ import pytest
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ot_merge_jax import calibration, spelling
-from ot_merge_jax.data import tokenizers
+from ot_merge_jax.data import calibration, tokenizers
+from ot_merge_jax.data import vocabulary as spelling
 from ot_merge_jax.errors import InputError
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]

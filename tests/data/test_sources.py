@@ -10,10 +10,10 @@ from bombs import ALIASES
 from hub_cache import COMMIT, fill, jsonl
 from pyarrow import parquet
 
+from ot_merge_jax.data import sources
 from ot_merge_jax.data.chat import Chat, Turn
+from ot_merge_jax.data.documents import read_documents
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import records
-from ot_merge_jax.texts import read_documents
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def test_a_split_is_what_the_card_or_the_names_say(cache, files, split, expected
 def test_the_commit_is_known(cache):
     fill(cache, "o/n", CARDED, kind="dataset", revision="refs/convert/parquet")
     for revision in ("refs/convert/parquet", COMMIT):
-        found = records.locate(f"hub:o/n@{revision}:ms/test", offline=True)
+        found = sources.locate(f"hub:o/n@{revision}:ms/test", offline=True)
         assert found.origin == ("o/n", revision, COMMIT)
         assert found.split == "ms/test" or found.split == "test"
         assert [file.name for file in found.files] == ["held.jsonl"]

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from ot_merge_jax import spelling
-from ot_merge_jax.calibration import align
 from ot_merge_jax.data import tokenizers as tokenizers_module
+from ot_merge_jax.data import vocabulary
 from ot_merge_jax.data.batching import batches
+from ot_merge_jax.data.calibration import align
 from ot_merge_jax.errors import InputError
 
 
@@ -222,7 +222,7 @@ def test_a_text_dropped_for_one_model_is_dropped_for_both(tokenizers):
 
 def test_vocabulary_leaves_out_special_and_padded_rows(tokenizers):
     tokenizer = tokenizers["bpe"]
-    tokens = spelling.vocabulary(tokenizer, size=290)
+    tokens = vocabulary.vocabulary(tokenizer, size=290)
     assert max(tokens.values()) == 289
     assert not set(tokens.values()) & set(tokenizer.all_special_ids)
     assert len(tokens) == 290 - 2

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 
+from ot_merge_jax.data.documents import read_documents, sample, split
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.texts import read_documents, sample, split
 
 
 def write(tmp_path, content, name="texts.txt"):

@@ -15,9 +15,8 @@ from tokenizers import (
     trainers,
 )
 
-from ot_merge_jax import rows
-from ot_merge_jax.calibration import align, encode
-from ot_merge_jax.data import tokenizers
+from ot_merge_jax.data import alignment, tokenizers
+from ot_merge_jax.data.calibration import align, encode
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hf
 from ot_merge_jax.models.gather import gather
@@ -252,20 +251,22 @@ def test_ranges_of_differently_rendered_texts_correspond(readers):
             text += message + after
         one = readers[name](text, return_offsets_mapping=True)
         is_special = [token == 0 for token in range(len(one["input_ids"]))]
-        found = rows.ends(text, one["offset_mapping"], is_special=is_special, contents=contents)
+        found = alignment.ends(
+            text, one["offset_mapping"], is_special=is_special, contents=contents
+        )
         for (content, count), token in found.items():
             decoded = readers[name].decode(one["input_ids"][: token + 1], skip_special_tokens=True)
             assert decoded == text[: contents[content][0] + count]
             assert 0 < count <= len(messages[content])
         assert {(0, len(messages[0])), (1, len(messages[1]))} <= found.keys()
         places.append(found)
-    both = rows.shared(*places)
+    both = alignment.shared(*places)
     assert len(both) == len(places[0].keys() & places[1].keys()) > 8
 
 
 def test_a_token_that_reaches_out_of_a_range_gives_no_row():
     spans = [(0, 3), (3, 6), (6, 9)]
-    found = rows.ends("abcdefghi", spans, is_special=[False] * 3, contents=[(1, 5), (6, 9)])
+    found = alignment.ends("abcdefghi", spans, is_special=[False] * 3, contents=[(1, 5), (6, 9)])
     assert found == {(0, 2): 0, (1, 3): 2}
 
 

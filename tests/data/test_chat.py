@@ -5,13 +5,12 @@ import time
 
 import pytest
 
-from ot_merge_jax import calibration
+from ot_merge_jax.data import calibration, tokenizers
 from ot_merge_jax.data import chat as chat_module
-from ot_merge_jax.data import tokenizers
 from ot_merge_jax.data.chat import Chat, Turn, render
+from ot_merge_jax.data.documents import read_documents
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import nll
-from ot_merge_jax.texts import read_documents
 
 #: Writes its own BOS and trims, as Llama 3 does; names the roles, one of which is also said.
 TRIMMING = (

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ot_merge_jax.data import sources
 from ot_merge_jax.data.chat import Chat, Document, Turn
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import records
 from ot_merge_jax.recipes.recipe import Text
 
 #: Fraction of the documents that choose the strength and are never used for rows (SPEC section 9).
@@ -22,7 +22,7 @@ DEV_FRACTION = 0.2
 
 
 def read_documents(
-    source: Path | str | records.Source,
+    source: Path | str | sources.Source,
     *,
     field: str | Sequence[str] = "text",
     encoding: str = "utf-8",
@@ -54,11 +54,11 @@ def read_documents(
         Turn(role='assistant', content='Here.')
     """
     found = (
-        source if isinstance(source, records.Source) else records.locate(source, offline=offline)
+        source if isinstance(source, sources.Source) else sources.locate(source, offline=offline)
     )
     fields = (field,) if isinstance(field, str) else tuple(field)
     for file in found.files:
-        for where, record in records.read(file, fields=fields, encoding=encoding):
+        for where, record in sources.read(file, fields=fields, encoding=encoding):
             document = record if isinstance(record, str) else _document(record, fields, where)
             said = [document] if isinstance(document, str) else [x.content for x in document.turns]
             if any(one.strip() for one in said):
@@ -125,14 +125,14 @@ def split(documents: Sequence[Document], *, seed: int) -> tuple[list[Document], 
     return train, [document for document, dev in zip(documents, is_dev, strict=True) if dev]
 
 
-def sampled(text: Text, source: records.Source, *, samples: int, seed: int) -> list[Document]:
+def sampled(text: Text, source: sources.Source, *, samples: int, seed: int) -> list[Document]:
     """A seeded sample of a text: ``samples`` documents, and those of the dev split beside them."""
     count = round(samples / (1 - DEV_FRACTION))
     documents = read_documents(source, field=text.field, encoding=text.encoding)
     return sample(documents, count=count, seed=seed)
 
 
-def documents_of(text: Text, source: records.Source) -> list[Document]:
+def documents_of(text: Text, source: sources.Source) -> list[Document]:
     """All documents of a text; InputError if there are none."""
     documents = list(read_documents(source, field=text.field, encoding=text.encoding))
     if not documents:

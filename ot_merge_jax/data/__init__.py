@@ -1,0 +1,1 @@
+"""Texts: documents, chats, tokenizers, batches, and which rows of two models correspond."""
