@@ -1,11 +1,12 @@
 """Merge language models across architectures with optimal transport, in JAX.
 
 The public names below are enough for most uses; modules of the same name as a function
-(`ot_merge_jax.merge`, `ot_merge_jax.fuse`, `ot_merge_jax.sweep`) stay modules.
+(`ot_merge_jax.merging.merge`, `ot_merge_jax.merging.fuse`, `ot_merge_jax.sweep`) stay modules.
 """
 
 from ot_merge_jax.errors import OtMergeError
 from ot_merge_jax.io.hf import load_hf, save_hf
+from ot_merge_jax.merging.weight_transport import source_delta, transport_weights
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.models.gather import gather
@@ -28,7 +29,6 @@ from ot_merge_jax.types import (
     Transported,
     VocabularyMatch,
 )
-from ot_merge_jax.weight_transport import source_delta, transport_weights
 
 __all__ = [
     "Activations",

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ot_merge_jax import weight_transport
 from ot_merge_jax.data.calibration import Calibration
+from ot_merge_jax.merging import weight_transport
 from ot_merge_jax.models import gather
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.sites import site_width, sites_of

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import fuse
 from ot_merge_jax.io.lazy import StoredParams
-from ot_merge_jax.merge import Stage, call, gather_rows, given, merge, steps_of
+from ot_merge_jax.merging import fuse
+from ot_merge_jax.merging.merge import Stage, call, gather_rows, given, merge, steps_of
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import Model, Models
@@ -103,7 +103,7 @@ def remade(
     choose: Callable[[Transported], Choice] | None = None,
     budget: Budget = BUDGET,
 ) -> Merged:
-    """A merge made again by `ot_merge_jax.merge.merge`, with one thing broken.
+    """A merge made again by `ot_merge_jax.merging.merge.merge`, with one thing broken.
 
     What is not broken is taken from the merge; diagnostics are not made.
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import psutil
 
-from ot_merge_jax import weight_diagnostics, weight_transport
 from ot_merge_jax.data.calibration import Calibration
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import divergence, nll, unigram
+from ot_merge_jax.merging import diagnostics, weight_transport
 from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.sites import site_width, sites_of
@@ -244,7 +244,7 @@ def needed(
             problems, rows=rows, source_layers=source.num_layers,
             pairs_at_once=budget.pairs, rows_at_once=budget.source_rows,
         )  # fmt: skip
-        described = weight_diagnostics.peak_bytes(problems, rows=rows, plan_at_once=plan_block)
+        described = diagnostics.peak_bytes(problems, rows=rows, plan_at_once=plan_block)
         stages["describe the plans"] = models + moved + described
     carried = weight_transport.peak_bytes(
         target, source, spec=spec, rows=rows, plan_at_once=plan_block

@@ -26,7 +26,7 @@ from ot_merge_jax.evaluate import nll, samples, saved_scores
 from ot_merge_jax.evaluate.divergence import divergence
 from ot_merge_jax.io import arrays, atomic, details, hf, lazy, provenance, safetensors, stages
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
-from ot_merge_jax.merge import Stage, gather_rows, merge
+from ot_merge_jax.merging.merge import Stage, gather_rows, merge
 from ot_merge_jax.models import decoder, offload, specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models

@@ -12,10 +12,11 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import arithmetic, memory, preflight, weight_transport
+from ot_merge_jax import arithmetic, memory, preflight
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import ResourceError
 from ot_merge_jax.io import safetensors
+from ot_merge_jax.merging import weight_transport
 from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.sites import site_width, sites_of
 from ot_merge_jax.preflight import Inputs

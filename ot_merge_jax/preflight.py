@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import merge
 from ot_merge_jax.data import calibration, chat
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.data import sources as records
@@ -23,6 +22,7 @@ from ot_merge_jax.data.tokenizers import tokenizer_of
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import atomic, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
+from ot_merge_jax.merging import merge
 from ot_merge_jax.models.model import BASE
 from ot_merge_jax.models.sites import VOCABULARY
 from ot_merge_jax.recipes.recipe import Recipe, Text

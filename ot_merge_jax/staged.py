@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ot_merge_jax.io import stages
-from ot_merge_jax.merge import Stage
+from ot_merge_jax.merging.merge import Stage
 
 
 def keeping(run: stages.Run) -> Stage:
-    """The stage of `ot_merge_jax.merge.merge` that keeps results in a run folder.
+    """The stage of `ot_merge_jax.merging.merge.merge` that keeps results in a run folder.
 
     Args:
         run: The run folder; steps without ``save`` and ``load`` are computed each time.

@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 
-from ot_merge_jax import fuse, progress
+from ot_merge_jax import progress
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import arrays
-from ot_merge_jax.merge import Stage
+from ot_merge_jax.merging import fuse
+from ot_merge_jax.merging.merge import Stage
 from ot_merge_jax.models.model import AnyModel
 from ot_merge_jax.models.sites import GROUPS
 from ot_merge_jax.types import BUDGET, Choice, HParams, MergeSpec, Params, Point, Transported
@@ -40,7 +41,7 @@ def sweep(
 
     Args:
         target: The target, in the dtype to compute in.
-        transported: From `ot_merge_jax.weight_transport.transport_weights`.
+        transported: From `ot_merge_jax.merging.weight_transport.transport_weights`.
         dev: The dev split, from `nll.windows`.
         hparams: Everything but the strength.
         spec: What moves and how.
@@ -82,7 +83,7 @@ def chooser(
     """`sweep` as a step ``sweep`` of a merge: every strength tried on the dev split, and the best.
 
     Args:
-        stage: Keeps the step, e.g. `ot_merge_jax.merge.call`.
+        stage: Keeps the step, e.g. `ot_merge_jax.merging.merge.call`.
         target: The target.
         dev: From `nll.windows` of the dev split.
         hparams: As of the merge.
@@ -90,7 +91,7 @@ def chooser(
         logits_at_once: As of `sweep`.
 
     Returns:
-        The ``choose`` of `ot_merge_jax.merge.merge`.
+        The ``choose`` of `ot_merge_jax.merging.merge.merge`.
     """
 
     def choose(transported: Transported) -> Choice:

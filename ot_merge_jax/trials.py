@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax import controls, fuse, sweep
+from ot_merge_jax import controls, sweep
 from ot_merge_jax.evaluate import nll, saved_scores, unigram
 from ot_merge_jax.io import arrays
-from ot_merge_jax.merge import Stage, given, merge
+from ot_merge_jax.merging import fuse
+from ot_merge_jax.merging.merge import Stage, given, merge
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import Models
 from ot_merge_jax.types import (
@@ -133,7 +134,7 @@ def trial(
 
     Args:
         context: What all arms share.
-        stage: Keeps every arm, e.g. `ot_merge_jax.merge.call`.
+        stage: Keeps every arm, e.g. `ot_merge_jax.merging.merge.call`.
         split: Of the seed.
         merged: The merge of this seed; its parameters are not needed if ``arm`` is given.
         names: The controls that apply, of `controls.arms`.

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ot_merge_jax.merging import projections
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
 _T, _N, _M, _K = 2000, 2048, 4096, 128
@@ -46,14 +46,14 @@ def main() -> None:
     kept = {"q_out": np.arange(_K)[None] * (_N // _K)}
 
     def carry(selected: dict[str, Any]) -> Any:
-        kinds = [operator.Kind("q_out", kernels=kernel)]
-        return operator.carry(
+        kinds = [projections.Kind("q_out", kernels=kernel)]
+        return projections.carry(
             kinds, coupling, target, source, in_site="attn_in", spec=spec, selected=selected
         )[0][0]
 
     def product(count: int) -> float:
         into, out = jnp.ones((_N, _M)), jnp.ones((count, _M))
-        triple = jax.jit(operator.triple)
+        triple = jax.jit(projections.triple)
         return benchmarking.seconds(lambda: triple(kernel[0], into, out))
 
     rate = benchmarking.matmul_rate()

@@ -24,15 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import fuse
 from ot_merge_jax.io import arrays
-from ot_merge_jax.merging import masks
+from ot_merge_jax.merging import fuse, masks, projections
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig, Rope
 from ot_merge_jax.models.sites import PROJECTIONS, site_width, sites_of
 from ot_merge_jax.recipes.presets import PRESETS
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator
 from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec
 
 T = TypeVar("T")
@@ -87,12 +85,12 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
         for in_site in dict.fromkeys(PROJECTIONS[name].in_site for name in weights):
             names = [name for name in weights if PROJECTIONS[name].in_site == in_site]
             kinds = [
-                operator.Kind(
+                projections.Kind(
                     out, kernels=_Random((site_width(in_site, source), site_width(out, source)))
                 )
                 for out in (PROJECTIONS[name].out_site for name in names)
             ]
-            found = operator.carry(
+            found = projections.carry(
                 kinds, coupling, ours, theirs, in_site=in_site, spec=spec, selected=selected
             )
             moved |= {name: kernel for name, (kernel, _) in zip(names, found, strict=True)}

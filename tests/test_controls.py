@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import controls, fuse
+from ot_merge_jax import controls
+from ot_merge_jax.merging import fuse, projections
 from ot_merge_jax.models import families, specs
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator
 from ot_merge_jax.types import Activations, HParams, MergeSpec, VocabularyMatch
 
 UP = MergeSpec(weights=("up",))
@@ -29,7 +29,7 @@ def planted():
 
 def layers_of(coupling):
     """The source layer of each target layer."""
-    share = operator.layer_weights(coupling, in_site="mlp_in", out_site="up_out", spec=UP)
+    share = projections.layer_weights(coupling, in_site="mlp_in", out_site="up_out", spec=UP)
     return np.asarray(share).argmax(1).tolist()
 
 
@@ -56,9 +56,9 @@ def test_permuted_weight_is_not_the_transported_one(planted):
     (target, source), coupling = planted
     weights = np.random.default_rng(1).normal(size=(3, 8, 12)).astype(np.float32)
     where = {"in_site": "mlp_in", "out_site": "up_out", "spec": UP}
-    moved = operator.transported(weights, coupling, target, source, **where)
+    moved = projections.transported(weights, coupling, target, source, **where)
     broken, rows = controls.permuted(coupling, source, seed=0)
-    other = operator.transported(weights, broken, target, rows, **where)
+    other = projections.transported(weights, broken, target, rows, **where)
     cosine = jnp.vdot(moved, other) / jnp.linalg.norm(moved) / jnp.linalg.norm(other)
     assert abs(float(cosine)) < 0.5
 

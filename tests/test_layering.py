@@ -268,7 +268,7 @@ def test_exported_names_exist_and_are_public(name):
     "name", [one for one, path in MODULES.items() if path.name == "__init__.py"]
 )
 def test_no_reexport_hides_a_module(name):
-    """`ot_merge_jax.fuse` is the module, not the function in it."""
+    """`ot_merge_jax.merging.fuse` is the module, not the function in it."""
     module = importlib.import_module(name)
     for child in pkgutil.iter_modules([str(MODULES[name].parent)]):
         importlib.import_module(f"{name}.{child.name}")

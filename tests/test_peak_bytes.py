@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ot_merge_jax import weight_diagnostics
 from ot_merge_jax.evaluate import divergence, nll, unigram
+from ot_merge_jax.merging import diagnostics, projections
 from ot_merge_jax.models import decoder, gather, offload, specs
 from ot_merge_jax.models.config import ModelConfig, Rope
-from ot_merge_jax.transport import coupling, operator
+from ot_merge_jax.transport import coupling
 from ot_merge_jax.types import BUDGET, Batch, MergeSpec, Potentials
 
 #: Said over counted, at most.
@@ -159,8 +159,8 @@ def test_maps_and_parts_of_plans(n, m, rows, at_once, side):
     whole, is_true = shape(dtype=jnp.int32), shape(dtype=jnp.bool_)
     potentials = Potentials(shape(n), shape(m), number, number, number, whole, is_true, is_true)  # pyright: ignore[reportArgumentType]
     x, y = shape(rows, n), shape(rows, m)
-    pair = operator.Pair(x, y, potentials, shape(n), shape(m))
-    took = counted(operator._map, pair, None, side=side, spec=MergeSpec(), plan_at_once=at_once)
+    pair = projections.Pair(x, y, potentials, shape(n), shape(m))
+    took = counted(projections._map, pair, None, side=side, spec=MergeSpec(), plan_at_once=at_once)
     arguments = 4 * rows * (n + m)
     check(coupling.plan_bytes(n, m, rows=rows, plan_at_once=at_once) - arguments, took)
     picked = shape(n // 2, dtype=jnp.int32)
@@ -179,7 +179,7 @@ def test_smaller_budgets_never_need_more():
         "pairs": lambda b: coupling.peak_bytes(problems, rows=64, source_layers=8, pairs_at_once=b),
         "rows": lambda b: coupling.peak_bytes(problems, rows=64, source_layers=8, rows_at_once=b),
         "plan": lambda b: coupling.plan_bytes(600, 800, rows=64, plan_at_once=b),
-        "describe": lambda b: weight_diagnostics.peak_bytes(problems, rows=64, plan_at_once=b),
+        "describe": lambda b: diagnostics.peak_bytes(problems, rows=64, plan_at_once=b),
     }
     for name, said in falling.items():
         sizes = [said(1 << power) for power in range(31)]

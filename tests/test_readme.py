@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import AlignedBatches, assets, merge
+from ot_merge_jax import AlignedBatches, assets
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.merging import merge
 
 README = Path(__file__).parents[1] / "README.md"
 

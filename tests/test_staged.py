@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ot_merge_jax import errors, merge, pipeline, preflight, sweep
+from ot_merge_jax import errors, pipeline, preflight, sweep
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import arrays, details, hf, stages
+from ot_merge_jax.merging import merge
 from ot_merge_jax.models import gather
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.transport import coupling

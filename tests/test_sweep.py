@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import fuse, sweep
+from ot_merge_jax import sweep
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.merging import fuse
 from ot_merge_jax.models import decoder
 from ot_merge_jax.models.families import read
 from ot_merge_jax.models.model import Model

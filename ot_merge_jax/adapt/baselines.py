@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import controls, fuse, trials
+from ot_merge_jax import controls, trials
 from ot_merge_jax.adapt import arms, run, training
 from ot_merge_jax.adapt import inputs as checking
 from ot_merge_jax.adapt import residual as residuals
@@ -27,6 +27,7 @@ from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import arrays, hf, stages
+from ot_merge_jax.merging import fuse
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.report import baselines as reporting

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import fuse
 from ot_merge_jax.errors import InputError
+from ot_merge_jax.merging import fuse
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.sites import GROUPS, weight_of
 from ot_merge_jax.types import Params

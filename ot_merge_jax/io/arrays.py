@@ -249,7 +249,7 @@ def load_transported(folder: Path) -> Transported:
 
 #: Fields of `Transported` -> folders.
 _PARTS = {"weights": "moved", "masks": "masks"}
-#: How the steps of `ot_merge_jax.merge.merge`, and values of JSON, are kept: ``(folder, compute)``
+#: How the steps of `ot_merge_jax.merging.merge.merge`, and values of JSON, are kept: ``(folder, compute)``
 #: writes what it computes, ``(folder)`` reads it. Activations are written while they are gathered.
 ACTIVATIONS = (
     lambda folder, compute: save_row_ids(folder, compute(allocate=allocator(folder))),

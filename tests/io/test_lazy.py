@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import merge
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.io.lazy import open_stored
+from ot_merge_jax.merging import merge
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.families import FAMILIES
 from ot_merge_jax.models.gather import gather

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from ot_merge_jax.merging import projections
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
 ENDS = {"in_site": "mlp_in", "out_site": "up_out"}
@@ -64,7 +64,7 @@ def test_coupled_and_carried_finite(rng, change, argument, form):
         assert not np.asarray(found.is_log).any(), site
         np.testing.assert_allclose(np.asarray(coupling.layer[site]).sum(), 1, rtol=1e-5)
     kernels = rng.normal(size=(M, 7, 6)).astype(np.float32)
-    moved = operator.transported(
+    moved = projections.transported(
         kernels, coupling, target, source, **ENDS, spec=SPEC._replace(form=form)
     )
     assert np.isfinite(moved).all()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.transport import cost, operator, sinkhorn
+from ot_merge_jax.merging import projections
+from ot_merge_jax.transport import cost, sinkhorn
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import Activations, Coupling, HParams, MergeSpec
 
@@ -418,6 +419,6 @@ def test_layers_that_disagree_completely_still_have_a_weight():
     sites = {"in_site": "mlp_in", "out_site": "up_out"}
     for layers in ("soft", "top1"):
         spec = MergeSpec(weights=("up",), layers=layers)
-        share = operator.layer_weights(coupling, **sites, spec=spec)
+        share = projections.layer_weights(coupling, **sites, spec=spec)
         np.testing.assert_allclose(share.sum(1), 1.0, rtol=1e-6)
     assert share.argmax(1).tolist() == [0, 2]

@@ -6,10 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import fuse
-from ot_merge_jax.merging import masks
+from ot_merge_jax.merging import fuse, masks, projections, vocabulary
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator, procrustes, vocabulary
+from ot_merge_jax.transport import procrustes
 from ot_merge_jax.types import Activations, HParams, MergeSpec, VocabularyMatch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -59,7 +58,7 @@ def coupled(request, activations):
 
 
 def transported(golden, activations, coupling, weights, **kw):
-    return operator.transported(
+    return projections.transported(
         kernels(weights),
         coupling,
         *activations,
@@ -95,7 +94,7 @@ def test_layer_plans(golden, coupled, end):
 def test_effective_layer_weights(golden, coupled):
     epsilon, kind, coupling = coupled
     spec = spec_of(form="joint", layers="soft")
-    weights = operator.layer_weights(coupling, in_site="mlp_in", out_site="up_out", spec=spec)
+    weights = projections.layer_weights(coupling, in_site="mlp_in", out_site="up_out", spec=spec)
     close(weights, golden[f"eps{epsilon}/p_eff_{kind}"])
 
 
@@ -124,7 +123,7 @@ def test_a_transposed_plan_would_be_noticed(golden, activations, coupled):
 
 def test_bias(golden, activations, coupled):
     epsilon, kind, coupling = coupled
-    moved = operator.transported_bias(
+    moved = projections.transported_bias(
         jnp.asarray(golden["b_source"], jnp.float32),
         coupling,
         *activations,

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from ot_merge_jax import fuse
+from ot_merge_jax.merging import fuse, projections
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.sites import PROJECTIONS, VOCABULARY, weight_of
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import diagnostics, operator
+from ot_merge_jax.transport import diagnostics
 from ot_merge_jax.types import (
     BUDGET,
     Alignment,
@@ -45,7 +45,7 @@ def describe(
 
     Args:
         target: Parameters of the target before the merge.
-        transported: From `ot_merge_jax.weight_transport.transport_weights`.
+        transported: From `ot_merge_jax.merging.weight_transport.transport_weights`.
         alignment: What it was made with; None when only the vocabulary moved.
         hparams: The strength used.
         spec: What moved and how.
@@ -94,7 +94,7 @@ def _plan_facts(
 ) -> tuple[jax.Array, ...]:
     """Source layer, sharpness and convergence of the plans of one projection, for each layer."""
     coupling, wiring = alignment.coupling, PROJECTIONS[name]
-    share = operator.layer_weights(
+    share = projections.layer_weights(
         coupling, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
     )
     best = share.argmax(1)

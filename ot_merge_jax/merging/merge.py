@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from ot_merge_jax import fuse
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import arrays
+from ot_merge_jax.merging import fuse
+from ot_merge_jax.merging.diagnostics import describe
+from ot_merge_jax.merging.weight_transport import transport_weights
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.gather import gather
@@ -33,8 +35,6 @@ from ot_merge_jax.types import (
     Transported,
     VocabularyMatch,
 )
-from ot_merge_jax.weight_diagnostics import describe
-from ot_merge_jax.weight_transport import transport_weights
 
 T = TypeVar("T")
 

@@ -6,9 +6,8 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from ot_merge_jax import fuse
 from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.merging import masks
+from ot_merge_jax.merging import fuse, masks
 from ot_merge_jax.models.sites import PROJECTIONS, SITES
 from ot_merge_jax.types import Activations, MergeSpec
 

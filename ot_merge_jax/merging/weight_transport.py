@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax.merging import masks as masks_module
+from ot_merge_jax.merging import projections, vocabulary
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import AnyModel, Models
 from ot_merge_jax.models.sites import PROJECTIONS, VOCABULARY, site_width, weight_of
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator, procrustes, vocabulary
+from ot_merge_jax.transport import procrustes
 from ot_merge_jax.types import BUDGET, Alignment, MergeSpec, Params, Transported, VocabularyMatch
 
 
@@ -36,7 +37,7 @@ def transport_weights(
 
     Args:
         models: The models of the merge. For rule ``delta`` the source's base is subtracted.
-        alignment: From `ot_merge_jax.merge.align_activations`; None when only the vocabulary moves.
+        alignment: From `ot_merge_jax.merging.merge.align_activations`; None when only the vocabulary moves.
         spec: What moves and how.
         vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
         plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
@@ -155,13 +156,13 @@ def _projections(
             bias = f"{wiring.path}/bias"
             has_bias = specs.has(moving, bias) and specs.has(target, bias)
             kinds.append(
-                operator.Kind(
+                projections.Kind(
                     wiring.out_site,
                     kernels=specs.get(moving, f"{wiring.path}/kernel"),
                     biases=specs.get(moving, bias) if has_bias else None,
                 )
             )
-        carried = operator.carry(
+        carried = projections.carry(
             kinds, *alignment,
             in_site=in_site, spec=spec, selected=selected, plan_at_once=plan_at_once,
         )  # fmt: skip

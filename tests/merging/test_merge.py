@@ -5,15 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import fuse, merge, weight_diagnostics
 from ot_merge_jax.data import batching
 from ot_merge_jax.io.hf import load_hf
+from ot_merge_jax.merging import diagnostics, fuse, merge, projections
 from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.model import Model, Models
 from ot_merge_jax.models.sites import PROJECTIONS, sites_of
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import operator
 from ot_merge_jax.types import AlignedBatches, Budget, Choice, HParams, MergeSpec, Point
 
 PATHS = {name: projection.path for name, projection in PROJECTIONS.items()}
@@ -109,7 +108,7 @@ def test_transported_weights_are_those_of_the_operator(merged):
         kernels = specs.get(models.source.params, path)
         if models.base is not None:
             kernels = kernels - specs.get(models.base.params, path)
-        expected = operator.transported(
+        expected = projections.transported(
             kernels,
             *alignment,
             in_site=wiring.in_site,
@@ -171,7 +170,7 @@ def test_report_of_the_plans(merged):
             assert facts.converged.all()
             continue
         wiring = PROJECTIONS[name]
-        share = operator.layer_weights(
+        share = projections.layer_weights(
             alignment.coupling, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
         )
         np.testing.assert_array_equal(facts.source_layer, np.asarray(share).argmax(1))
@@ -196,10 +195,10 @@ def test_report_of_the_plans(merged):
 
 def test_only_the_joint_form_transfers_nothing(merged):
     spec, _, (*_, report) = merged
-    assert weight_diagnostics.is_nothing_transferred(report, HPARAMS) == (spec.form == "joint")
-    assert weight_diagnostics.is_nothing_transferred(report, HPARAMS._replace(strength=0.0))
+    assert diagnostics.is_nothing_transferred(report, HPARAMS) == (spec.form == "joint")
+    assert diagnostics.is_nothing_transferred(report, HPARAMS._replace(strength=0.0))
     groups = HPARAMS._replace(strength={"projections": 0.1, "vocabulary": 0.1})
-    assert weight_diagnostics.is_nothing_transferred(report, groups) == (spec.form == "joint")
+    assert diagnostics.is_nothing_transferred(report, groups) == (spec.form == "joint")
 
 
 @pytest.mark.parametrize("merged", ["paper"], indirect=True)
@@ -220,7 +219,7 @@ def test_source_equal_to_its_base_is_the_target_bit_for_bit(merged, batches, mat
     same = models._replace(base=models.source)
     params, *_, report = merge.merge(same, batches, HParams(1.2), spec=spec, vocabulary=matched)
     jax.tree.map(same_bits, params, models.target.params)
-    assert weight_diagnostics.is_nothing_transferred(report, HParams(1.2))
+    assert diagnostics.is_nothing_transferred(report, HParams(1.2))
 
 
 # ------------------------------------------------------------------------ one weight
@@ -237,7 +236,7 @@ def test_merge_is_its_stages(model, batches):
     target = models.target.params
     expected = fuse.fuse(target, weights, 0.3, spec=UP, mask=masks)
     jax.tree.map(same_bits, params, expected)
-    same = weight_diagnostics.describe(
+    same = diagnostics.describe(
         target, merge.Transported(weights, masks), alignment, HParams(0.3), spec=UP
     )
     jax.tree.map(np.testing.assert_array_equal, report, same)
@@ -283,7 +282,7 @@ def test_a_stand_in_takes_the_place_of_the_reference_alone(model, batches):
     expected = merge.align_activations(Models(models.target, other), batches, HPARAMS, spec=UP)
     jax.tree.map(np.testing.assert_array_equal, alignment, expected)
     wiring = PROJECTIONS["up"]
-    carried = operator.transported(
+    carried = projections.transported(
         specs.get(source.params, UP_PATH), *expected,
         in_site=wiring.in_site, out_site=wiring.out_site, spec=UP,
     )  # fmt: skip
@@ -316,7 +315,7 @@ def test_interpolate_with_a_base_aligns_by_it_and_carries_the_source(model, batc
     for site, rows in with_base.alignment.source.values.items():
         np.testing.assert_array_equal(rows, carried_base.alignment.source.values[site])
     wiring = PROJECTIONS["up"]
-    expected = operator.transported(
+    expected = projections.transported(
         specs.get(source.params, UP_PATH),
         *carried_base.alignment,
         in_site=wiring.in_site,
@@ -388,7 +387,7 @@ def biases_of(model, batches, families):
 
 def test_a_bias_moves_where_both_have_one(model, batches):
     before, source, merged, fused = biases_of(model, batches, ("qwen2", "qwen2"))
-    expected = operator.transported_bias(
+    expected = projections.transported_bias(
         specs.get(source, K_BIAS),
         *merged.alignment,
         in_site="attn_in",
@@ -489,7 +488,7 @@ def unpruned(pruned, batches):
 def test_the_layers_of_a_pruned_model_are_recovered(unpruned, name):
     spec, coupling, _ = unpruned
     wiring = PROJECTIONS[name]
-    share = operator.layer_weights(
+    share = projections.layer_weights(
         coupling, in_site=wiring.in_site, out_site=wiring.out_site, spec=spec
     )
     assert share.argmax(1).tolist() == KEPT_LAYERS

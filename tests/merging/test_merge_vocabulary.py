@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import merge
 from ot_merge_jax.errors import InputError, RecipeError
+from ot_merge_jax.merging import merge
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.model import Models
 from ot_merge_jax.types import AlignedBatches, HParams, MergeSpec

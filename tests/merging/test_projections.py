@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.transport import cost, operator, sinkhorn
+from ot_merge_jax.merging import projections
+from ot_merge_jax.transport import cost, sinkhorn
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import Activations, HParams, MergeSpec
 
@@ -53,7 +54,7 @@ def signed():
 
 def transported(coupled, form, layers, *, coupling=None, kernels=None):
     target, source, found, signed, weights, _ = coupled
-    return operator.transported(
+    return projections.transported(
         weights if kernels is None else kernels,
         found if coupling is None else coupling,
         target,
@@ -65,7 +66,7 @@ def transported(coupled, form, layers, *, coupling=None, kernels=None):
 
 def transported_bias(coupled, form, layers, *, coupling=None, biases=None):
     target, source, found, signed, _, own = coupled
-    return operator.transported_bias(
+    return projections.transported_bias(
         own if biases is None else biases,
         found if coupling is None else coupling,
         target,
@@ -148,7 +149,7 @@ def test_signed_is_the_formula(signed):
 @pytest.mark.parametrize(("form", "layers"), KINDS)
 def test_layer_weights(coupled, form, layers):
     expected, _, _ = oracle(coupled, form, layers)
-    ours = operator.layer_weights(coupled[2], **ENDS, spec=spec_of(form=form, layers=layers))
+    ours = projections.layer_weights(coupled[2], **ENDS, spec=spec_of(form=form, layers=layers))
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     if form == "barycentric":
         np.testing.assert_allclose(ours.sum(1), 1, rtol=1e-6)
@@ -305,7 +306,7 @@ def carried(copied, epsilon, *, mutate=None, **kw):
     return Ffn(
         *(
             np.asarray(
-                operator.transported(
+                projections.transported(
                     jnp.asarray(kernels[name]),
                     coupling,
                     target,
@@ -380,8 +381,8 @@ def test_selected_neurons_are_those_of_the_whole(coupled, site):
     )
     width = target.values[site].shape[-1]
     chosen = np.stack([np.arange(l % 2, width, 2)[: width // 2] for l in range(len(whole[0]))])
-    kinds = [operator.Kind(ENDS["out_site"], kernels=kernels, biases=biases)]
-    kernel, bias = operator.carry(
+    kinds = [projections.Kind(ENDS["out_site"], kernels=kernels, biases=biases)]
+    kernel, bias = projections.carry(
         kinds, coupling, target, source, in_site=ENDS["in_site"],
         spec=spec_of(layers="soft"), selected={site: chosen},
     )[0]  # fmt: skip
@@ -395,10 +396,10 @@ def test_selected_neurons_are_those_of_the_whole(coupled, site):
 def test_kinds_that_read_one_site_are_carried_as_each_alone(coupled):
     target, source, coupling, _, kernels, biases = coupled
     kinds = [
-        operator.Kind(ENDS["out_site"], kernels=kernels),
-        operator.Kind(ENDS["out_site"], kernels=-2 * kernels, biases=biases),
+        projections.Kind(ENDS["out_site"], kernels=kernels),
+        projections.Kind(ENDS["out_site"], kernels=-2 * kernels, biases=biases),
     ]
-    first, second = operator.carry(
+    first, second = projections.carry(
         kinds, coupling, target, source, in_site=ENDS["in_site"], spec=spec_of(layers="soft")
     )
     close(first[0], transported(coupled, "barycentric", "soft"))
@@ -410,7 +411,7 @@ def test_kinds_that_read_one_site_are_carried_as_each_alone(coupled):
 def test_only_pairs_with_a_weight_are_read_and_rebuilt(coupled, monkeypatch):
     target, source, coupling, _, kernels, _ = coupled
     spec = spec_of(layers="top1")
-    share = np.asarray(operator.layer_weights(coupling, **ENDS, spec=spec))
+    share = np.asarray(projections.layer_weights(coupling, **ENDS, spec=spec))
     read, mapped = [], []
 
     class Counted:
@@ -418,11 +419,11 @@ def test_only_pairs_with_a_weight_are_read_and_rebuilt(coupled, monkeypatch):
             read.append(m)
             return kernels[m]
 
-    right = operator._map
+    right = projections._map
     monkeypatch.setattr(
-        operator, "_map", lambda *args, **how: mapped.append(how["side"]) or right(*args, **how)
+        projections, "_map", lambda *args, **how: mapped.append(how["side"]) or right(*args, **how)
     )
-    operator.transported(Counted(), coupling, target, source, **ENDS, spec=spec)
+    projections.transported(Counted(), coupling, target, source, **ENDS, spec=spec)
     assert read == np.flatnonzero(share.any(0)).tolist()
     assert sorted(mapped) == sorted(["in", "out"] * np.count_nonzero(share))
 
@@ -458,7 +459,7 @@ def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
 def test_the_cheaper_order_of_the_triple_product_is_taken(into, out, flops):
     sizes = ((64, 32), (into, 64), (out, 32))  # 2 FLOPs for each term of both products
     shapes = [jax.ShapeDtypeStruct(one, jnp.float32) for one in sizes]
-    program = jax.jit(operator.triple).lower(*shapes)
+    program = jax.jit(projections.triple).lower(*shapes)
     assert program.cost_analysis()["flops"] == pytest.approx(flops, rel=0.1)
 
 
@@ -471,7 +472,7 @@ def test_vmap_over_epsilon_is_the_loop(coupled):
 
     def moved(epsilon):
         coupling = couplings.couple(target, source, HParams(1.0, epsilon), spec=spec)
-        return operator.transported(kernels, coupling, target, source, **ENDS, spec=spec)
+        return projections.transported(kernels, coupling, target, source, **ENDS, spec=spec)
 
     swept = jax.jit(jax.vmap(moved))(jnp.array([0.1, 0.5]))
     for index, epsilon in enumerate((0.1, 0.5)):
@@ -493,8 +494,8 @@ def test_the_second_call_compiles_nothing(coupled, caplog):
         return [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
 
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        operator.transported(kernels, one, target, source, **ENDS, spec=fresh)
+        projections.transported(kernels, one, target, source, **ENDS, spec=fresh)
         assert compiled()  # the probe works
         caplog.clear()
-        operator.transported(others, other, target, source, **ENDS, spec=fresh)
+        projections.transported(others, other, target, source, **ENDS, spec=fresh)
         assert compiled() == []

@@ -8,8 +8,8 @@ import scipy.linalg
 import scipy.stats
 
 from ot_merge_jax.data import vocabulary
+from ot_merge_jax.merging import vocabulary as vocabulary_module
 from ot_merge_jax.transport import procrustes as procrustes_module
-from ot_merge_jax.transport import vocabulary as vocabulary_module
 from ot_merge_jax.types import VocabularyMatch
 
 #: (matched rows, source width, target width): equal, narrower, wider, fewer rows than features.

@@ -1,0 +1,1 @@
+"""From a coupling to merged weights."""
