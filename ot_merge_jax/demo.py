@@ -13,8 +13,8 @@ from ot_merge_jax import assets, pipeline
 from ot_merge_jax.evaluate import nll
 from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
-from ot_merge_jax.report.numbers import number
-from ot_merge_jax.report.schema import Difference
+from ot_merge_jax.reports.numbers import number
+from ot_merge_jax.reports.schema import Difference
 
 _LABELS = {
     "delta": "delta, sibling",

@@ -33,9 +33,10 @@ from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredMo
 from ot_merge_jax.models.sites import sites_of
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipes.recipe import Recipe
-from ot_merge_jax.report import arms, schema
+from ot_merge_jax.report import arms
 from ot_merge_jax.report import verdict as verdicts
-from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports import schema
+from ot_merge_jax.reports.schema import Report
 from ot_merge_jax.transport import cost, site_diagnostics
 from ot_merge_jax.types import BUDGET, Alignment, Budget, MergeReport, MergeSpec, Params
 

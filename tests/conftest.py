@@ -118,7 +118,7 @@ def few_memory_maps():
 @pytest.fixture(scope="session", autouse=True)
 def one_plot():
     """Runs of the tests draw one plot: eight take two seconds. The value is all of them."""
-    from ot_merge_jax.report import plots
+    from ot_merge_jax.reports import plots
 
     makers = plots.MAKERS
     with pytest.MonkeyPatch.context() as patch:
@@ -129,7 +129,7 @@ def one_plot():
 @pytest.fixture
 def every_plot(one_plot, monkeypatch):
     """For tests of the plots themselves."""
-    monkeypatch.setattr("ot_merge_jax.report.plots.MAKERS", one_plot)
+    monkeypatch.setattr("ot_merge_jax.reports.plots.MAKERS", one_plot)
 
 
 @pytest.fixture

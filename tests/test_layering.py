@@ -191,7 +191,7 @@ def test_imports_point_downwards(name):
 
 @each_module
 def test_execution_knows_the_schema_of_reports_and_no_page_or_table(name):
-    allowed = {"ot_merge_jax.report", "ot_merge_jax.report.schema"}
+    allowed = {"ot_merge_jax.report", "ot_merge_jax.reports.schema"}
     presents = PRESENTS.get(name.removeprefix("ot_merge_jax."), set())
     allowed |= {f"ot_merge_jax.report.{module}" for module in presents}
     if not name.startswith(("ot_merge_jax.report", "ot_merge_jax.commands")):

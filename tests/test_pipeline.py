@@ -18,8 +18,8 @@ from ot_merge_jax.distributed import sharding
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import details, hf, provenance
 from ot_merge_jax.recipes import loading
-from ot_merge_jax.report import arms, schema, verdict
-from ot_merge_jax.reports import model_card
+from ot_merge_jax.report import arms, verdict
+from ot_merge_jax.reports import model_card, schema
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
 

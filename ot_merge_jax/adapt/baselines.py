@@ -32,7 +32,7 @@ from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.report import baselines as reporting
 from ot_merge_jax.report.baselines import Outcome
-from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports.schema import Report
 from ot_merge_jax.types import MergeSpec, Params
 
 _LOG = logging.getLogger(__name__)

@@ -13,9 +13,8 @@ from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.evaluate.compare import Difference
 from ot_merge_jax.io import arrays, details, provenance
 from ot_merge_jax.io.folder import ModelFolder
-from ot_merge_jax.report import html, schema
-from ot_merge_jax.report.schema import Report
-from ot_merge_jax.reports import model_card
+from ot_merge_jax.reports import html, model_card, schema
+from ot_merge_jax.reports.schema import Report
 
 
 def write(

@@ -30,8 +30,8 @@ from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluate import compare, nll
 from ot_merge_jax.io import arrays, atomic, details, hf, provenance, stages
 from ot_merge_jax.recipes.training import Adaptation
-from ot_merge_jax.report import schema
-from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports import schema
+from ot_merge_jax.reports.schema import Report
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = "settings"

@@ -23,7 +23,7 @@ from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.sites import GROUPS
 from ot_merge_jax.recipes import loading
-from ot_merge_jax.report import schema
+from ot_merge_jax.reports import schema
 from ot_merge_jax.types import Params
 
 RESIDUAL = "residual"

@@ -26,7 +26,7 @@ from ot_merge_jax.console import (
 )
 
 if TYPE_CHECKING:
-    from ot_merge_jax.report.schema import Report
+    from ot_merge_jax.reports.schema import Report
 
 
 @guarded
@@ -126,7 +126,7 @@ def adapt(
     from ot_merge_jax.adapt import run
     from ot_merge_jax.distributed import sharding
     from ot_merge_jax.recipes import training as adaptations
-    from ot_merge_jax.report.numbers import number
+    from ot_merge_jax.reports.numbers import number
 
     of_text = {"field": field, "encoding": encoding}
     of_text = {key: value for key, value in of_text.items() if value is not None}
@@ -176,7 +176,7 @@ def adapt(
 
 def say_baselines(report: Report) -> None:
     """The table of a comparison, what was not run, and its warnings; nothing without baselines."""
-    from ot_merge_jax.report import tables
+    from ot_merge_jax.reports import tables
 
     if report.baselines is None:
         return

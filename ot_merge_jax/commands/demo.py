@@ -45,7 +45,7 @@ def demo(
     from ot_merge_jax import demo_adapt
     from ot_merge_jax.commands.adapt import say_baselines
     from ot_merge_jax.errors import RecipeError
-    from ot_merge_jax.report import tables
+    from ot_merge_jax.reports import tables
 
     started = time.monotonic()
     if full and adapt:

@@ -65,7 +65,7 @@ def evaluate(
     """Score models on texts, questions and tasks, with intervals for their differences."""
     from ot_merge_jax import evaluation
     from ot_merge_jax.recipes import loading
-    from ot_merge_jax.report import comparisons
+    from ot_merge_jax.reports import eval_tables
 
     with session(verbose=verbose, quiet=quiet):
         ask = evaluation.Ask(
@@ -83,7 +83,7 @@ def evaluate(
     if as_json:
         print_json(found)
         return
-    for part in comparisons.parts(found):
+    for part in eval_tables.parts(found):
         if isinstance(part, str):
             say(part, OUT)
         else:

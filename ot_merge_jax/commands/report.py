@@ -24,7 +24,7 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write the report of a run again, from what lies in its folder."""
-    from ot_merge_jax.report import html, run_folder, schema
+    from ot_merge_jax.reports import html, run_folder, schema
 
     details = run_folder.details_of(run)
     if out is not None and (out.is_dir() or (out.exists() and not overwrite)):

@@ -48,7 +48,7 @@ def run(
     """Merge a source into a target, by a recipe, by flags, or by both (flags win)."""
     from ot_merge_jax import memory, pipeline
     from ot_merge_jax.distributed import sharding
-    from ot_merge_jax.report import tables
+    from ot_merge_jax.reports import tables
 
     if out is None:
         raise RecipeError("There is no --out; name the folder to write.")

@@ -10,8 +10,8 @@ from ot_merge_jax.evaluate.compare import paired_bootstrap
 from ot_merge_jax.evaluate.nll import Scores
 from ot_merge_jax.io.arrays import plain
 from ot_merge_jax.recipes.recipe import CONTROLS
-from ot_merge_jax.report import schema
 from ot_merge_jax.report.verdict import Compared, Verdict, judge
+from ot_merge_jax.reports import schema
 from ot_merge_jax.trials import Trial, every_seed, pooled
 from ot_merge_jax.types import MergeReport, Point
 

@@ -9,7 +9,7 @@ from typing import Literal
 from huggingface_hub import ModelCard, ModelCardData
 
 from ot_merge_jax.io import hub
-from ot_merge_jax.report.schema import Entry
+from ot_merge_jax.reports.schema import Entry
 
 _MAX_CARD_BYTES = 5_000_000
 
@@ -48,7 +48,7 @@ def losses(
     None.
 
     Example:
-        >>> from ot_merge_jax.report.schema import Difference
+        >>> from ot_merge_jax.reports.schema import Difference
         >>> target = Entry(nll_per_token=4.0, bits_per_byte=2.0)
         >>> in_bytes = {"against_target": Difference(metric="bits_per_byte")}
         >>> source = Entry(nll_per_token=3.0, bits_per_byte=1.0, **in_bytes)

@@ -4,7 +4,7 @@ import json
 
 import safetensors
 
-from ot_merge_jax.report import schema
+from ot_merge_jax.reports import schema
 
 CROSS = [
     "paper llama<-qwen2",

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from ot_merge_jax import assets
-from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports.schema import Report
 
 pytestmark = pytest.mark.skipif(
     not all(

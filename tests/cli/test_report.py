@@ -6,7 +6,7 @@ import os
 import pytest
 import reported
 
-from ot_merge_jax.report import html
+from ot_merge_jax.reports import html
 
 
 def test_rebuilds_the_same_files_of_a_real_run(merged, cli, tmp_path, hashes):

@@ -17,7 +17,7 @@ from published import ALL, CROSS, assert_nothing_is_lost, moved, tensors
 
 from ot_merge_jax.data import documents
 from ot_merge_jax.io import provenance
-from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports.schema import Report
 
 NOTHING = "nothing of the source was transferred"
 DIAGNOSTICS = {

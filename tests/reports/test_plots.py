@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ot_merge_jax.report import drawing, plots
-from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports import plots, style
+from ot_merge_jax.reports.schema import Report
 
 LAYERED = {"layers", "neurons", "mass", "r2", "norms"}
 COMPARED = {"differences", "strength", "search"}
@@ -69,7 +69,7 @@ def test_what_did_not_happen_has_no_plot():
 def test_heat_map_is_target_by_source_and_bright_where_it_is_large():
     grid = np.array([[0.0, 1.0, 0.0], [0.25, np.nan, 0.5]])
     axes = Figure().subplots()
-    drawing.cells(axes, grid, 1.0)
+    style.cells(axes, grid, 1.0)
     assert axes.get_xlim() == (0, 3)
     assert axes.get_ylim() == (2, 0)  # the first row is at the top
 
@@ -110,7 +110,7 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("pair", drawing.COLOURS)
+@pytest.mark.parametrize("pair", style.COLOURS)
 def test_lines_stand_out_on_a_light_and_on_a_dark_page(pair):
     light, dark = pair
     assert contrast(light, "#ffffff") >= 3
@@ -120,7 +120,7 @@ def test_lines_stand_out_on_a_light_and_on_a_dark_page(pair):
 def drawn(found):
     """Name -> figure of every plot there is."""
     report, figures = Report.model_validate(found), {}
-    with drawing.settings():
+    with style.settings():
         for name, make in plots.MAKERS.items():
             figure = Figure()
             FigureCanvasAgg(figure)
@@ -142,7 +142,7 @@ def nearly_equal(found):
 def test_nothing_is_cut_off(change):
     """Every label lies inside its figure."""
     for name, figure in drawn(change(reported.report())).items():
-        with drawing.settings():
+        with style.settings():
             box = figure.get_tightbbox(figure.canvas.get_renderer())
         assert box.x0 >= -0.02, name
         assert box.y0 >= -0.02, name

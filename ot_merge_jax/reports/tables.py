@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ot_merge_jax.io.redaction import visible
-from ot_merge_jax.report.numbers import interval, number
-from ot_merge_jax.report.schema import Baselines, Difference, Entry, Report
+from ot_merge_jax.reports.numbers import interval, number
+from ot_merge_jax.reports.schema import Baselines, Difference, Entry, Report
 from ot_merge_jax.types import MergeReport
 
 

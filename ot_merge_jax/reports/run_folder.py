@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.report import schema
-from ot_merge_jax.report.schema import Number, Part, Report
+from ot_merge_jax.reports import schema
+from ot_merge_jax.reports.schema import Number, Part, Report
 
 
 class Origin(Part):

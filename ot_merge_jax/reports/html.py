@@ -20,10 +20,10 @@ from markupsafe import Markup
 
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.redaction import visible
-from ot_merge_jax.report import run_folder
-from ot_merge_jax.report.numbers import interval, number
-from ot_merge_jax.report.run_folder import Run
-from ot_merge_jax.report.schema import Difference, Entry, Report, Strength, Weight
+from ot_merge_jax.reports import run_folder
+from ot_merge_jax.reports.numbers import interval, number
+from ot_merge_jax.reports.run_folder import Run
+from ot_merge_jax.reports.schema import Difference, Entry, Report, Strength, Weight
 
 FILE = "report.html"
 PLOTS = "plots"
@@ -82,7 +82,8 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of caches and fonts
-    from ot_merge_jax.report import drawing, plots
+    from ot_merge_jax.reports import plots
+    from ot_merge_jax.reports import style as drawing
 
     drawn = plots.draw(run.report)
     page = render(run, {one.name: one.inline for one in drawn}, style=drawing.style()).encode()

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import reported
 
-from ot_merge_jax.report import html, run_folder
+from ot_merge_jax.reports import html, run_folder
 
 HOSTILE = (
     "</svg></style></script><script>alert(1)</script>\"'><img src=x onerror=alert(1)> javascript:x "

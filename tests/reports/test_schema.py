@@ -6,8 +6,8 @@ import pytest
 import reported
 
 from ot_merge_jax.errors import InputError, VersionError
-from ot_merge_jax.report import schema
-from ot_merge_jax.report.schema import Dev, Difference, Entry, Report, Residual, Strength, Tried
+from ot_merge_jax.reports import schema
+from ot_merge_jax.reports.schema import Dev, Difference, Entry, Report, Residual, Strength, Tried
 
 #: Every field of a report that is a model, from the top down.
 MODELS = [

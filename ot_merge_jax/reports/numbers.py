@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ot_merge_jax.report.schema import Difference
+from ot_merge_jax.reports.schema import Difference
 
 
 def number(value: int | float | None, form: str = ".4f") -> str:

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ot_merge_jax.report import tables
+from ot_merge_jax.reports import tables
 
 _UNITS = {"nll_per_token": "nats per token", "bits_per_byte": "bits per byte"}
 

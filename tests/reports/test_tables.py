@@ -6,8 +6,8 @@ import pytest
 import reported
 from rich.console import Console
 
-from ot_merge_jax.report import comparisons, tables
-from ot_merge_jax.report.schema import Report
+from ot_merge_jax.reports import eval_tables, tables
+from ot_merge_jax.reports.schema import Report
 
 
 def printed(table, width=80):
@@ -44,7 +44,7 @@ def test_models_of_other_tokens_are_said_to_be_compared_by_byte_alone(metric):
     pair = reported.difference(-0.1, metric=metric) | {"a": "x", "b": "y"}
     sentences = [
         part
-        for part in comparisons.parts({"models": {"x": one, "y": one}, "pairs": [pair]})
+        for part in eval_tables.parts({"models": {"x": one, "y": one}, "pairs": [pair]})
         if isinstance(part, str)
     ]
     is_mixed = metric == "bits_per_byte"

@@ -12,14 +12,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ot_merge_jax.report import drawing
-from ot_merge_jax.report.schema import Difference, Report, Tried
+from ot_merge_jax.reports import style
+from ot_merge_jax.reports.schema import Difference, Report, Tried
 
 _LOWEST_R2 = -1.5
 _LEAST_RATIO = 1e-30
 
 
-def draw(report: Report) -> list[drawing.Plot]:
+def draw(report: Report) -> list[style.Plot]:
     """Every plot that the numbers of a run are enough for.
 
     Args:
@@ -29,11 +29,11 @@ def draw(report: Report) -> list[drawing.Plot]:
         The plots, in the order of the report.
     """
     found = []
-    with drawing.settings():
+    with style.settings():
         for name, make in MAKERS.items():
             figure = Figure()
             if make(figure, report):
-                found.append(drawing.rendered(name, figure))
+                found.append(style.rendered(name, figure))
     return found
 
 
@@ -55,20 +55,20 @@ def _differences(figure: Figure, report: Report) -> bool:
         if one is not None
         and one.metric == "nll_per_token"
         and None not in (one.difference, one.low, one.high)
-        and np.isfinite(drawing.values([one.difference, one.low, one.high])).all()
+        and np.isfinite(style.values([one.difference, one.low, one.high])).all()
     ]
     if not rows:
         return False
-    longest = max(len(drawing.word(name)) for name, _ in rows)
-    axes = drawing.panel(figure, 0.3 * len(rows) + 0.1, left=0.25 + 0.085 * longest, bottom=0.75)
+    longest = max(len(style.word(name)) for name, _ in rows)
+    axes = style.panel(figure, 0.3 * len(rows) + 0.1, left=0.25 + 0.085 * longest, bottom=0.75)
     axes.grid(visible=False)
-    axes.axvline(0, color=drawing.INK, linewidth=1)
+    axes.axvline(0, color=style.INK, linewidth=1)
     for place, (_, one) in enumerate(rows):
         low, middle, high = (float(x or 0) for x in (one.low, one.difference, one.high))
         kind, marker = (0, "o") if high < 0 else (1, "s") if low > 0 else (5, "D")
-        axes.plot([low, high], [place, place], color=drawing.COLOURS[kind][0], linewidth=2.4)
-        axes.plot([middle], [place], marker, color=drawing.COLOURS[kind][0], markersize=6)
-    axes.set_yticks(range(len(rows)), [drawing.word(name) for name, _ in rows])
+        axes.plot([low, high], [place, place], color=style.COLOURS[kind][0], linewidth=2.4)
+        axes.plot([middle], [place], marker, color=style.COLOURS[kind][0], markersize=6)
+    axes.set_yticks(range(len(rows)), [style.word(name) for name, _ in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("merge minus the one named, nats per token\n(left of 0: the merge is better)")
     # below the whole figure: names of controls may leave the axes narrower than it
@@ -87,23 +87,23 @@ def _strength(figure: Figure, report: Report) -> bool:
     if "merge" not in drawn:
         return False
     kinds = list(dict.fromkeys(_kind(name) for name in drawn))
-    axes = drawing.panel(figure, 2.6, names=len(kinds))
+    axes = style.panel(figure, 2.6, names=len(kinds))
     seen = set()
     for name, points in drawn.items():
         kind = _kind(name)
         axes.plot(
-            *points.T, **drawing.look(kinds.index(kind)),
-            label=None if kind in seen else drawing.word(kind),
+            *points.T, **style.look(kinds.index(kind)),
+            label=None if kind in seen else style.word(kind),
             zorder=3 if name == "merge" else 2,
             linewidth=2.2 if name == "merge" else 1.2,
         )  # fmt: skip
         seen.add(kind)
     best = drawn["merge"][drawn["merge"][:, 1].argmin()]
-    axes.plot(*best, "o", markersize=11, fillstyle="none", color=drawing.INK, zorder=4)
+    axes.plot(*best, "o", markersize=11, fillstyle="none", color=style.INK, zorder=4)
     _bounded(axes, drawn["merge"][:, 1], np.concatenate(list(drawn.values()))[:, 1])
     axes.set_xlabel(f"strength ({_letter(report)}), one for all moved weights")
     axes.set_ylabel("dev loss, nats per token")
-    drawing.legend(figure, axes)
+    style.legend(figure, axes)
     return True
 
 
@@ -112,14 +112,14 @@ def _search(figure: Figure, report: Report) -> bool:
     lines = _coordinates(report.strength.tried)
     if not lines:
         return False
-    axes = drawing.panel(figure, 2.4, names=2, columns=1)
+    axes = style.panel(figure, 2.4, names=2, columns=1)
     for place, (label, points) in enumerate(lines.items()):
-        axes.plot(*points.T, **drawing.look(place), label=label)
+        axes.plot(*points.T, **style.look(place), label=label)
         best = points[points[:, 1].argmin()]
-        axes.plot(*best, "o", markersize=11, fillstyle="none", color=drawing.INK, zorder=4)
+        axes.plot(*best, "o", markersize=11, fillstyle="none", color=style.INK, zorder=4)
     axes.set_xlabel(f"strength ({_letter(report)}) of one group, the other fixed")
     axes.set_ylabel("dev loss, nats per token")
-    drawing.legend(figure, axes, columns=1)
+    style.legend(figure, axes, columns=1)
     return True
 
 
@@ -131,7 +131,7 @@ def _shared(tried: Sequence[Tried]) -> np.ndarray:
 
 def _sorted(points: Sequence[Sequence[Any]]) -> np.ndarray:
     """Points that have two finite numbers, in the order of the first."""
-    found = np.array([drawing.values(one) for one in points]).reshape(-1, 2)
+    found = np.array([style.values(one) for one in points]).reshape(-1, 2)
     found = found[np.isfinite(found).all(1)]
     return found[found[:, 0].argsort(kind="stable")]
 
@@ -147,7 +147,7 @@ def _coordinates(tried: Sequence[Tried]) -> dict[str, np.ndarray]:
     ]
     own = [place for place, one in enumerate(tried) if isinstance(one.strength, dict)]
     points = np.array(
-        [drawing.values([*pair, one.loss]) for pair, one in zip(pairs, tried, strict=True)]
+        [style.values([*pair, one.loss]) for pair, one in zip(pairs, tried, strict=True)]
     ).reshape(-1, 3)
     if not own or not np.isfinite(points).all():
         return {}
@@ -169,7 +169,7 @@ def _layers(figure: Figure, report: Report) -> bool:
     """The layer plan of every site, as shares of each target layer's mass."""
     grids = {}
     for site, one in report.sites.items():
-        plan = drawing.values(one.layer_plan)
+        plan = style.values(one.layer_plan)
         total = np.nansum(plan, 1, keepdims=True)
         grids[site] = plan / np.where(total > 0, total, np.nan)
     if not grids:
@@ -178,25 +178,25 @@ def _layers(figure: Figure, report: Report) -> bool:
     top = max(min(1.0, one.shape[0] / one.shape[1]) for one in grids.values())
     rows, columns = math.ceil(len(grids) / 2), min(2, len(grids))
     whole = 1.9 * rows + 1.2
-    figure.set_size_inches(drawing.WIDTH, whole)
+    figure.set_size_inches(style.WIDTH, whole)
     for place, (site, grid) in enumerate(grids.items()):
         row, column = divmod(place, columns)
-        width = (drawing.WIDTH - 0.75 - 0.45 * (columns - 1)) / columns
+        width = (style.WIDTH - 0.75 - 0.45 * (columns - 1)) / columns
         axes = figure.add_axes(
             (
-                (0.65 + column * (width + 0.45)) / drawing.WIDTH,
+                (0.65 + column * (width + 0.45)) / style.WIDTH,
                 1 - (1.66 + 1.9 * row) / whole,
-                width / drawing.WIDTH,
+                width / style.WIDTH,
                 1.38 / whole,
             )
         )
-        axes.set_title(drawing.word(site), pad=4)
-        drawing.cells(axes, grid, top)
-        drawing.layer_ticks(axes, grid)
+        axes.set_title(style.word(site), pad=4)
+        style.cells(axes, grid, top)
+        style.layer_ticks(axes, grid)
         axes.set_xlabel("source layer" if place + columns >= len(grids) else "", labelpad=2)
         axes.set_ylabel("target layer" if column == 0 else "")
     ticks = np.linspace(0, 100 * top, 5)
-    drawing.colour_scale(figure, "share of the target layer's mass, %", ticks)
+    style.colour_scale(figure, "share of the target layer's mass, %", ticks)
     return True
 
 
@@ -206,19 +206,19 @@ def _neurons(figure: Figure, report: Report) -> bool:
     name, site = next(found, ("", None))
     if site is None:
         return False
-    plan = np.nan_to_num(drawing.values(site.layer_plan[0]))
+    plan = np.nan_to_num(style.values(site.layer_plan[0]))
     # roots, because a plan that is sharp has little but zeros beside its ridge
-    grid = np.sqrt(np.maximum(drawing.values(site.sorted_heat), 0))
-    figure.set_size_inches(drawing.WIDTH, 5.0)
+    grid = np.sqrt(np.maximum(style.values(site.sorted_heat), 0))
+    figure.set_size_inches(style.WIDTH, 5.0)
     axes = figure.add_axes((0.09, 0.22, 0.88, 0.72))
-    axes.set_title(f"{drawing.word(name)}: target layer 0, source layer {plan.argmax()}")
-    drawing.cells(axes, grid, float(np.nanmax(grid, initial=0)))
+    axes.set_title(f"{style.word(name)}: target layer 0, source layer {plan.argmax()}")
+    style.cells(axes, grid, float(np.nanmax(grid, initial=0)))
     axes.grid(visible=False)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel("source neurons, sorted, in bins")
     axes.set_ylabel("target neurons, in bins")
-    drawing.colour_scale(
+    style.colour_scale(
         figure,
         "mass of a bin, % of the largest (square root scale)",
         100 * np.linspace(0, 1, 5) ** 2,
@@ -234,48 +234,48 @@ def _mass(figure: Figure, report: Report) -> bool:
     curves = {
         site: one.mass_curve
         for site, one in report.sites.items()
-        if one.mass_curve and np.isfinite(drawing.values(one.mass_curve.share)).any()
+        if one.mass_curve and np.isfinite(style.values(one.mass_curve.share)).any()
     }
     if not curves:
         return False
-    axes = drawing.panel(figure, 2.6, names=len(curves))
+    axes = style.panel(figure, 2.6, names=len(curves))
     for place, (site, one) in enumerate(curves.items()):
-        share = np.ma.masked_invalid(100 * drawing.values(one.share))
-        look = drawing.look(place)
-        axes.plot(one.k, share.mean(0), **look, label=drawing.word(site))
+        share = np.ma.masked_invalid(100 * style.values(one.share))
+        look = style.look(place)
+        axes.plot(one.k, share.mean(0), **look, label=style.word(site))
         axes.fill_between(
             one.k, share.min(0), share.max(0), color=look["color"], alpha=0.15, linewidth=0
         )
     axes.set_xscale("log")
-    drawing.logarithmic(axes.xaxis)
+    style.logarithmic(axes.xaxis)
     axes.set_ylim(0, 102)
     axes.set_xlabel("k, number of the plan's largest entries")
     axes.set_ylabel("mass in them, % of the plan")
-    drawing.legend(figure, axes)
+    style.legend(figure, axes)
     return True
 
 
 def _r2(figure: Figure, report: Report) -> bool:
     """What the plans predict of activations they have not seen, and what permuted plans do."""
     found = {
-        site: [np.maximum(drawing.values(row), _LOWEST_R2) for row in (one.r2, one.r2_permuted)]
+        site: [np.maximum(style.values(row), _LOWEST_R2) for row in (one.r2, one.r2_permuted)]
         for site, one in report.sites.items()
     }
     found = {site: rows for site, rows in found.items() if np.isfinite(rows[0]).any()}
     if not found:
         return False
-    axes = drawing.panel(figure, 2.6, names=len(found) + 1)
-    axes.axhline(0, color=drawing.INK, linewidth=1)
+    axes = style.panel(figure, 2.6, names=len(found) + 1)
+    axes.axhline(0, color=style.INK, linewidth=1)
     for place, (site, (r2, permuted)) in enumerate(found.items()):
-        look = drawing.look(place, points=len(r2))
-        axes.plot(r2, **look, label=drawing.word(site))
+        look = style.look(place, points=len(r2))
+        axes.plot(r2, **look, label=style.word(site))
         dotted: dict[str, Any] = {**look, "linestyle": ":"}
         axes.plot(permuted, **dotted, linewidth=1.1, fillstyle="none")
-    axes.plot([], [], ":", color=drawing.INK, label="permuted plan")
-    drawing.layer_axis(axes)
+    axes.plot([], [], ":", color=style.INK, label="permuted plan")
+    style.layer_axis(axes)
     axes.set_ylim(None, 1.05)
     axes.set_ylabel("held-out R², no unit")
-    drawing.legend(figure, axes)
+    style.legend(figure, axes)
     return True
 
 
@@ -283,16 +283,16 @@ def _norms(figure: Figure, report: Report) -> bool:
     """Norms of what was carried and of the change, relative to the weight, for each layer."""
     if all(one.is_by_token for one in report.weights.values()):
         return False
-    below = drawing.panel(figure, 4.0, names=len(report.weights), left=1.05)
+    below = style.panel(figure, 4.0, names=len(report.weights), left=1.05)
     box = below.get_position()
     below.set_position((box.x0, box.y0, box.width, 0.46 * box.height))
     above = figure.add_axes((box.x0, box.y0 + 0.54 * box.height, box.width, 0.46 * box.height))
     panels = above, below
     for place, (name, one) in enumerate(report.weights.items()):
         for axes, values in zip(panels, (one.ratio_transported, one.ratio_change), strict=True):
-            ratio = drawing.values(values)
+            ratio = style.values(values)
             ratio = np.where(ratio > _LEAST_RATIO, ratio, np.nan)  # 0 has no place on the axis
-            look, label = drawing.look(place, points=len(ratio)), drawing.word(name)
+            look, label = style.look(place, points=len(ratio)), style.word(name)
             if not one.is_by_token:
                 axes.plot(ratio, **look, label=label)
             elif np.isfinite(ratio).any():
@@ -302,15 +302,15 @@ def _norms(figure: Figure, report: Report) -> bool:
     for axes, what in zip(panels, ("carried / weight", "change / weight"), strict=True):
         if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
             axes.set_yscale("log")
-            drawing.logarithmic(axes.yaxis)
+            style.logarithmic(axes.yaxis)
         else:
             axes.set_yticks([])
             axes.text(0.5, 0.5, "nothing above 0", ha="center", transform=axes.transAxes)
         axes.set_ylabel(f"{what},\nratio of norms")
-        drawing.layer_axis(axes)
+        style.layer_axis(axes)
     above.set_xlabel("")
     above.tick_params(labelbottom=False)
-    drawing.legend(figure, above)
+    style.legend(figure, above)
     return True
 
 
@@ -329,14 +329,14 @@ def _learning(figure: Figure, report: Report, *, objective: str | None = None) -
     curves = {name: points for name, points in curves.items() if len(points)}
     if not curves:
         return False
-    axes = drawing.panel(figure, 2.6, names=len(curves), columns=4)
+    axes = style.panel(figure, 2.6, names=len(curves), columns=4)
     for place, (name, points) in enumerate(curves.items()):
         width = 2.2 if name == "merge" else 1.2
-        axes.plot(*points.T, **drawing.look(place, points=len(points)), linewidth=width,
-                  label=drawing.word(name))  # fmt: skip
+        axes.plot(*points.T, **style.look(place, points=len(points)), linewidth=width,
+                  label=style.word(name))  # fmt: skip
     axes.set_xlabel("steps")
     axes.set_ylabel("dev loss, nats per token")
-    drawing.legend(figure, axes, columns=4)
+    style.legend(figure, axes, columns=4)
     return True
 
 
