@@ -2,7 +2,7 @@
 
 Each function breaks one thing that a merge is made from and leaves everything else as it is: mask,
 units, strengths that are tried. The control `unigram` breaks nothing and lives in
-`ot_merge_jax.evaluate.unigram`.
+`ot_merge_jax.evaluation.token_bias`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ot_merge_jax import assets, pipeline
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports.numbers import number

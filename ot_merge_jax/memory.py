@@ -22,7 +22,7 @@ import psutil
 
 from ot_merge_jax.data.calibration import Calibration
 from ot_merge_jax.errors import RecipeError, ResourceError
-from ot_merge_jax.evaluate import divergence, nll, unigram
+from ot_merge_jax.evaluation import kl, nll, token_bias
 from ot_merge_jax.merging import diagnostics, weight_transport
 from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.config import ModelConfig
@@ -257,7 +257,7 @@ def needed(
         beside = 2 * moved + held["target"] + stranger
         stages["run the controls"] = max(stages.values()) + beside
     if "unigram" in controls:
-        fitted = unigram.peak_bytes(
+        fitted = token_bias.peak_bytes(
             target, tokens=data.target_tokens, predictions=budget.predictions
         )
         stages["fit the unigram control"] = models + fitted + held["target"] + moved
@@ -266,7 +266,7 @@ def needed(
     scores = nll.peak_bytes(target, scored, logits_at_once=logits)
     stages["choose the strength"] = models + 2 * moved + scores
     if controls:  # how far the merge has moved
-        scores = max(scores, divergence.peak_bytes((target, target), scored, logits_at_once=logits))
+        scores = max(scores, kl.peak_bytes((target, target), scored, logits_at_once=logits))
     stages["score the target"] = merged + scores
     stages["score the source"] = merged + nll.peak_bytes(
         source, scored,

@@ -22,8 +22,8 @@ from ot_merge_jax import controls, memory, planning, preflight, run_controls, st
 from ot_merge_jax.data import batching, calibration, tokenizers
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.errors import StrictError
-from ot_merge_jax.evaluate import nll, samples, saved_scores
-from ot_merge_jax.evaluate.divergence import divergence
+from ot_merge_jax.evaluation import nll, samples, saved_scores
+from ot_merge_jax.evaluation.kl import divergence
 from ot_merge_jax.io import arrays, atomic, details, hf, lazy, provenance, safetensors, stages
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.merging.merge import Stage, gather_rows, merge

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ot_merge_jax import preflight, staged, trials
 from ot_merge_jax.data.chat import Document
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import stages
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.types import AlignedBatches, Merged

@@ -11,7 +11,7 @@ import jax
 
 from ot_merge_jax import progress
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import arrays
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.merging.merge import Stage

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ot_merge_jax import controls, sweep
-from ot_merge_jax.evaluate import nll, saved_scores, unigram
+from ot_merge_jax.evaluation import nll, saved_scores, token_bias
 from ot_merge_jax.io import arrays
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.merging.merge import Stage, given, merge
@@ -269,7 +269,7 @@ def _biased(
     def compute() -> Biased:
         cfg, model, budget = context.models.target.cfg, params(), context.budget
         assert split.dev is not None
-        fitted = unigram.fitted(
+        fitted = token_bias.fitted(
             model, split.train(), split.dev,
             cfg=cfg, predictions=budget.predictions, logits_at_once=budget.logits,
         )  # fmt: skip

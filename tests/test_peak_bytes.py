@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ot_merge_jax.evaluate import divergence, nll, unigram
+from ot_merge_jax.evaluation import kl, nll, token_bias
 from ot_merge_jax.merging import diagnostics, projections
 from ot_merge_jax.models import decoder, gather, offload, specs
 from ot_merge_jax.models.config import ModelConfig, Rope
@@ -86,10 +86,10 @@ def test_score_and_divergence(at_once):
     took = counted(nll._sequence_nll, params, *arguments, None, cfg=LARGE, logits_at_once=at_once)
     check(nll.peak_bytes(LARGE, [63], logits_at_once=at_once), took)
     took = counted(
-        divergence._sequences, (params, params), *arguments,
+        kl._sequences, (params, params), *arguments,
         cfgs=(LARGE, LARGE), logits_at_once=at_once,
     )  # fmt: skip
-    check(divergence.peak_bytes((LARGE, LARGE), [63], logits_at_once=at_once), took)
+    check(kl.peak_bytes((LARGE, LARGE), [63], logits_at_once=at_once), took)
 
 
 def test_layers_count_where_the_vocabulary_is_small():
@@ -100,20 +100,20 @@ def test_layers_count_where_the_vocabulary_is_small():
     took = counted(nll._sequence_nll, params, *arguments, None, cfg=cfg, logits_at_once=at_once)
     check(nll.peak_bytes(cfg, [600]), took)
     took = counted(
-        divergence._sequences, (params, params), *arguments,
+        kl._sequences, (params, params), *arguments,
         cfgs=(cfg, cfg), logits_at_once=at_once,
     )  # fmt: skip
-    check(divergence.peak_bytes((cfg, cfg), [600]), took)
+    check(kl.peak_bytes((cfg, cfg), [600]), took)
 
 
 def test_unigram():
     positions, width = 500, LARGE.hidden_size
     arguments = shape(positions, width), shape(LARGE.vocab_size)
-    took = counted(unigram._fit, specs.abstract(LARGE), *arguments, cfg=LARGE)
-    check(unigram.peak_bytes(LARGE, tokens=positions), took)
+    took = counted(token_bias._fit, specs.abstract(LARGE), *arguments, cfg=LARGE)
+    check(token_bias.peak_bytes(LARGE, tokens=positions), took)
     # an even part of the positions
-    fewer = unigram.peak_bytes(LARGE, tokens=positions, predictions=100 * LARGE.vocab_size)
-    assert fewer == unigram.peak_bytes(LARGE, tokens=100)
+    fewer = token_bias.peak_bytes(LARGE, tokens=positions, predictions=100 * LARGE.vocab_size)
+    assert fewer == token_bias.peak_bytes(LARGE, tokens=100)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_smaller_budgets_never_need_more():
         "gather": lambda b: gather.peak_bytes(cfg, batches, is_resident=False, hidden_at_once=b),
         "score": lambda b: nll.peak_bytes(cfg, [63] * 99, logits_at_once=b),
         "stream": lambda b: nll.peak_bytes(cfg, [63] * 99, is_resident=False, hidden_at_once=b),
-        "divergence": lambda b: divergence.peak_bytes((cfg, cfg), [63] * 99, logits_at_once=b),
+        "divergence": lambda b: kl.peak_bytes((cfg, cfg), [63] * 99, logits_at_once=b),
         "pairs": lambda b: coupling.peak_bytes(problems, rows=64, source_layers=8, pairs_at_once=b),
         "rows": lambda b: coupling.peak_bytes(problems, rows=64, source_layers=8, rows_at_once=b),
         "plan": lambda b: coupling.plan_bytes(600, 800, rows=64, plan_at_once=b),

@@ -15,7 +15,7 @@ from ot_merge_jax import errors, memory, pipeline, planning, preflight
 from ot_merge_jax.data import calibration
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.distributed import sharding
-from ot_merge_jax.evaluate.compare import Difference
+from ot_merge_jax.evaluation.statistics import Difference
 from ot_merge_jax.io import details, hf, provenance
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.report import arms, verdict

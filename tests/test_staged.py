@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ot_merge_jax import errors, pipeline, preflight, sweep
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import arrays, details, hf, stages
 from ot_merge_jax.merging import merge
 from ot_merge_jax.models import gather

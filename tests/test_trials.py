@@ -10,7 +10,7 @@ from published import assert_nothing_is_lost, report_of
 
 from ot_merge_jax import pipeline
 from ot_merge_jax.data import tokenizers
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import hf
 from ot_merge_jax.models import decoder
 from ot_merge_jax.recipes import loading

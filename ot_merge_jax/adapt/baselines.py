@@ -25,7 +25,7 @@ from ot_merge_jax.adapt.loop import Course
 from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.errors import DivergedError
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import arrays, hf, stages
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.recipes import loading

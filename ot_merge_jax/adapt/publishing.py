@@ -10,7 +10,7 @@ from typing import Any
 from ot_merge_jax.adapt import start
 from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.errors import InputError, VersionError
-from ot_merge_jax.evaluate.compare import Difference
+from ot_merge_jax.evaluation.statistics import Difference
 from ot_merge_jax.io import arrays, details, provenance
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.reports import html, model_card, schema

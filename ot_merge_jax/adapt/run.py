@@ -27,7 +27,7 @@ from ot_merge_jax.adapt.loop import Course
 from ot_merge_jax.adapt.start import Parts
 from ot_merge_jax.adapt.training import Constants, Problem
 from ot_merge_jax.errors import RecipeError, ResourceError
-from ot_merge_jax.evaluate import compare, nll
+from ot_merge_jax.evaluation import nll, statistics
 from ot_merge_jax.io import arrays, atomic, details, hf, provenance, stages
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.reports import schema
@@ -378,7 +378,7 @@ def _report(found: Inputs, course: Course, before: Written, after: Written) -> R
     change = None
     if "after" in scores:
         changes = {
-            name: compare.paired_bootstrap(scores["after"], scores[name], seed=settings.seed)
+            name: statistics.paired_bootstrap(scores["after"], scores[name], seed=settings.seed)
             for name in ("before", "target")
             if name in scores
         }

@@ -63,7 +63,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score models on texts, questions and tasks, with intervals for their differences."""
-    from ot_merge_jax import evaluation
+    from ot_merge_jax.evaluation import evaluate as evaluation
     from ot_merge_jax.recipes import loading
     from ot_merge_jax.reports import eval_tables
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ot_merge_jax import controls
-from ot_merge_jax.evaluate.compare import paired_bootstrap
-from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.evaluation.nll import Scores
+from ot_merge_jax.evaluation.statistics import paired_bootstrap
 from ot_merge_jax.io.arrays import plain
 from ot_merge_jax.recipes.recipe import CONTROLS
 from ot_merge_jax.report.verdict import Compared, Verdict, judge

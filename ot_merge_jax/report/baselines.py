@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.evaluation.nll import Scores
 from ot_merge_jax.report.arms import against
 from ot_merge_jax.report.verdict import Compared, of_training
 from ot_merge_jax.reports import schema

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax.evaluate.compare import FEWEST, Difference
+from ot_merge_jax.evaluation.statistics import FEWEST, Difference
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.merging.diagnostics import NOTHING, is_nothing_transferred
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec

@@ -10,7 +10,7 @@ from ot_merge_jax.data import chat as chat_module
 from ot_merge_jax.data.chat import Chat, Turn, render
 from ot_merge_jax.data.documents import read_documents
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 
 #: Writes its own BOS and trims, as Llama 3 does; names the roles, one of which is also said.
 TRIMMING = (

@@ -7,7 +7,7 @@ import pytest
 
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.io.lazy import open_stored
 from ot_merge_jax.merging import merge

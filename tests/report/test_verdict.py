@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ot_merge_jax import controls
-from ot_merge_jax.evaluate.compare import Difference
-from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.evaluation.nll import Scores
+from ot_merge_jax.evaluation.statistics import Difference
 from ot_merge_jax.recipes.recipe import CONTROLS
 from ot_merge_jax.report import arms
 from ot_merge_jax.report.verdict import Compared, judge, of_merge, of_training

@@ -8,7 +8,7 @@ import pytest
 
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError, NonFiniteError
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.types import Batch

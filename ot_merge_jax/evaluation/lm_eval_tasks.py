@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.evaluate import compare, harness
+from ot_merge_jax.evaluation import lm_eval_model, statistics
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
@@ -65,7 +65,7 @@ def load(
     folder = None if include_path is None else Path(include_path).expanduser()
     if folder is not None and not folder.is_dir():
         raise InputError(f"There is no folder {folder}; give --include-path a folder of tasks.")
-    lm_eval = harness.imported()
+    lm_eval = lm_eval_model.imported()
     import datasets  # noqa: PLC0415, lm-eval brings it
     from datasets import config as settings  # noqa: PLC0415
 
@@ -179,8 +179,8 @@ def run(
     Raises:
         InputError: if a task asks for what is not done here, or the template is missing.
     """
-    evaluator = harness.imported().evaluator
-    model = harness.model_class()(harness.Model(params, cfg, tokenizer, stop))
+    evaluator = lm_eval_model.imported().evaluator
+    model = lm_eval_model.model_class()(lm_eval_model.Model(params, cfg, tokenizer, stop))
     found = evaluator.evaluate(
         lm=model,
         task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
@@ -257,11 +257,11 @@ def facts(
             "models": {name: one.metrics for name, one in models.items()},
             "pairs": [
                 {"a": a, "b": b, "metric": metric}
-                | compare.outcomes(parts[a][metric], parts[b][metric], seed=seed)
-                for a, b in compare.name_pairs(parts)
+                | statistics.outcomes(parts[a][metric], parts[b][metric], seed=seed)
+                for a, b in statistics.name_pairs(parts)
                 for metric in parts[a]
                 if metric in parts[b]
             ],
         }
-    pairs = compare.adjusted({task: one["pairs"] for task, one in found.items()})
+    pairs = statistics.adjusted({task: one["pairs"] for task, one in found.items()})
     return {task: one | {"pairs": pairs[task]} for task, one in found.items()}

@@ -9,7 +9,7 @@ import yaml
 
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.evaluate import harness, tasks
+from ot_merge_jax.evaluation import lm_eval_model, lm_eval_tasks
 from ot_merge_jax.io.folder import open_folder, stop_ids
 from ot_merge_jax.io.hf import load_hf
 
@@ -78,12 +78,12 @@ def folder(tmp_path_factory, texts):
 def read(checkpoint):
     cfg, params = load_hf(checkpoint, dtype="float32")
     tokenizer = tokenizers.load_tokenizer(checkpoint)
-    return harness.Model(params, cfg, tokenizer, stop_ids(open_folder(checkpoint)))
+    return lm_eval_model.Model(params, cfg, tokenizer, stop_ids(open_folder(checkpoint)))
 
 
 def ours(checkpoint):
     """Our class for lm-eval."""
-    return harness.model_class()(read(checkpoint))
+    return lm_eval_model.model_class()(read(checkpoint))
 
 
 def theirs(checkpoint):
@@ -105,7 +105,11 @@ def run(model, folder, names, **settings):
 
     return evaluate(
         lm=model,
-        task_dict={"tasks": tasks.load(names, include_path=folder), "groups": {}, "group_map": {}},
+        task_dict={
+            "tasks": lm_eval_tasks.load(names, include_path=folder),
+            "groups": {},
+            "group_map": {},
+        },
         bootstrap_iters=0,
         **settings,
     )
@@ -230,7 +234,7 @@ def test_system_message_that_a_template_refuses_is_left_out(model):
 def test_the_class_is_registered():
     from lm_eval.api.registry import get_model
 
-    assert get_model("ot-merge-jax") is harness.model_class()
+    assert get_model("ot-merge-jax") is lm_eval_model.model_class()
 
 
 # ---- tasks that cannot be used ----
@@ -241,43 +245,43 @@ def test_choices_without_a_right_answer(answer, tmp_path):
     good = {"question": "a", "choices": ["b", "c"], "answer": "b"}
     write_choices(tmp_path, [good, good | {"answer": None if answer is None else str(answer)}])
     with pytest.raises(InputError, match="Document 2 of the task choices has no right answer"):
-        tasks.load(["choices"], include_path=tmp_path)
+        lm_eval_tasks.load(["choices"], include_path=tmp_path)
 
 
 def test_answers_without_a_right_answer(tmp_path):
     write_answers(tmp_path, [{"question": "a", "answer": "b"}, {"question": "a", "answer": ""}])
     with pytest.raises(InputError, match="Document 2 of the task answers has no right answer"):
-        tasks.load(["answers"], include_path=tmp_path)
-    assert set(tasks.load(["answers"], include_path=tmp_path, limit=1)) == {"answers"}
+        lm_eval_tasks.load(["answers"], include_path=tmp_path)
+    assert set(lm_eval_tasks.load(["answers"], include_path=tmp_path, limit=1)) == {"answers"}
 
 
 def test_answer_of_a_missing_field(tmp_path):
     write_choices(tmp_path, [{"question": "a", "choices": ["b", "c"]}])
     with pytest.raises(InputError, match="task choices"):
-        tasks.load(["choices"], include_path=tmp_path)
+        lm_eval_tasks.load(["choices"], include_path=tmp_path)
 
 
 def test_unknown_task_names_a_near_one(folder):
     with pytest.raises(RecipeError, match="did you mean 'rolling'"):
-        tasks.load(["rollin"], include_path=folder)
+        lm_eval_tasks.load(["rollin"], include_path=folder)
     with pytest.raises(RecipeError, match="answers, choices, rolling"):
-        tasks.load(["rolling", "zzz"], include_path=folder)
+        lm_eval_tasks.load(["rolling", "zzz"], include_path=folder)
 
 
 def test_tasks_by_pattern(folder):
-    assert set(tasks.load(["*o*"], include_path=folder)) == {"choices", "rolling"}
+    assert set(lm_eval_tasks.load(["*o*"], include_path=folder)) == {"choices", "rolling"}
 
 
 def test_no_folder_of_tasks(tmp_path):
     with pytest.raises(InputError, match="no folder"):
-        tasks.load(["choices"], include_path=tmp_path / "nowhere")
+        lm_eval_tasks.load(["choices"], include_path=tmp_path / "nowhere")
 
 
 def test_task_that_cannot_be_loaded(tmp_path):
     write_choices(tmp_path, [], name="bad")
     (tmp_path / "bad.jsonl").unlink()
     with pytest.raises(InputError, match="bad cannot be loaded"):
-        tasks.load(["bad"], include_path=tmp_path)
+        lm_eval_tasks.load(["bad"], include_path=tmp_path)
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
@@ -285,7 +289,7 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
     for name in [one for one in sys.modules if one.startswith("lm_eval.")]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(InputError, match=r"ot_merge_jax\[eval\]"):
-        tasks.load(["arc_easy"])
+        lm_eval_tasks.load(["arc_easy"])
 
 
 # ---- differences ----
@@ -296,12 +300,14 @@ def outcome(**documents):
         name: (np.asarray(values, float), np.ones(len(values)))
         for name, values in documents.items()
     }
-    return tasks.Outcome({name: s.sum() / n.sum() for name, (s, n) in arrays.items()}, arrays, 20)
+    return lm_eval_tasks.Outcome(
+        {name: s.sum() / n.sum() for name, (s, n) in arrays.items()}, arrays, 20
+    )
 
 
 def test_facts_compare_and_adjust_over_tasks():
     right, wrong = [1] * 18 + [0] * 2, [1] * 9 + [0] * 11
-    found = tasks.facts(
+    found = lm_eval_tasks.facts(
         {
             "one": {"a": outcome(acc=right), "b": outcome(acc=wrong)},
             "two": {"a": outcome(acc=right), "b": outcome(acc=right)},
@@ -319,9 +325,9 @@ def test_facts_compare_and_adjust_over_tasks():
 
 def test_outcomes_are_those_lm_eval_reports(model, folder):
     """And their documents add up to them."""
-    named = tasks.load(["rolling", "choices"], include_path=folder)
+    named = lm_eval_tasks.load(["rolling", "choices"], include_path=folder)
     params, cfg, tokenizer, stop = model.model
-    found = tasks.run(params, cfg, tokenizer, named, stop=stop, limit=3)
+    found = lm_eval_tasks.run(params, cfg, tokenizer, named, stop=stop, limit=3)
     reference = run(model, folder, ["rolling", "choices"], limit=3)["results"]
     for name, metric in (("rolling", "bits_per_byte"), ("choices", "acc"), ("choices", "acc_norm")):
         sums, sizes = found[name].documents[metric]

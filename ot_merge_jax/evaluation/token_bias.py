@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.models import decoder
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import BUDGET, Batch, Params

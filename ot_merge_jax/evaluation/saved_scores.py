@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ot_merge_jax.evaluate import nll
+from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import arrays
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ot_merge_jax.evaluate import compare
-from ot_merge_jax.evaluate.compare import Difference, paired_bootstrap
-from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.evaluation import statistics
+from ot_merge_jax.evaluation.nll import Scores
+from ot_merge_jax.evaluation.statistics import Difference, paired_bootstrap
 
 
 def scores(nll, tokens=None, sizes=None):
@@ -138,7 +138,7 @@ def studies(rng, *, effect, documents=200, count=2000):
 def test_coverage_of_ratios(rng):
     """2000 studies of 200 documents of different lengths: 95 % of the intervals hold the truth."""
     nats, tokens, truth = studies(rng, effect=-0.1)
-    found = compare.interval(nats, tokens, draws=5000)
+    found = statistics.interval(nats, tokens, draws=5000)
     hits = np.mean((found.low <= truth) & (truth <= found.high))
     assert 0.93 <= hits <= 0.97
 
@@ -146,15 +146,15 @@ def test_coverage_of_ratios(rng):
 def test_coverage_of_accuracies(rng):
     """The same of right and wrong answers to 200 questions."""
     right = (rng.random((2000, 200)) < 0.7).astype(float)
-    found = compare.interval(right, np.ones_like(right), draws=2000)
+    found = statistics.interval(right, np.ones_like(right), draws=2000)
     assert 0.93 <= np.mean((found.low <= 0.7) & (found.high >= 0.7)) <= 0.97
 
 
 def test_many_studies_are_each_as_if_alone(rng):
     nats, tokens, _ = studies(rng, effect=0, documents=7, count=3)
-    together = compare.interval(nats, tokens, draws=600, seed=3)
+    together = statistics.interval(nats, tokens, draws=600, seed=3)
     for index in range(3):
-        alone = compare.interval(nats[index], tokens[index], draws=600, seed=3)
+        alone = statistics.interval(nats[index], tokens[index], draws=600, seed=3)
         np.testing.assert_allclose([one[index] for one in together], alone, rtol=1e-12)
 
 
@@ -200,8 +200,8 @@ def test_bootstrap_p_agrees_with_the_interval(rng):
     decided = []
     for effect in (0.0, 0.01, 0.02, 0.03, -0.1):
         nats, tokens, _ = studies(rng, effect=effect - studies(rng, effect=0, count=1)[2], count=1)
-        p = compare.p_value(nats[0], tokens[0])
-        found = compare.interval(nats[0], tokens[0])
+        p = statistics.p_value(nats[0], tokens[0])
+        found = statistics.interval(nats[0], tokens[0])
         excludes = bool(found.low > 0 or found.high < 0)
         decided.append(excludes)
         if abs(p - 0.05) > 0.002:
@@ -211,25 +211,25 @@ def test_bootstrap_p_agrees_with_the_interval(rng):
 
 def test_bootstrap_p_is_uniform_where_nothing_differs(rng):
     nats = rng.normal(0, 1, (400, 60))
-    found = np.array([compare.p_value(one, np.ones(60), draws=400) for one in nats])
+    found = np.array([statistics.p_value(one, np.ones(60), draws=400) for one in nats])
     assert 0.02 < (found < 0.05).mean() < 0.09
     assert 0.4 < (found < 0.5).mean() < 0.6
 
 
 def test_bootstrap_p_is_never_0_and_at_most_1():
-    assert compare.p_value(np.ones(9), np.ones(9), draws=99) == 0.02
-    assert compare.p_value(np.zeros(9), np.ones(9), draws=99) == 1
+    assert statistics.p_value(np.ones(9), np.ones(9), draws=99) == 0.02
+    assert statistics.p_value(np.zeros(9), np.ones(9), draws=99) == 1
 
 
 @pytest.mark.parametrize(("documents", "least"), [(1, 1), (2, 0.5), (5, 0.0625)])
 def test_few_documents_cannot_show_much(documents, least):
     """However clear each of them is."""
-    assert compare.p_value(np.ones(documents), np.ones(documents)) == least
+    assert statistics.p_value(np.ones(documents), np.ones(documents)) == least
 
 
 def test_no_document_raises():
     with pytest.raises(ValueError, match="no document"):
-        compare.interval(np.ones(0), np.ones(0))
+        statistics.interval(np.ones(0), np.ones(0))
 
 
 # ---- McNemar ----
@@ -243,7 +243,7 @@ def answers(both, only_a, only_b, neither):
 
 def test_mcnemar_by_hand():
     """1 against 8 of 9: 2 (1 + 9) / 2^9."""
-    found = compare.mcnemar(*answers(20, 1, 8, 3))
+    found = statistics.mcnemar(*answers(20, 1, 8, 3))
     assert found == (1, 8, pytest.approx(20 / 512, rel=1e-12))
 
 
@@ -251,25 +251,25 @@ def test_mcnemar_by_hand():
     ("only_a", "only_b"), [(0, 1), (3, 3), (5, 0), (4, 12), (70, 41), (900, 1000)]
 )
 def test_mcnemar_is_scipys_binomial_test(only_a, only_b):
-    found = compare.mcnemar(*answers(7, only_a, only_b, 11))
+    found = statistics.mcnemar(*answers(7, only_a, only_b, 11))
     assert (found.only_a, found.only_b) == (only_a, only_b)
     theirs = scipy.stats.binomtest(only_a, only_a + only_b).pvalue
     assert found.p == pytest.approx(theirs, rel=1e-9)
-    assert compare.mcnemar(*answers(7, only_b, only_a, 11)).p == found.p
+    assert statistics.mcnemar(*answers(7, only_b, only_a, 11)).p == found.p
 
 
 def test_models_that_never_disagree():
-    assert compare.mcnemar(*answers(4, 0, 0, 4)) == (0, 0, 1)
+    assert statistics.mcnemar(*answers(4, 0, 0, 4)) == (0, 0, 1)
 
 
 def test_other_questions_raise():
     with pytest.raises(ValueError, match="same questions"):
-        compare.mcnemar([True], [True, False])
+        statistics.mcnemar([True], [True, False])
 
 
 def test_outcomes_of_right_and_wrong_are_tested_by_mcnemar():
     a, b = (np.array(one, float) for one in answers(10, 9, 1, 10))
-    found = compare.outcomes((a, np.ones(30)), (b, np.ones(30)))
+    found = statistics.outcomes((a, np.ones(30)), (b, np.ones(30)))
     assert found["difference"] == pytest.approx(8 / 30)
     assert found["low"] < found["difference"] < found["high"]
     assert (found["only_a"], found["only_b"]) == (9, 1)
@@ -278,7 +278,7 @@ def test_outcomes_of_right_and_wrong_are_tested_by_mcnemar():
 
 def test_outcomes_of_scores_are_tested_by_the_bootstrap(rng):
     a = rng.random(30)
-    found = compare.outcomes((a + 0.01, np.ones(30)), (a, np.ones(30)))
+    found = statistics.outcomes((a + 0.01, np.ones(30)), (a, np.ones(30)))
     assert set(found) == {"difference", "low", "high", "p"}
     assert found["difference"] == pytest.approx(0.01)
     assert found["p"] < 0.001
@@ -286,7 +286,7 @@ def test_outcomes_of_scores_are_tested_by_the_bootstrap(rng):
 
 def test_outcomes_of_other_documents_raise():
     with pytest.raises(ValueError, match="same documents"):
-        compare.outcomes((np.ones(2), np.ones(2)), (np.ones(2), np.array([1.0, 2.0])))
+        statistics.outcomes((np.ones(2), np.ones(2)), (np.ones(2), np.array([1.0, 2.0])))
 
 
 # ---- Holm ----
@@ -294,20 +294,20 @@ def test_outcomes_of_other_documents_raise():
 
 def test_holm_of_the_textbook():
     """The worked example of Wikipedia's article: at 5 % the first and the last are rejected."""
-    found = compare.holm([0.01, 0.04, 0.03, 0.005])
+    found = statistics.holm([0.01, 0.04, 0.03, 0.005])
     np.testing.assert_allclose(found, [0.03, 0.06, 0.06, 0.02], rtol=1e-12)
 
 
 def test_holm_never_exceeds_1_and_leaves_one_test_alone():
-    assert compare.holm([0.6, 0.7]) == [1, 1]
-    assert compare.holm([0.04]) == [0.04]
-    assert compare.holm([]) == []
+    assert statistics.holm([0.6, 0.7]) == [1, 1]
+    assert statistics.holm([0.04]) == [0.04]
+    assert statistics.holm([]) == []
 
 
 def test_holm_keeps_false_alarms_rare(rng):
     """Five tasks without a difference: one of them below 0.05 in at most 5 % of the studies."""
     p = rng.random((4000, 5))
-    alarms = np.mean([min(compare.holm(one)) < 0.05 for one in p])
+    alarms = np.mean([min(statistics.holm(one)) < 0.05 for one in p])
     assert 0.035 < alarms < 0.06
     assert (p.min(1) < 0.05).mean() > 0.2
 
@@ -317,7 +317,7 @@ def test_pairs_are_adjusted_over_tasks_and_not_over_pairs():
         "one": [{"a": "x", "b": "y", "p": 0.01}, {"a": "x", "b": "z", "p": 0.3}],
         "two": [{"a": "x", "b": "y", "p": 0.04}],
     }
-    found = compare.adjusted(tasks)
+    found = statistics.adjusted(tasks)
     assert [one["p_holm"] for one in found["one"]] == [0.02, 0.3]
     assert [one["p_holm"] for one in found["two"]] == [0.04]
     assert "p_holm" not in tasks["one"][0]

@@ -18,7 +18,7 @@ from ot_merge_jax.data import sources
 from ot_merge_jax.data import tokenizers as tokenizers_module
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.evaluate import choices, compare, divergence, nll, samples, tasks
+from ot_merge_jax.evaluation import kl, lm_eval_tasks, multiple_choice, nll, samples, statistics
 from ot_merge_jax.io import hf
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.models.model import Model
@@ -57,7 +57,7 @@ class _Read(NamedTuple):
     """What is asked, checked and in memory."""
 
     documents: list[Document]
-    questions: dict[str, list[choices.Question]]
+    questions: dict[str, list[multiple_choice.Question]]
     tasks: dict[str, Any]
     prompts: list[Document]
 
@@ -68,8 +68,8 @@ class _Said(NamedTuple):
     scores: nll.Scores | None
     divergence: dict[str, Any]
     continued: list[samples.Sample]
-    answers: dict[str, choices.Answers]
-    outcomes: dict[str, tasks.Outcome]
+    answers: dict[str, multiple_choice.Answers]
+    outcomes: dict[str, lm_eval_tasks.Outcome]
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
         metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
         or in bits per byte where the tokenizers differ. Models with the tokenizer of the base have
         ``kl_to_base``, nats per token, and ``kl_to_base_interval``, and ``base`` names it.
-        ``samples`` (`samples.facts`), ``choices`` (`choices.facts`) and ``tasks`` (`tasks.facts`)
+        ``samples`` (`samples.facts`), ``choices`` (`multiple_choice.facts`) and ``tasks`` (`lm_eval_tasks.facts`)
         if asked for; of a model without text the entry is empty.
 
     Raises:
@@ -116,10 +116,10 @@ def evaluate(
     def is_one(a: str, b: str) -> bool:
         return tokenizers_module.is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
 
-    if len(names) > 1 and 0 < len(read.documents) < compare.FEWEST:
+    if len(names) > 1 and 0 < len(read.documents) < statistics.FEWEST:
         _LOG.warning(
             "the text has %d of at least %d documents, so no interval of a difference says "
-            "anything: add documents, one a line", len(read.documents), compare.FEWEST,
+            "anything: add documents, one a line", len(read.documents), statistics.FEWEST,
         )  # fmt: skip
     first = names[0] if base is None else base
     near = {name for name in names if name != first and read.documents and is_one(first, name)}
@@ -152,12 +152,12 @@ def _read(ask: Ask, tokenizer: Any, *, offline: bool) -> _Read:
         source = sources.locate(ask.text.path, offline=offline)
         documents = documents_module.documents_of(ask.text, source)[: ask.limit]
     questions = {
-        file: choices.read(Path(file), encoding=ask.encoding, limit=ask.limit)
+        file: multiple_choice.read(Path(file), encoding=ask.encoding, limit=ask.limit)
         for file in dict.fromkeys(ask.questions)
     }
     named = {}
     if ask.tasks:
-        named = tasks.load(
+        named = lm_eval_tasks.load(
             ask.tasks, include_path=ask.include_path, limit=ask.limit, offline=offline
         )
     return _Read(
@@ -189,18 +189,18 @@ def _said(
             shorter = min(cfg.max_positions, base.cfg.max_positions)
             if shorter < cfg.max_positions:
                 cut = nll.windows(read.documents, tokenizer, max_positions=shorter)
-            nats = divergence.divergence(base, model, cut)
-            value, low, high = map(float, compare.interval(nats, cut.tokens, seed=seed))
+            nats = kl.divergence(base, model, cut)
+            value, low, high = map(float, statistics.interval(nats, cut.tokens, seed=seed))
             moved = {"kl_to_base": value, "kl_to_base_interval": [low, high]}
     answers = {
-        file: choices.answer(
+        file: multiple_choice.answer(
             params, cfg, tokenizer, questions, is_chat=ask.is_chat, what=f"questions of {file}"
         )
         for file, questions in read.questions.items()
     }
     outcomes = {}
     if read.tasks:
-        outcomes = tasks.run(
+        outcomes = lm_eval_tasks.run(
             params, cfg, tokenizer, read.tasks, stop=stop, limit=ask.limit, is_chat=ask.is_chat
         )
     return _Said(scores, moved, continued, answers, outcomes)
@@ -214,7 +214,7 @@ def _facts(said: Mapping[str, _Said], read: _Read, is_one: Any, *, seed: int) ->
             name: ({} if one.scores is None else one.scores.totals) | one.divergence
             for name, one in said.items()
         },
-        "pairs": compare.every_pair(scores, is_one, seed=seed),
+        "pairs": statistics.every_pair(scores, is_one, seed=seed),
     }
     if read.prompts:
         continued = {name: one.continued for name, one in said.items()}
@@ -223,10 +223,10 @@ def _facts(said: Mapping[str, _Said], read: _Read, is_one: Any, *, seed: int) ->
         answers = {
             file: {name: one.answers[file] for name, one in said.items()} for file in read.questions
         }
-        found["choices"] = choices.facts(read.questions, answers, seed=seed)
+        found["choices"] = multiple_choice.facts(read.questions, answers, seed=seed)
     if read.tasks:
         outcomes = {
             task: {name: one.outcomes[task] for name, one in said.items()} for task in read.tasks
         }
-        found["tasks"] = tasks.facts(outcomes, seed=seed)
+        found["tasks"] = lm_eval_tasks.facts(outcomes, seed=seed)
     return found

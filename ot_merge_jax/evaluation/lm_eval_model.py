@@ -19,7 +19,7 @@ import numpy as np
 from ot_merge_jax import progress
 from ot_merge_jax.data import batching, chat
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.evaluate import continuations, nll
+from ot_merge_jax.evaluation import loglikelihood, nll
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.generation import generate
 from ot_merge_jax.types import Params
@@ -149,10 +149,10 @@ class Answering:
     ) -> list[tuple[float, bool]]:
         """(log-probability, whether it is greedy) of each continuation behind its context."""
         cut = [
-            continuations.cut(before, after, max_positions=self.max_length)
+            loglikelihood.cut(before, after, max_positions=self.max_length)
             for _, before, after in requests
         ]
-        found = continuations.score(self.model.params, cut, cfg=self.model.cfg, what="requests")
+        found = loglikelihood.score(self.model.params, cut, cfg=self.model.cfg, what="requests")
         return list(zip(found.log.tolist(), found.is_greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ot_merge_jax.data import tokenizers
-from ot_merge_jax.evaluate import nll, unigram
+from ot_merge_jax.evaluation import nll, token_bias
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import decoder
 
@@ -21,7 +21,7 @@ def model(tiny_checkpoint, texts):
 
 
 def frequencies(cut, vocabulary):
-    """How often each token is to be predicted, as `unigram.fit` smooths it."""
+    """How often each token is to be predicted, as `token_bias.fit` smooths it."""
     counts = np.full(vocabulary, 0.5)
     for batch, scored in zip(cut.batches, cut.scored, strict=True):
         np.add.at(counts, np.asarray(batch.tokens)[:, 1:][scored > 0], 1)
@@ -41,17 +41,17 @@ def mean_prediction(model, bias):
 
 def test_the_mean_prediction_becomes_the_frequency(model):
     cfg, params, cut = model
-    bias = unigram.fit(params, cut, cfg=cfg)
+    bias = token_bias.fit(params, cut, cfg=cfg)
     wanted = frequencies(cut, cfg.vocab_size)
     assert np.abs(np.log(mean_prediction(model, 0.0) / wanted)).max() > 1
-    assert np.abs(np.log(mean_prediction(model, bias) / wanted)).max() < 3 * unigram._CLOSE
+    assert np.abs(np.log(mean_prediction(model, bias) / wanted)).max() < 3 * token_bias._CLOSE
 
 
 def test_part_of_the_positions_stands_for_all(model, monkeypatch):
     cfg, params, cut = model
-    whole = unigram.fit(params, cut, cfg=cfg)
+    whole = token_bias.fit(params, cut, cfg=cfg)
     third = int(cut.tokens.sum()) * cfg.vocab_size // 3
-    part = unigram.fit(params, cut, cfg=cfg, predictions=third)
+    part = token_bias.fit(params, cut, cfg=cfg, predictions=third)
     assert float(np.corrcoef(whole, part)[0, 1]) > 0.95
     assert np.abs(whole - part).max() > 0
 
@@ -72,8 +72,8 @@ def test_a_bias_is_added_to_the_logits(model):
 
 def test_the_share_is_chosen_on_the_dev_split(model):
     cfg, params, cut = model
-    bias = unigram.fit(params, cut, cfg=cfg)
-    found = unigram.chosen(params, bias, cut, cfg=cfg)
+    bias = token_bias.fit(params, cut, cfg=cfg)
+    found = token_bias.chosen(params, bias, cut, cfg=cfg)
     assert found.gamma == 1.0  # on the text it was fitted to
     np.testing.assert_array_equal(found.bias, bias)
-    assert unigram.chosen(params, 50 * bias[::-1], cut, cfg=cfg).gamma == 0.0
+    assert token_bias.chosen(params, 50 * bias[::-1], cut, cfg=cfg).gamma == 0.0

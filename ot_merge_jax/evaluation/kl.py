@@ -13,7 +13,7 @@ import numpy as np
 from ot_merge_jax import progress
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.evaluate.nll import Windows, largest_window, sequences_at_once
+from ot_merge_jax.evaluation.nll import Windows, largest_window, sequences_at_once
 from ot_merge_jax.models import decoder
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import AnyModel

@@ -9,7 +9,7 @@ import pytest
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.data.chat import Chat, Turn
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.evaluate import samples
+from ot_merge_jax.evaluation import samples
 from ot_merge_jax.io.folder import open_folder, stop_ids
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.generation import generate

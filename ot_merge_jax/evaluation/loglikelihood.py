@@ -18,7 +18,7 @@ from ot_merge_jax import progress
 from ot_merge_jax.data import batching
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.evaluate.nll import sequences_at_once
+from ot_merge_jax.evaluation.nll import sequences_at_once
 from ot_merge_jax.models import decoder
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import BUDGET, Batch, Params

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.evaluate import continuations
-from ot_merge_jax.evaluate.continuations import Request
+from ot_merge_jax.evaluation import loglikelihood
+from ot_merge_jax.evaluation.loglikelihood import Request
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.types import Batch
@@ -49,7 +49,7 @@ def test_definition(model, rng):
         second = int(logits_of(model, context + best)[-1].argmax())
         requests += [Request([*context, *best], 1), Request([*context, *best, second], 2)]
         requests.append(Request([*context, *best, (second + 1) % cfg.vocab_size], 2))
-    found = continuations.score(model[1], requests, cfg=cfg)
+    found = loglikelihood.score(model[1], requests, cfg=cfg)
     log, greedy = zip(*(by_hand(model, one) for one in requests), strict=True)
     np.testing.assert_allclose(found.log, log, rtol=1e-5)
     assert found.is_greedy.tolist() == [bool(one) for one in greedy]
@@ -58,8 +58,8 @@ def test_definition(model, rng):
 
 def test_order_and_company_do_not_matter(model, rng):
     requests = [Request(rng.integers(0, 300, n).tolist(), 2) for n in (5, 30, 9, 5, 18)]
-    together = continuations.score(model[1], requests, cfg=model[0])
-    turned = continuations.score(model[1], requests[::-1] + requests[:1], cfg=model[0])
+    together = loglikelihood.score(model[1], requests, cfg=model[0])
+    turned = loglikelihood.score(model[1], requests[::-1] + requests[:1], cfg=model[0])
     np.testing.assert_allclose(turned.log[:5][::-1], together.log, rtol=1e-5)
     assert turned.log[5] == turned.log[4]  # an equal request is the same number
 
@@ -68,9 +68,9 @@ def test_order_and_company_do_not_matter(model, rng):
 def test_cut_keeps_the_end(scored):
     """Positions are needed for all tokens but the last: one more fits than the context holds."""
     tokens = list(range(7))
-    found = continuations.cut(tokens[:-scored], tokens[-scored:], max_positions=6)
+    found = loglikelihood.cut(tokens[:-scored], tokens[-scored:], max_positions=6)
     assert found == (tokens, scored)
-    found = continuations.cut(tokens[:-scored], tokens[-scored:], max_positions=4)
+    found = loglikelihood.cut(tokens[:-scored], tokens[-scored:], max_positions=4)
     assert found == (tokens[2:], min(scored, 4))
 
 
@@ -78,20 +78,20 @@ def test_a_full_context_is_not_padded_beyond_it(model):
     """513 tokens of which 512 are read: one shape of 512, and not of 1024."""
     cfg, params = model
     tokens = (np.arange(600) % 290).tolist()
-    request = continuations.cut(tokens[:-4], tokens[-4:], max_positions=cfg.max_positions)
+    request = loglikelihood.cut(tokens[:-4], tokens[-4:], max_positions=cfg.max_positions)
     assert len(request.tokens) == cfg.max_positions + 1
     short = Request(request.tokens[300:], 4)
-    found = continuations.score(params, [request, short], cfg=cfg)
+    found = loglikelihood.score(params, [request, short], cfg=cfg)
     assert np.isfinite(found.log).all()
     assert found.log[0] != found.log[1]
 
 
 def test_no_request_is_no_score(model):
-    assert continuations.score(model[1], [], cfg=model[0]).log.shape == (0,)
+    assert loglikelihood.score(model[1], [], cfg=model[0]).log.shape == (0,)
 
 
 def test_overflow_is_an_error(model):
     cfg, params = model
     broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
     with pytest.raises(NonFiniteError, match="riddles"):
-        continuations.score(broken, [Request([1, 2, 3], 1)], cfg=cfg, what="riddles")
+        loglikelihood.score(broken, [Request([1, 2, 3], 1)], cfg=cfg, what="riddles")

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from scipy import special
 
-from ot_merge_jax.evaluate.nll import Scores
+from ot_merge_jax.evaluation.nll import Scores
 
 #: Documents below which no interval can be trusted: all of fewer ones agree in sign by chance in
 #: more than 5 % of studies, ``2^(1-n)``.

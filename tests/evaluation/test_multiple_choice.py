@@ -9,8 +9,8 @@ import pytest
 
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.evaluate import choices, continuations
-from ot_merge_jax.evaluate.choices import Question
+from ot_merge_jax.evaluation import loglikelihood, multiple_choice
+from ot_merge_jax.evaluation.multiple_choice import Question
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.types import Batch
@@ -57,7 +57,7 @@ def likelihood(model, prompt, end):
 
 
 def test_plain_is_the_likeliest_text(model):
-    found = choices.answer(*model, QUESTIONS)
+    found = multiple_choice.answer(*model, QUESTIONS)
     for index, question in enumerate(QUESTIONS):
         log = np.array([
             likelihood(model, f"Question: {question.text}\nAnswer:", f" {one}")
@@ -70,7 +70,7 @@ def test_plain_is_the_likeliest_text(model):
 
 def test_lettered_is_the_mean_over_all_orders(model):
     """Every order by hand: which option stands behind which letter, and what is chosen there."""
-    found = choices.answer(*model, QUESTIONS)
+    found = multiple_choice.answer(*model, QUESTIONS)
     counts = {"lettered": np.zeros(4, int), "letter": np.zeros(4, int)}
     for index, question in enumerate(QUESTIONS):
         n = len(question.choices)
@@ -121,18 +121,18 @@ def test_a_pure_letter_bias_shows_in_the_histogram(model, rng):
     questions = [
         Question(f"number {n}", ("x" * (n + 1), "y", "zz"), int(rng.integers(3))) for n in range(5)
     ]
-    found = choices.answer(biased, cfg, tokenizer, questions)
+    found = multiple_choice.answer(biased, cfg, tokenizer, questions)
     assert found.letters["letter"].tolist() == [15, 0, 0]
-    prompt = continuations.Request([1, 2, *ids["A"]], len(ids["A"]))
-    other = continuations.Request([1, 2, *ids["B"]], len(ids["B"]))
-    log = continuations.score(biased, [prompt, other], cfg=cfg).log
+    prompt = loglikelihood.Request([1, 2, *ids["A"]], len(ids["A"]))
+    other = loglikelihood.Request([1, 2, *ids["B"]], len(ids["B"]))
+    log = loglikelihood.score(biased, [prompt, other], cfg=cfg).log
     assert log[0] > log[1] + 1
 
 
 def test_answers_longer_than_the_context_are_asked_all_the_same(model):
     params, cfg, tokenizer = model
     question = Question("word " * 900, ("old songs", "market"), 0)
-    found = choices.answer(params, cfg, tokenizer, [question])
+    found = multiple_choice.answer(params, cfg, tokenizer, [question])
     assert found.chosen["plain"].shape == (1,)
 
 
@@ -141,7 +141,7 @@ def test_a_token_over_the_border_belongs_to_every_answer(model):
     _, cfg, tokenizer = model
     before, tokenizer.chat_template = tokenizer.chat_template, "{{ messages[0]['content'] }}"
     try:
-        requests = choices._requests(
+        requests = multiple_choice._requests(
             "the old so", ["ngs", "urce", "!"], tokenizer, 0, cfg, is_chat=True
         )
     finally:
@@ -156,7 +156,7 @@ def test_a_token_over_the_border_belongs_to_every_answer(model):
 def test_as_a_chat(model):
     """By the template; the fixture's writes the message and nothing else."""
     params, cfg, tokenizer = model
-    found = choices.answer(params, cfg, tokenizer, QUESTIONS, is_chat=True)
+    found = multiple_choice.answer(params, cfg, tokenizer, QUESTIONS, is_chat=True)
     question = QUESTIONS[0]
     rendered = f"Question: {question.text}\nAnswer:\r\n\n"
     log = [likelihood(model, rendered, one) for one in question.choices]
@@ -168,7 +168,7 @@ def test_a_chat_without_a_template_is_refused(model):
     before, tokenizer.chat_template = tokenizer.chat_template, None
     try:
         with pytest.raises(InputError, match="no chat template"):
-            choices.answer(params, cfg, tokenizer, QUESTIONS, is_chat=True)
+            multiple_choice.answer(params, cfg, tokenizer, QUESTIONS, is_chat=True)
     finally:
         tokenizer.chat_template = before
 
@@ -179,9 +179,9 @@ def test_a_chat_without_a_template_is_refused(model):
 def test_answers_by_index_and_by_letter(tmp_path):
     record = {"question": "q", "choices": ["a", "b", "c"]}
     path = write(tmp_path, *({**record, "answer": one} for one in (0, 2, "A", "c", " B ")))
-    assert [one.answer for one in choices.read(path)] == [0, 2, 0, 2, 1]
-    assert choices.read(path)[0] == Question("q", ("a", "b", "c"), 0)
-    assert len(choices.read(path, limit=2)) == 2
+    assert [one.answer for one in multiple_choice.read(path)] == [0, 2, 0, 2, 1]
+    assert multiple_choice.read(path)[0] == Question("q", ("a", "b", "c"), 0)
+    assert len(multiple_choice.read(path, limit=2)) == 2
 
 
 @pytest.mark.parametrize(
@@ -210,26 +210,28 @@ def test_a_question_that_cannot_be_asked_names_file_and_line(broken, message, tm
     bad = {key: one for key, one in (good | broken).items() if one is not ...}
     path = write(tmp_path, good, "", bad)
     with pytest.raises(InputError) as error:
-        choices.read(path)
+        multiple_choice.read(path)
     assert str(error.value).startswith(f"{path}, line 3: ")
     assert message in str(error.value)
 
 
 def test_a_line_that_is_no_object(tmp_path):
     with pytest.raises(InputError, match=r"line 1: there is no 'question'"):
-        choices.read(write(tmp_path, "[1, 2]"))
+        multiple_choice.read(write(tmp_path, "[1, 2]"))
     with pytest.raises(InputError, match="line 2, is not JSON"):
-        choices.read(write(tmp_path, {"question": "q", "choices": ["a", "b"], "answer": 0}, "{"))
+        multiple_choice.read(
+            write(tmp_path, {"question": "q", "choices": ["a", "b"], "answer": 0}, "{")
+        )
 
 
 def test_no_question(tmp_path):
     with pytest.raises(InputError, match="0 questions"):
-        choices.read(write(tmp_path, ""))
+        multiple_choice.read(write(tmp_path, ""))
 
 
 def test_a_file_of_another_kind(tmp_path):
     with pytest.raises(InputError, match=r"is not a \.jsonl file"):
-        choices.read(write(tmp_path, "text", name="q.txt"))
+        multiple_choice.read(write(tmp_path, "text", name="q.txt"))
 
 
 # ---- facts ----
@@ -237,8 +239,8 @@ def test_a_file_of_another_kind(tmp_path):
 
 def answers(chosen):
     """Answers that choose the same in every scoring."""
-    return choices.Answers(
-        {name: np.array(chosen) for name in choices.SCORINGS},
+    return multiple_choice.Answers(
+        {name: np.array(chosen) for name in multiple_choice.SCORINGS},
         {"lettered": np.array([3, 1]), "letter": np.array([2, 2])},
     )
 
@@ -251,7 +253,7 @@ def test_facts():
         "one.jsonl": {"a": answers([0] * 12), "b": answers([0] * 3 + [1] * 9)},
         "two.jsonl": {"a": answers([0] * 12), "b": answers([0] * 11 + [1])},
     }
-    found = choices.facts(asked, said)
+    found = multiple_choice.facts(asked, said)
     one = found["one.jsonl"]
     assert one["questions"] == 12
     assert one["models"]["b"]["plain"]["accuracy"] == 0.25
@@ -260,7 +262,7 @@ def test_facts():
         "lettered": {"A": 3, "B": 1},
         "letter": {"A": 2, "B": 2},
     }
-    assert [pair["scoring"] for pair in one["pairs"]] == list(choices.SCORINGS)
+    assert [pair["scoring"] for pair in one["pairs"]] == list(multiple_choice.SCORINGS)
     first, second = one["pairs"][0], found["two.jsonl"]["pairs"][0]
     assert (first["a"], first["b"], first["only_a"], first["only_b"]) == ("a", "b", 9, 0)
     assert first["difference"] == 0.75

@@ -8,7 +8,7 @@ import pytest
 
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import NonFiniteError
-from ot_merge_jax.evaluate import divergence, nll
+from ot_merge_jax.evaluation import kl, nll
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward
 from ot_merge_jax.models.model import Model
@@ -56,28 +56,28 @@ def by_hand(base, model, cut):
 def test_definition(max_positions, base, other, tokenizer, texts):
     """Two architectures, documents in one window and in several."""
     cut = nll.windows(texts[:7], tokenizer, max_positions=max_positions)
-    found = divergence.divergence(base, other, cut)
+    found = kl.divergence(base, other, cut)
     assert (found > 0).all()
     np.testing.assert_allclose(found, by_hand(base, other, cut), rtol=2e-4)
 
 
 def test_it_is_not_symmetric(base, other, tokenizer, texts):
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
-    there = divergence.divergence(base, other, cut)
-    back = divergence.divergence(other, base, cut)
+    there = kl.divergence(base, other, cut)
+    back = kl.divergence(other, base, cut)
     np.testing.assert_allclose(back, by_hand(other, base, cut), rtol=2e-4)
     assert (np.abs(there / back - 1) > 1e-3).any()
 
 
 def test_the_base_has_not_moved(base, tokenizer, texts):
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
-    assert (divergence.divergence(base, base, cut) == 0).all()
+    assert (kl.divergence(base, base, cut) == 0).all()
 
 
 def test_it_grows_with_the_distance(base, tokenizer, texts, tiny_checkpoint):
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
     near, far = (
-        divergence.divergence(base, load_hf(tiny_checkpoint("llama", drift=drift)), cut).sum()
+        kl.divergence(base, load_hf(tiny_checkpoint("llama", drift=drift)), cut).sum()
         for drift in (0.01, 0.05)
     )
     assert 0 < near < far
@@ -93,9 +93,7 @@ def test_padding_rows_of_one_model_do_not_count(base, tokenizer, texts):
     table = np.asarray(params["embed_tokens"]["embedding"])
     wider["embed_tokens"] = {"embedding": np.pad(table, [(0, 16), (0, 0)])}
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
-    found = divergence.divergence(
-        base, Model(dataclasses.replace(cfg, vocab_size=rows), wider), cut
-    )
+    found = kl.divergence(base, Model(dataclasses.replace(cfg, vocab_size=rows), wider), cut)
     np.testing.assert_allclose(found, 0, atol=1e-4)
 
 
@@ -105,12 +103,12 @@ def test_models_that_overflow_are_named(base, tokenizer, texts):
     broken["norm"]["scale"] = broken["norm"]["scale"] * np.nan
     cut = nll.windows(texts[:2], tokenizer, max_positions=64)
     with pytest.raises(NonFiniteError, match="document 0"):
-        divergence.divergence(base, Model(cfg, broken), cut)
+        kl.divergence(base, Model(cfg, broken), cut)
 
 
 def test_again_compiles_nothing(base, other, tokenizer, texts, caplog):
     cut = nll.windows(texts[:4], tokenizer, max_positions=64)
-    divergence.divergence(base, other, cut)
+    kl.divergence(base, other, cut)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        divergence.divergence(base, other, cut)
+        kl.divergence(base, other, cut)
     assert [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()] == []

@@ -16,7 +16,7 @@ import numpy as np
 
 from ot_merge_jax.data import chat, sources
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.evaluate import compare, continuations, nll
+from ot_merge_jax.evaluation import loglikelihood, nll, statistics
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
@@ -143,11 +143,11 @@ def answer(
         InputError: if the tokenizer cannot begin a text, or a chat template is needed and missing.
     """
     prefix = nll.prefix_token(tokenizer)
-    requests: list[continuations.Request] = []
+    requests: list[loglikelihood.Request] = []
     for question in questions:
         for prompt, answers in _prompts(question):
             requests += _requests(prompt, answers, tokenizer, prefix, cfg, is_chat=is_chat)
-    log = iter(continuations.score(params, requests, cfg=cfg, what=what).log)
+    log = iter(loglikelihood.score(params, requests, cfg=cfg, what=what).log)
     chosen: dict[str, list[int]] = {name: [] for name in SCORINGS}
     letters = {name: np.zeros(len(_LETTERS), int) for name in _LISTED}
     for question in questions:
@@ -199,7 +199,7 @@ def _requests(
     cfg: ModelConfig,
     *,
     is_chat: bool,
-) -> list[continuations.Request]:
+) -> list[loglikelihood.Request]:
     """One prompt with each of its answers.
 
     The answers are scored behind the tokens that all of them and the prompt alone begin with: where
@@ -216,7 +216,7 @@ def _requests(
     # a template may write the prefix itself
     before = [] if is_chat and alone[:1] == [prefix] else [prefix]
     return [
-        continuations.cut([*before, *ids[:shared]], ids[shared:], max_positions=cfg.max_positions)
+        loglikelihood.cut([*before, *ids[:shared]], ids[shared:], max_positions=cfg.max_positions)
         for ids in whole
     ]
 
@@ -275,18 +275,18 @@ def facts(
             },
             "pairs": [
                 {"a": a, "b": b, "scoring": name}
-                | compare.outcomes((right[a][name], each), (right[b][name], each), seed=seed)
-                for a, b in compare.name_pairs(right)
+                | statistics.outcomes((right[a][name], each), (right[b][name], each), seed=seed)
+                for a, b in statistics.name_pairs(right)
                 for name in SCORINGS
             ],
         }
-    pairs = compare.adjusted({file: one["pairs"] for file, one in found.items()})
+    pairs = statistics.adjusted({file: one["pairs"] for file, one in found.items()})
     return {file: one | {"pairs": pairs[file]} for file, one in found.items()}
 
 
 def _accuracy(right: np.ndarray, seed: int) -> dict[str, float]:
     """Share of right answers with its interval."""
-    found = compare.interval(right.astype(float), np.ones(len(right)), seed=seed)
+    found = statistics.interval(right.astype(float), np.ones(len(right)), seed=seed)
     return dict(zip(("accuracy", "low", "high"), map(float, found), strict=True))
 
 

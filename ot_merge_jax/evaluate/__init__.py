@@ -1,1 +1,0 @@
-"""Held-out loss of models, and how sure a difference is."""

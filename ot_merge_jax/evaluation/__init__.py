@@ -1,0 +1,1 @@
+"""Losses, likelihoods, samples, tasks, and the statistics of their differences."""
