@@ -23,22 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 import random_checkpoint
 
-from ot_merge_jax.adapt import data, training
-from ot_merge_jax.adapt.objectives import Objective
 from ot_merge_jax.io import hf
 from ot_merge_jax.recipes.training import resolve
+from ot_merge_jax.training import packing
+from ot_merge_jax.training import step as training
+from ot_merge_jax.training.losses import Objective
 
 _SHAPE = {"hidden": 512, "heads": 8, "kv_heads": 4, "intermediate": 1536, "vocabulary": 4096}
 _ROUNDS, _BATCH, _LENGTH, _RATE, _CLIP = 5, 8, 128, 1e-4, 1.0
 
 
-def blocks(vocabulary: int) -> data.Blocks:
+def blocks(vocabulary: int) -> packing.Blocks:
     """Random blocks, all of which counts."""
     tokens = np.random.default_rng(0).integers(1, vocabulary, (_BATCH, _LENGTH)).astype(np.int32)
-    return data.Blocks(tokens, np.ones_like(tokens, bool), np.ones_like(tokens, bool))
+    return packing.Blocks(tokens, np.ones_like(tokens, bool), np.ones_like(tokens, bool))
 
 
-def ours(folder: Path, cut: data.Blocks, *, remat: bool) -> Callable[[], float]:
+def ours(folder: Path, cut: packing.Blocks, *, remat: bool) -> Callable[[], float]:
     """One step at a time of `ot-merge adapt`; returns the loss."""
     cfg, params = hf.load_hf(folder, dtype=jnp.float32)
     said = {"model": "m", "text": {"path": "t"}, "steps": 1000, "learning_rate": _RATE,
@@ -46,7 +47,7 @@ def ours(folder: Path, cut: data.Blocks, *, remat: bool) -> Callable[[], float]:
     problem = training.Problem(resolve(said), Objective("sft", cfg, remat=remat), cut, cut)
     trainable, constants = training.begin(problem, params, {}, {})
     plan, held = training.plan_of(problem), [training.new_course(problem, trainable).state]
-    batch = jax.tree.map(jnp.asarray, data.batch_at(cut, 0, batch_size=_BATCH, seed=0))
+    batch = jax.tree.map(jnp.asarray, packing.batch_at(cut, 0, batch_size=_BATCH, seed=0))
     step = jax.jit(training.step, static_argnames="plan", donate_argnums=0)
 
     def run() -> float:
@@ -56,7 +57,7 @@ def ours(folder: Path, cut: data.Blocks, *, remat: bool) -> Callable[[], float]:
     return run
 
 
-def theirs(folder: Path, cut: data.Blocks, *, is_compiled: bool) -> Callable[[], float]:
+def theirs(folder: Path, cut: packing.Blocks, *, is_compiled: bool) -> Callable[[], float]:
     """The same in torch and transformers."""
     import torch
     import transformers

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from ot_merge_jax.adapt import loop, training
-from ot_merge_jax.adapt.objectives import Objective
 from ot_merge_jax.io import hf
 from ot_merge_jax.models import decoder, families, specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.recipes import training as adaptations
+from ot_merge_jax.training import loop
+from ot_merge_jax.training import step as training
+from ot_merge_jax.training.losses import Objective
 from ot_merge_jax.types import Batch, Params
 
 _LOG = logging.getLogger("train_demo_models")

@@ -18,12 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax import controls, trials
-from ot_merge_jax.adapt import arms, run, training
 from ot_merge_jax.adapt import inputs as checking
-from ot_merge_jax.adapt import residual as residuals
-from ot_merge_jax.adapt.loop import Course
-from ot_merge_jax.adapt.start import Parts, Start
-from ot_merge_jax.adapt.training import Problem
+from ot_merge_jax.adapt import run
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import arrays, hf, stages
@@ -33,6 +29,12 @@ from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.report import baselines as reporting
 from ot_merge_jax.report.baselines import Outcome
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.training import residual as residuals
+from ot_merge_jax.training import step as training
+from ot_merge_jax.training import tuning
+from ot_merge_jax.training.initial import Parts, Start
+from ot_merge_jax.training.loop import Course
+from ot_merge_jax.training.step import Problem
 from ot_merge_jax.types import MergeSpec, Params
 
 _LOG = logging.getLogger(__name__)
@@ -202,7 +204,7 @@ def _arm(
         added = starting(name, job.found.start, parts, seed=seed)
         trainable, constants = training.begin(problem, parts.base, added, parts.factor, teacher)
         tune = functools.partial(
-            arms.tune, problem, trainable, constants, name=f"{objective} from {name}"
+            tuning.tune, problem, trainable, constants, name=f"{objective} from {name}"
         )
         try:
             arm = tune(rates)

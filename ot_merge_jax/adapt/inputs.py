@@ -8,10 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ot_merge_jax.adapt import data, start
-from ot_merge_jax.adapt.objectives import Objective
-from ot_merge_jax.adapt.start import Start
-from ot_merge_jax.adapt.training import Problem
 from ot_merge_jax.data import documents as documents_module
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.data import sources as records
@@ -22,6 +18,10 @@ from ot_merge_jax.io import atomic, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
 from ot_merge_jax.recipes.recipe import Text
 from ot_merge_jax.recipes.training import BLOCK, Adaptation
+from ot_merge_jax.training import initial, packing
+from ot_merge_jax.training.initial import Start
+from ot_merge_jax.training.losses import Objective
+from ot_merge_jax.training.step import Problem
 
 
 class Inputs(NamedTuple):
@@ -59,7 +59,7 @@ class Inputs(NamedTuple):
     @property
     def factor(self) -> dict[str, float]:
         """Group -> how much of the residual is held."""
-        return start.factor_of(self.start, self.settings.strength)
+        return initial.factor_of(self.start, self.settings.strength)
 
 
 def check(
@@ -90,8 +90,8 @@ def check(
     local = [path for one in named if (path := Path(one).expanduser()).exists()]
     atomic.check_output(out, inputs=local, overwrite=overwrite)
     sources = {name: records.locate(text.path, offline=offline) for name, text in said.items()}
-    begun = start.open_start(settings.model, target=settings.target, offline=offline)
-    start.factor_of(begun, settings.strength)  # refuses one that means nothing
+    begun = initial.open_start(settings.model, target=settings.target, offline=offline)
+    initial.factor_of(begun, settings.strength)  # refuses one that means nothing
     if settings.baselines is not None and (begun.target is None or not any(
         (begun.merged or {}).values()
     )):  # fmt: skip
@@ -154,16 +154,16 @@ def _blocks(
     settings: Adaptation,
     *,
     is_dev: bool,
-) -> data.Blocks:
+) -> packing.Blocks:
     """The blocks of one split; ``teacher`` is None where it shares the student's tokens."""
     only = settings.loss_on == "responses"
     if teacher is not None and not is_dev:  # the dev split is scored on the next token
-        return data.pair(documents, tokenizer, teacher, length=length, responses_only=only)
-    marked = [data.mark(one, tokenizer, responses_only=only) for one in documents]
-    return data.pack(marked, length, has_tail=is_dev)
+        return packing.pair(documents, tokenizer, teacher, length=length, responses_only=only)
+    marked = [packing.mark(one, tokenizer, responses_only=only) for one in documents]
+    return packing.pack(marked, length, has_tail=is_dev)
 
 
-def _decided(settings: Adaptation, blocks: data.Blocks, block: int) -> Adaptation:
+def _decided(settings: Adaptation, blocks: packing.Blocks, block: int) -> Adaptation:
     """The settings with every number decided."""
     size = min(settings.batch_size, len(blocks.tokens))
     size -= size % settings.accumulate
@@ -172,7 +172,7 @@ def _decided(settings: Adaptation, blocks: data.Blocks, block: int) -> Adaptatio
             f"{settings.text.path} gives {len(blocks.tokens)} blocks of {block} tokens, fewer than "
             f"--accumulate {settings.accumulate}; add text or lower --block."
         )
-    steps = data.per_epoch(blocks, size) if settings.steps is None else settings.steps
+    steps = packing.per_epoch(blocks, size) if settings.steps is None else settings.steps
     tenth = max(1, steps // 10)
     dtype = settings.dtype
     if dtype == "auto":

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ot_merge_jax.adapt import start
-from ot_merge_jax.adapt.start import Parts, Start
 from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.evaluation.statistics import Difference
 from ot_merge_jax.io import arrays, details, provenance
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.reports import html, model_card, schema
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.training import initial
+from ot_merge_jax.training.initial import Parts, Start
 
 
 def write(
@@ -53,7 +53,7 @@ def write(
     command = provenance.public(side["command"])
     (inside / "recipe.yaml").write_text(text, encoding="utf-8")
     (inside / "events.jsonl").write_text("".join(events), encoding="utf-8")
-    start.save_residual(inside, begun, parts)
+    initial.save_residual(inside, begun, parts)
     (inside / "report.json").write_text(report.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(
         model_card.model_card(

@@ -21,17 +21,18 @@ import yaml
 
 from ot_merge_jax import memory, progress
 from ot_merge_jax.adapt import inputs as checking
-from ot_merge_jax.adapt import loop, publishing, start, state, training
+from ot_merge_jax.adapt import publishing, state
 from ot_merge_jax.adapt.inputs import Inputs
-from ot_merge_jax.adapt.loop import Course
-from ot_merge_jax.adapt.start import Parts
-from ot_merge_jax.adapt.training import Constants, Problem
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluation import nll, statistics
 from ot_merge_jax.io import arrays, atomic, details, hf, provenance, stages
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.training import initial, loop, step
+from ot_merge_jax.training.initial import Parts
+from ot_merge_jax.training.loop import Course
+from ot_merge_jax.training.step import Constants, Problem
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = "settings"
@@ -136,7 +137,7 @@ def adapt(
         show(found.settings)
     side = details.inputs(found.folders, found.sources)
     if found.start.target is not None:
-        start.verify(found.start, side["inputs"]["target"])
+        initial.verify(found.start, side["inputs"]["target"])
     decided = {
         "adapt": found.settings.model_dump(), **side, "versions": _versions(),
     }  # fmt: skip
@@ -166,7 +167,7 @@ def load(job: Job) -> tuple[Parts, Any]:
     """The model taken apart, and the teacher's parameters; None without a teacher."""
     found, settings = job.found, job.found.settings
     _LOG.info("load %s", found.start.folder.where)
-    parts = start.load(found.start, strength=settings.strength, mesh=job.mesh)
+    parts = initial.load(found.start, strength=settings.strength, mesh=job.mesh)
     source = None
     if found.source is not None:
         _LOG.info("load %s", found.source.where)
@@ -188,16 +189,16 @@ def _adapt(job: Job) -> Report:
     """The stages of one training, up to the folder that is published."""
     run, problem = job.run, job.found.problem
     parts, source = load(job)
-    trainable, constants = training.begin(problem, *parts, source)
+    trainable, constants = step.begin(problem, *parts, source)
     before = scores_before(job, trainable, constants)
-    new = training.new_course(problem, trainable)
+    new = step.new_course(problem, trainable)
     course, events = state.restore(run, new)
     if course.losses:
         _LOG.info("resume: %d of %d steps are done", len(course.losses), problem.settings.steps)
     course, events = _train(run, problem, course, constants, events)
-    plan, trained = training.plan_of(problem), loop.result(course)
-    parts = parts._replace(base=training.base_of(trained, constants, plan=plan))
-    folded = training.params_of(trained, constants, plan=plan)
+    plan, trained = step.plan_of(problem), loop.result(course)
+    parts = parts._replace(base=step.base_of(trained, constants, plan=plan))
+    folded = step.params_of(trained, constants, plan=plan)
     return finish(
         job, Trained(parts, folded, course, events), before,
         needs=[state.name_of(course)] if course.losses else [],
@@ -293,14 +294,14 @@ def _train(
                 raise KeyboardInterrupt
 
         def rescue(course: Course) -> None:
-            dev = training.dev_loss(course.state.params, constants, problem)
+            dev = step.dev_loss(course.state.params, constants, problem)
             if not np.isfinite(dev):
                 state.drop(run, course)  # the update before has broken it
             elif course.losses:
                 state.save(run, course, events)
 
         latest = course
-        course = training.train(
+        course = step.train(
             problem,
             course,
             constants,
@@ -336,10 +337,10 @@ def _note(course: Course, rate: float) -> str:
 
 def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constants) -> None:
     """Scores of the start on the held-out text, and of its target if it was merged."""
-    plan = training.plan_of(found.problem)
-    models = {"before": lambda: training.params_of(trainable, constants, plan=plan)}
+    plan = step.plan_of(found.problem)
+    models = {"before": lambda: step.params_of(trainable, constants, plan=plan)}
     if constants.residual:
-        models["target"] = lambda: training.base_of(trainable, constants, plan=plan)
+        models["target"] = lambda: step.base_of(trainable, constants, plan=plan)
     scores = {name: score(found, make()) for name, make in models.items()} if found.held_out else {}
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": None})
 
@@ -347,7 +348,7 @@ def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constan
 def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     """Scores of the files that were written, as they were rounded: the check of the export too."""
     _, written = hf.load_hf(model, dtype=jnp.float32)
-    dev = training.next_token_loss(written, found.problem)
+    dev = step.next_token_loss(written, found.problem)
     if not np.isfinite(dev):
         raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
     scores = {"after": score(found, written)} if found.held_out else {}
@@ -463,7 +464,7 @@ def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _check_memory(found: Inputs, limit: int | None) -> None:
     """Refuses before weights are read what cannot fit: arrays that live together in a step."""
-    held = memory.PROCESS + training.peak_bytes(
+    held = memory.PROCESS + step.peak_bytes(
         found.problem,
         residuals=(found.start.merged is not None) + (found.settings.baselines is not None),
         source=None if found.source is None else found.source.cfg,

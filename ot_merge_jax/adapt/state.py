@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ot_merge_jax.adapt.loop import Course
 from ot_merge_jax.io import arrays as checkpoint
 from ot_merge_jax.io import stages
+from ot_merge_jax.training.loop import Course
 
 _PREFIX = "step-"
 _EVENTS = "events.jsonl"

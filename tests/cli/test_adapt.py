@@ -12,10 +12,11 @@ import yaml
 from published import assert_nothing_is_lost, of_a_later_version, report_of, tensors
 
 from ot_merge_jax import assets, load_hf
-from ot_merge_jax.adapt import residual, run, start
-from ot_merge_jax.adapt.loop import Course
+from ot_merge_jax.adapt import run
 from ot_merge_jax.io import arrays as checkpoint
 from ot_merge_jax.models import specs
+from ot_merge_jax.training import initial, residual
+from ot_merge_jax.training.loop import Course
 
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 4, "--learning-rate", 0.01)
 
@@ -239,8 +240,8 @@ def test_no_steps_and_another_strength_rescale_the_merge(adapted, merge):
 
 
 def test_an_adapted_folder_can_be_taken_apart_again(of_a_merge, merge, adapted):
-    begun = start.open_start(str(of_a_merge.out))
-    parts = start.load(begun)
+    begun = initial.open_start(str(of_a_merge.out))
+    parts = initial.load(begun)
     written = load_hf(of_a_merge.out, dtype=jnp.float32)[1]
     folded = residual.fold(parts.base, parts.residual, parts.factor)
     for path, leaf in parts.residual.items():

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from published import tensors
 
-from ot_merge_jax.adapt import run, state, training
+from ot_merge_jax.adapt import run, state
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.io import arrays
+from ot_merge_jax.training import step as training
 
 #: A process that is killed draws them.
 pytestmark = pytest.mark.usefixtures("every_plot")

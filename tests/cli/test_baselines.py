@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from published import assert_nothing_is_lost, report_of, tensors
 
-from ot_merge_jax.adapt import arms, baselines, start, training
+from ot_merge_jax.adapt import baselines
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.models import specs
+from ot_merge_jax.training import initial, step, tuning
 
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 3, "--rates", "0.003,0.03")
 
@@ -30,7 +31,7 @@ def compare(tmp_path_factory, cli, text_files):
     """``compare(model, *flags)`` -> `Compared`, with the batches that its arms were given."""
 
     def make(model, *flags):
-        out, batches, real = tmp_path_factory.mktemp("compared") / "out", [], training.batch_of
+        out, batches, real = tmp_path_factory.mktemp("compared") / "out", [], step.batch_of
 
         def batch_of(problem, index, **given):
             found = real(problem, index, **given)
@@ -39,7 +40,7 @@ def compare(tmp_path_factory, cli, text_files):
             return found
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "batch_of", batch_of)
+            patch.setattr(step, "batch_of", batch_of)
             words = ("--text", text_files[0], *COMMON, *flags, "--out", out)
             called = cli("adapt", model, *words)
         assert called.code == 0, called.err
@@ -120,8 +121,8 @@ def test_the_held_out_text_chooses_nothing(both, compare, merge, flags, document
 
 
 def test_noise_has_the_norm_of_every_matrix_and_the_place_of_the_merge(merge):
-    begun = start.open_start(str(merge.out))
-    parts = start.load(begun)
+    begun = initial.open_start(str(merge.out))
+    parts = initial.load(begun)
     noise = baselines.starting("noise", begun, parts, seed=0)
     assert noise.keys() == parts.residual.keys()
     for path, leaf in parts.residual.items():
@@ -134,8 +135,8 @@ def test_noise_has_the_norm_of_every_matrix_and_the_place_of_the_merge(merge):
 
 
 def test_shrink_is_what_the_rule_leaves_without_a_source(shrunk, merged):
-    begun = start.open_start(str(merged("barycentric llama<-qwen2").out))
-    parts = start.load(begun)
+    begun = initial.open_start(str(merged("barycentric llama<-qwen2").out))
+    parts = initial.load(begun)
     alpha = begun.merged["projections"]
     found = baselines.starting("shrink", begun, parts, seed=0)
     for path in parts.residual:
@@ -161,7 +162,7 @@ def test_the_best_merge_is_published(both, merge):
     assert best == both.report.objective == min(ends, key=ends.get)
     after = both.report.evaluation["after"].nll_per_token
     assert after == pytest.approx(both.arms[best]["merge"].nll_per_token, abs=1e-6)
-    kept, begun = (start.load(start.open_start(str(one))) for one in (both.out, merge.out))
+    kept, begun = (initial.load(initial.open_start(str(one))) for one in (both.out, merge.out))
     for path, leaf in begun.residual.items():
         np.testing.assert_array_equal(kept.residual[path], leaf)
         assert np.any(specs.get(kept.base, path) != specs.get(begun.base, path))
@@ -233,7 +234,7 @@ def test_events_name_their_arm(both):
 def test_an_interrupted_comparison_goes_on_behind_the_last_arm(
     both, merge, flags, text_files, cli, tmp_path, monkeypatch
 ):
-    real, tuned = arms.tune, []
+    real, tuned = tuning.tune, []
 
     def tune(*args, name, **given):
         tuned.append(name)
@@ -241,7 +242,7 @@ def test_an_interrupted_comparison_goes_on_behind_the_last_arm(
             raise KeyboardInterrupt
         return real(*args, name=name, **given)
 
-    monkeypatch.setattr(arms, "tune", tune)
+    monkeypatch.setattr(tuning, "tune", tune)
     words = ("--text", text_files[0], *COMMON, *flags, "--out", tmp_path / "out", "-q")
     called = cli("adapt", merge.out, *words)
     assert called.code == 130
@@ -304,14 +305,14 @@ def test_a_teacher_of_other_tokens_teaches_every_start(compare, merge, models, t
 def test_a_rate_that_diverges_with_a_later_seed_is_not_the_end(
     compare, merge, text_files, monkeypatch
 ):
-    real = arms.tune
+    real = tuning.tune
 
     def tune(problem, trainable, constants, rates, **given):
         if problem.settings.seed == 1 and len(rates) == 1:
             raise DivergedError("The loss is nan at training step 1; lower the learning rate.")
         return real(problem, trainable, constants, rates, **given)
 
-    monkeypatch.setattr(arms, "tune", tune)
+    monkeypatch.setattr(tuning, "tune", tune)
     more = ("--baselines", "base", "--seeds", 2, "--steps", 1, "--eval-text", text_files[1])
     found = compare(merge.out, *more)
     assert "diverged with seed 1; all are tried" in " ".join(found.called.err.split())

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.adapt import data, loop, lora, training
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.models import decoder, specs
+from ot_merge_jax.training import loop, lora, packing
+from ot_merge_jax.training import step as training
 from ot_merge_jax.types import Batch
 
 KINDS = ["sft", "kd", "mix"]
@@ -24,7 +25,7 @@ def straight(student, teacher, problem, trained):
 def test_training_lowers_what_it_minimises(kind, straight, student, teacher, problem):
     task = problem(kind)
     _, constants = training.begin(task, student[1], {}, {}, teacher[1])
-    batch = data.batch_at(task.train, 3, batch_size=4, seed=0)
+    batch = packing.batch_at(task.train, 3, batch_size=4, seed=0)
     batch = jax.tree.map(jnp.asarray, batch)
     losses = []
     for params in (student[1], straight[kind].state.params):
@@ -50,7 +51,7 @@ def test_parts_and_remat_change_memory_alone(straight, student, teacher, problem
 
 def test_remat_computes_layers_twice(student, problem):
     """Or nothing would be saved: the program names the recomputation."""
-    batch = data.batch_at(problem().train, 0, batch_size=4, seed=0)
+    batch = packing.batch_at(problem().train, 0, batch_size=4, seed=0)
     texts = []
     for remat in (False, True):
         task = problem(remat=remat)
@@ -93,7 +94,7 @@ def test_rates_sweep_under_vmap(straight, student, problem, close):
     """The arms of a comparison: one program, a rate for each."""
     task = problem()
     _, constants = training.begin(task, student[1], {}, {})
-    batch = jax.tree.map(jnp.asarray, data.batch_at(task.train, 0, batch_size=4, seed=0))
+    batch = jax.tree.map(jnp.asarray, packing.batch_at(task.train, 0, batch_size=4, seed=0))
 
     plan = training.plan_of(task)
 
@@ -175,7 +176,7 @@ def softmax(logits):
 def test_the_dev_loss_is_the_mean_over_counted_tokens(student, straight, problem):
     """The split has 5 blocks and batches 4: the last batch is filled up."""
     task = problem()
-    whole = data.in_order(task.dev, batch_size=5)
+    whole = packing.in_order(task.dev, batch_size=5)
     assert len(whole) == 1
     one = whole[0]
     losses = -np.log(softmax(_forward(student, one.tokens)))[:, :-1]

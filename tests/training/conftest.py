@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.adapt import data, training
-from ot_merge_jax.adapt.objectives import Objective
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.recipes.training import resolve
+from ot_merge_jax.training import packing, step
+from ot_merge_jax.training.losses import Objective
 
 #: Of all problems: few shapes, since each compiles anew.
 BLOCKS, LENGTH, BATCH = 12, 9, 4
@@ -48,12 +48,12 @@ def blocks_of(cfg, *, seed=0, count=BLOCKS):
     tokens = rng.integers(0, cfg.vocab_size, (count, LENGTH)).astype(np.int32)
     counted = rng.random(tokens.shape) < 0.7
     counted[:, 1] = True
-    return data.Blocks(tokens, np.ones_like(counted), counted)
+    return packing.Blocks(tokens, np.ones_like(counted), counted)
 
 
 @pytest.fixture(scope="session")
 def problem(student, teacher):
-    """``problem(kind="sft", remat=False, **settings)`` -> `training.Problem` of random blocks."""
+    """``problem(kind="sft", remat=False, **settings)`` -> `step.Problem` of random blocks."""
 
     def make(kind="sft", *, remat=False, **settings):
         said = {
@@ -63,7 +63,7 @@ def problem(student, teacher):
         }  # fmt: skip
         source = None if kind == "sft" else teacher[0]
         objective = Objective(kind, student[0], source, remat=remat)
-        return training.Problem(
+        return step.Problem(
             resolve(said), objective, blocks_of(student[0]), blocks_of(student[0], seed=1, count=5)
         )
 
@@ -76,9 +76,9 @@ def trained():
 
     def run(problem, base, residual=None, factor=None, source=None, **hooks):
         given = residual or {}, factor or {}
-        trainable, constants = training.begin(problem, base, *given, source)
-        course = training.new_course(problem, trainable)
-        return training.train(problem, course, constants, **hooks), constants
+        trainable, constants = step.begin(problem, base, *given, source)
+        course = step.new_course(problem, trainable)
+        return step.train(problem, course, constants, **hooks), constants
 
     return run
 

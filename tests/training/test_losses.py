@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax.adapt import data, objectives, training
-from ot_merge_jax.adapt.objectives import Examples, Objective, Pairs
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import specs
+from ot_merge_jax.training import losses, packing, step
+from ot_merge_jax.training.losses import Examples, Objective, Pairs
 
 
 def softmax(logits):
@@ -32,7 +32,7 @@ def test_next_token_against_numpy(rng, examples):
     expected = -sum(
         weight[b, t] * np.log(p[b, t - 1, tokens[b, t]]) for b in range(2) for t in range(1, 5)
     )
-    found = objectives.next_token(jnp.asarray(logits), examples)
+    found = losses.next_token(jnp.asarray(logits), examples)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -45,7 +45,7 @@ def test_divergence_is_kl_of_source_from_target(rng, examples, width):
     p, q = softmax(source[..., :both]), softmax(logits[..., :both])
     kl = (p * np.log(p / q)).sum(-1)
     expected = (kl[:, :-1] * np.asarray(examples.weight)[:, 1:]).sum()
-    found = objectives.divergence(jnp.asarray(logits), jnp.asarray(source), examples)
+    found = losses.divergence(jnp.asarray(logits), jnp.asarray(source), examples)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -58,7 +58,7 @@ def test_sorted_distance_against_numpy(rng, n, m):
     expected = np.abs(one - other).sum(-1)
     turned = p[:, rng.permutation(m)]  # which token has a probability is not seen
     for source in (p, turned):
-        found = objectives.sorted_distance(jnp.asarray(q), jnp.asarray(source))
+        found = losses.sorted_distance(jnp.asarray(q), jnp.asarray(source))
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -70,10 +70,10 @@ def test_universal_reads_the_paired_places(rng):
         jnp.array([[2, 5, 0]]), jnp.array([[0.25, 0.75, 0.0]]),
     )  # fmt: skip
     expected = sum(
-        w * float(objectives.sorted_distance(logits[0, t], source[0, s]))
+        w * float(losses.sorted_distance(logits[0, t], source[0, s]))
         for w, t, s in ((0.25, 1, 2), (0.75, 3, 5))
     )
-    found = objectives.universal(logits, source, pairs)
+    found = losses.universal(logits, source, pairs)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
@@ -108,21 +108,19 @@ def test_steps_are_those_of_torch_and_transformers(
     source_cfg, source_params = load_hf(source_folder, dtype=jnp.float32)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (4, 9)).astype(np.int32)
     ones = np.ones(tokens.shape, bool)
-    blocks = data.Blocks(tokens, ones, ones)
+    blocks = packing.Blocks(tokens, ones, ones)
     task = problem(kind, weight_decay=0.1)
     assert (cfg, source_cfg) == (student[0], teacher[0])  # the programs are those of other tests
-    trainable, constants = training.begin(task, params, {}, {}, source_params)
-    state, plan = training.new_course(task, trainable).state, training.plan_of(task)
+    trainable, constants = step.begin(task, params, {}, {}, source_params)
+    state, plan = step.new_course(task, trainable).state, step.plan_of(task)
 
     model = theirs.requires_grad_(True)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
     adamw = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
     try:
         for index, rate in enumerate((0.0, 1e-2, 0.75e-2)):
-            batch = data.batch_at(blocks, index, batch_size=4, seed=0)
-            state, seen = training._step(
-                state, constants, jax.tree.map(jnp.asarray, batch), plan=plan
-            )
+            batch = packing.batch_at(blocks, index, batch_size=4, seed=0)
+            state, seen = step._step(state, constants, jax.tree.map(jnp.asarray, batch), plan=plan)
             given = torch.tensor(np.asarray(batch.tokens), dtype=torch.long)
             log_q = torch.log_softmax(model(given).logits[:, :-1], -1)
             if kind == "sft":

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from ot_merge_jax import progress
-from ot_merge_jax.adapt import loop, training
-from ot_merge_jax.adapt.loop import CourseError, Seen, TrainState
-from ot_merge_jax.adapt.objectives import Examples
-from ot_merge_jax.adapt.training import Constants, Plan, Problem, Rates
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import DivergedError
+from ot_merge_jax.training import loop
+from ot_merge_jax.training import step as training
+from ot_merge_jax.training.loop import CourseError, Seen, TrainState
+from ot_merge_jax.training.losses import Examples
+from ot_merge_jax.training.step import Constants, Plan, Problem, Rates
 
 #: Bytes that rates which train together may hold on an accelerator; none on CPU, where products in
 #: a batch, each with its own weights, are no faster (the demo's sibling, 3 rates: 1.2 times the CPU

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ot_merge_jax.adapt.objectives import Examples, Pairs
 from ot_merge_jax.data import alignment, chat, vocabulary
 from ot_merge_jax.data.chat import Chat, Document
 from ot_merge_jax.errors import InputError
+from ot_merge_jax.training.losses import Examples, Pairs
 
 #: Who is imitated in a chat.
 RESPONDER = "assistant"

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.adapt import residual as residuals
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import arrays, hf, resolve
@@ -24,6 +23,7 @@ from ot_merge_jax.models import specs
 from ot_merge_jax.models.sites import GROUPS
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports import schema
+from ot_merge_jax.training import residual as residuals
 from ot_merge_jax.types import Params
 
 RESIDUAL = "residual"

@@ -14,15 +14,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ot_merge_jax.adapt import data, loop, lora, objectives
-from ot_merge_jax.adapt import residual as residuals
-from ot_merge_jax.adapt.loop import Course, Seen, TrainState
-from ot_merge_jax.adapt.objectives import Examples, Objective
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.recipes.training import Adaptation
-from ot_merge_jax.training import optimizer
+from ot_merge_jax.training import loop, lora, losses, optimizer, packing
+from ot_merge_jax.training import residual as residuals
+from ot_merge_jax.training.loop import Course, Seen, TrainState
+from ot_merge_jax.training.losses import Examples, Objective
 from ot_merge_jax.types import Params
 
 
@@ -38,8 +37,8 @@ class Problem(NamedTuple):
 
     settings: Adaptation
     objective: Objective
-    train: data.Blocks
-    dev: data.Blocks
+    train: packing.Blocks
+    dev: packing.Blocks
 
 
 class Rates(NamedTuple):
@@ -152,7 +151,7 @@ def loss_of(plan: Plan) -> loop.Loss:
 
     def loss(trainable: Any, constants: Constants, examples: Examples) -> jax.Array:
         params = _cast(params_of(trainable, constants, plan=plan), plan.dtype)
-        return objectives.loss(params, constants.source, examples, objective=plan.objective)
+        return losses.loss(params, constants.source, examples, objective=plan.objective)
 
     return loss
 
@@ -181,7 +180,7 @@ def step(
     Args:
         state: What trains; of a jitted step it is taken over.
         constants: What does not.
-        examples: From `data.batch_at`.
+        examples: From `packing.batch_at`.
         plan: What fixes the program.
 
     Returns:
@@ -200,7 +199,7 @@ def _plain_loss(
     params: Params, examples: Examples, *, objective: Objective, dtype: str
 ) -> jax.Array:
     """The loss of plain parameters."""
-    return objectives.loss(_cast(params, dtype), None, examples, objective=objective)
+    return losses.loss(_cast(params, dtype), None, examples, objective=objective)
 
 
 def _cast(params: Params, dtype: str) -> Params:
@@ -219,7 +218,7 @@ def next_token_loss(params: Params, problem: Problem) -> float:
     mesh = sharding.mesh_of(params)
     return sum(
         float(_plain_loss(params, _placed(one, mesh, 0), objective=objective, dtype=plan.dtype))
-        for one in data.in_order(problem.dev, batch_size=size)
+        for one in packing.in_order(problem.dev, batch_size=size)
     )
 
 
@@ -231,7 +230,7 @@ def dev_loss(trainable: Any, constants: Constants, problem: Problem) -> float:
 def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = None) -> Examples:
     """The batch of a step, by the seed and the number of the step alone, on its devices."""
     s = problem.settings
-    made = data.batch_at(
+    made = packing.batch_at(
         problem.train, index, batch_size=s.batch_size, seed=s.seed, parts=s.accumulate
     )
     return _placed(made, mesh, int(s.accumulate > 1))

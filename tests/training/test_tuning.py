@@ -5,8 +5,9 @@ import math
 import jax
 import pytest
 
-from ot_merge_jax.adapt import arms, training
 from ot_merge_jax.errors import DivergedError
+from ot_merge_jax.training import step as training
+from ot_merge_jax.training import tuning
 
 #: The last one ends in numbers that are not finite.
 RATES = [0.003, 0.01, 1e38]
@@ -24,7 +25,7 @@ def tuned(student, teacher, residual, problem):
             factor = {"projections": 1.0, "vocabulary": 1.0}
             source = teacher[1] if kind == "kd" else None
             begun = training.begin(task, student[1], residual, factor, source)
-            made[key] = arms.tune(task, *begun, rates, is_together=is_together)
+            made[key] = tuning.tune(task, *begun, rates, is_together=is_together)
         return made[key]
 
     return make
@@ -62,12 +63,12 @@ def test_rates_train_together_where_they_fit(student, problem, monkeypatch):
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(student[1]))
     assert need > 6 * weights + 4 * 9 * student[0].vocab_size * 4  # batch, length
     for name in ("_together", "_one_by_one"):
-        found = [arms.Tried(0.1, [], [], 1.0)], None
+        found = [tuning.Tried(0.1, [], [], 1.0)], None
         monkeypatch.setattr(
-            arms, name, lambda *_, name=name, found=found: seen.append(name) or found
+            tuning, name, lambda *_, name=name, found=found: seen.append(name) or found
         )
     begun = training.begin(task, student[1], {}, {})
     for most, rates in ((2 * need, [0.1, 0.2]), (2 * need - 1, [0.1, 0.2]), (2 * need, [0.1])):
-        monkeypatch.setattr(arms, "budget", lambda most=most: most)
-        arms.tune(task, *begun, rates)
+        monkeypatch.setattr(tuning, "budget", lambda most=most: most)
+        tuning.tune(task, *begun, rates)
     assert seen == ["_together", "_one_by_one", "_one_by_one"]

@@ -6,11 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from ot_merge_jax.adapt import loop
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.decoder import forward, token_nll
-from ot_merge_jax.training import optimizer
+from ot_merge_jax.training import loop, optimizer
 from ot_merge_jax.types import Batch
 
 STEPS = 12

@@ -1,0 +1,1 @@
+"""Training after a merge: losses, packing, the step, the loop."""
