@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import controls, memory, planning, preflight, run_controls, staged, sweep, trials
+from ot_merge_jax import memory, planning, preflight, run_controls, staged
 from ot_merge_jax.data import batching, calibration, tokenizers
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluation import nll, samples, saved_scores
 from ot_merge_jax.evaluation.kl import divergence
+from ot_merge_jax.experiments import controls, summary, sweep, trial
+from ot_merge_jax.experiments import verdict as verdicts
 from ot_merge_jax.io import arrays, atomic, details, hf, lazy, provenance, safetensors, stages
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.merging.merge import Stage, gather_rows, merge
@@ -33,8 +35,6 @@ from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredMo
 from ot_merge_jax.models.sites import sites_of
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipes.recipe import Recipe
-from ot_merge_jax.report import arms
-from ot_merge_jax.report import verdict as verdicts
 from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Report
 from ot_merge_jax.transport import cost, site_diagnostics
@@ -189,7 +189,7 @@ def _merge(
     measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {}
     controlled: dict[str, schema.Entry] = {}
     if inputs.held_out is not None:
-        context = trials.TrialContext(
+        context = trial.TrialContext(
             models, hparams, spec, is_chosen, run_controls.target_windows(inputs, inputs.held_out),
             scores["target"], hf.stored_dtypes(inputs.folders["target"]), budget,
         )  # fmt: skip
@@ -198,8 +198,8 @@ def _merge(
             has_dev=split.dev is not None,
         )  # fmt: skip
         names = [name for name in controls.arms(recipe.controls) if name not in reasons]
-        arm = trials.Arm(chosen.strength, points, scores["merge"])
-        measured, against, by_seed = arms.outcome(
+        arm = trial.Arm(chosen.strength, points, scores["merge"])
+        measured, against, by_seed = summary.outcome(
             run_controls.every_seed(state, inputs, context, merged, arm, names),
             scores["target"], kinds=recipe.controls, inapplicable=reasons, seed=seed,
         )  # fmt: skip
@@ -220,7 +220,7 @@ def _merge(
         evaluation=evaluation,
         strength=schema.Strength(
             chosen=chosen.strength,
-            tried=arms.tried(points),
+            tried=summary.tried(points),
             split=schema.Split(
                 train_documents=len(inputs.texts),
                 dev_documents=len(inputs.dev),
@@ -229,7 +229,7 @@ def _merge(
             ),
         ),
         samples=_samples(stage, inputs, models, model),
-        weights=arms.weights(merged.report),
+        weights=summary.weights(merged.report),
         sites=sites,
         calibration=arrays.plain(preflight.calibration_facts(inputs)),
         settings=yaml.safe_load(provenance.public(recipe.to_yaml())),
@@ -415,7 +415,7 @@ def _evaluate(
     )  # fmt: skip
     scores = {role: read[role] for role in roles}
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
-    found = arms.compared(scores, has_one_tokenizer=same, seed=seed)
+    found = summary.compared(scores, has_one_tokenizer=same, seed=seed)
     if inputs.recipe.controls:  # two passes more, spared like the controls
         found["merge"].kl_to_base = _divergence(stage, inputs, models, merged, budget.logits)
     return scores, found

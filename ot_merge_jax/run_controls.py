@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ot_merge_jax import preflight, staged, trials
+from ot_merge_jax import preflight, staged
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.evaluation import nll
+from ot_merge_jax.experiments import trial
 from ot_merge_jax.io import stages
 from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.types import AlignedBatches, Merged
@@ -18,11 +19,11 @@ _LOG = logging.getLogger(__name__)
 def every_seed(
     run: stages.Run,
     inputs: Inputs,
-    context: trials.TrialContext,
+    context: trial.TrialContext,
     merged: Merged,
-    arm: trials.Arm,
+    arm: trial.Arm,
     names: Sequence[str],
-) -> list[trials.Trial]:
+) -> list[trial.Trial]:
     """The trial of the run's own seed, then of each further one that its recipe asks for.
 
     Args:
@@ -33,21 +34,19 @@ def every_seed(
         arm: That merge as it was published.
         names: The controls that apply.
     """
-    every_trial = [
-        trials.trial(context, staged.keeping(run), split(inputs), merged, names, arm=arm)
-    ]
+    every_trial = [trial.trial(context, staged.keeping(run), split(inputs), merged, names, arm=arm)]
     first = inputs.recipe.seed
     for seed in range(first + 1, first + inputs.recipe.seeds):
         _LOG.info("calibration seed %d", seed)
         again = split(preflight.reseeded(inputs, seed))
         stage = staged.keeping(run._replace(part=f"seed-{seed}/"))
-        every_trial.append(trials.again(context, stage, again, names))
+        every_trial.append(trial.again(context, stage, again, names))
     return every_trial
 
 
-def split(inputs: Inputs) -> trials.Split:
+def split(inputs: Inputs) -> trial.Split:
     """The calibration text of a seed, ready to be used."""
-    return trials.Split(
+    return trial.Split(
         inputs.recipe.seed,
         AlignedBatches(inputs.data.target, inputs.data.source),
         inputs.vocabulary,

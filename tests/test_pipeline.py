@@ -16,9 +16,9 @@ from ot_merge_jax.data import calibration
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.evaluation.statistics import Difference
+from ot_merge_jax.experiments import summary, verdict
 from ot_merge_jax.io import details, hf, provenance
 from ot_merge_jax.recipes import loading
-from ot_merge_jax.report import arms, verdict
 from ot_merge_jax.reports import model_card, schema
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
@@ -176,9 +176,9 @@ def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_fil
     """Also of a merge that only shrinks the target."""
     worse = Difference(0.1, 0.05, 0.2)
     against = verdict.Compared(worse, [worse])
-    controlled = arms.Controlled([0], schema.Difference(**worse._asdict()), [], {})
+    controlled = summary.Controlled([0], schema.Difference(**worse._asdict()), [], {})
     found = verdict.judge(against, {}, missing=[]), against, controlled
-    monkeypatch.setattr(arms, "outcome", lambda *a, **k: found)
+    monkeypatch.setattr(summary, "outcome", lambda *a, **k: found)
     monkeypatch.setattr(verdict, "is_nothing_transferred", lambda *a: is_nothing)
     settings = resolved(evaluation=str(text_file))
     with pytest.raises(errors.StrictError, match=r"\+0\.1000 nats") as caught:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ot_merge_jax import errors, pipeline, preflight, sweep
+from ot_merge_jax import errors, pipeline, preflight
 from ot_merge_jax.evaluation import nll
+from ot_merge_jax.experiments import sweep
 from ot_merge_jax.io import arrays, details, hf, stages
 from ot_merge_jax.merging import merge
 from ot_merge_jax.models import gather

@@ -17,17 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import controls, trials
 from ot_merge_jax.adapt import inputs as checking
 from ot_merge_jax.adapt import run
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluation import nll
+from ot_merge_jax.experiments import baseline_summary as reporting
+from ot_merge_jax.experiments import controls, trial
+from ot_merge_jax.experiments.baseline_summary import Outcome
 from ot_merge_jax.io import arrays, hf, stages
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes.training import Adaptation
-from ot_merge_jax.report import baselines as reporting
-from ot_merge_jax.report.baselines import Outcome
 from ot_merge_jax.reports.schema import Report
 from ot_merge_jax.training import residual as residuals
 from ot_merge_jax.training import step as training
@@ -101,9 +101,7 @@ def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, j
         spec, strength = MergeSpec(rule="interpolate"), start.merged
         moved = controls.shrink(added)
     fused = fuse.fuse(base, moved, strength, spec=spec, mask=masks)
-    return nothing | residuals.between(
-        trials.as_stored(fused, hf.stored_dtypes(start.folder)), base
-    )
+    return nothing | residuals.between(trial.as_stored(fused, hf.stored_dtypes(start.folder)), base)
 
 
 def moved_by(path: str, added: jax.Array) -> jax.Array:
@@ -218,7 +216,7 @@ def _arm(
             arm = tune(grid)
         params = training.params_of(arm.trained, constants, plan=training.plan_of(problem))
         scores = run.score(
-            job.found, trials.as_stored(params, hf.stored_dtypes(job.found.start.folder))
+            job.found, trial.as_stored(params, hf.stored_dtypes(job.found.start.folder))
         )
         if is_published:
             leaves = jax.tree.leaves(arm.trained)

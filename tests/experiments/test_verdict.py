@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from ot_merge_jax import controls
 from ot_merge_jax.evaluation.nll import Scores
 from ot_merge_jax.evaluation.statistics import Difference
+from ot_merge_jax.experiments import controls, summary
+from ot_merge_jax.experiments.trial import Arm, Biased, Trial
+from ot_merge_jax.experiments.verdict import Compared, judge, of_merge, of_training
 from ot_merge_jax.recipes.recipe import CONTROLS
-from ot_merge_jax.report import arms
-from ot_merge_jax.report.verdict import Compared, judge, of_merge, of_training
-from ot_merge_jax.trials import Arm, Biased, Trial
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, WeightReport
 
 LESS, MORE, UNCLEAR = (
@@ -83,7 +82,7 @@ def test_without_a_dev_split_nothing_is_known_beyond_unigram():
             for name in controls.arms(CONTROLS)
         }
         inapplicable = {name: why for name, why in reasons.items() if why is not None}
-        return arms.outcome([trial], target, kinds=CONTROLS, inapplicable=inapplicable, seed=0)
+        return summary.outcome([trial], target, kinds=CONTROLS, inapplicable=inapplicable, seed=0)
 
     verdict, against, controlled = outcome(trial, has_dev=False)
     assert against.documents == 8

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import sweep
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import NonFiniteError
 from ot_merge_jax.evaluation import nll
+from ot_merge_jax.experiments import sweep
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.models import decoder

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ot_merge_jax.evaluation.nll import Scores
-from ot_merge_jax.report.arms import against
-from ot_merge_jax.report.verdict import Compared, of_training
+from ot_merge_jax.experiments.summary import against
+from ot_merge_jax.experiments.trial import pooled
+from ot_merge_jax.experiments.verdict import Compared, of_training
 from ot_merge_jax.reports import schema
-from ot_merge_jax.trials import pooled
 
 
 class Outcome(NamedTuple):

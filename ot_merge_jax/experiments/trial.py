@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax import controls, sweep
 from ot_merge_jax.evaluation import nll, saved_scores, token_bias
+from ot_merge_jax.experiments import controls, sweep
 from ot_merge_jax.io import arrays
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.merging.merge import Stage, given, merge

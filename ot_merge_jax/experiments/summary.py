@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ot_merge_jax import controls
 from ot_merge_jax.evaluation.nll import Scores
 from ot_merge_jax.evaluation.statistics import paired_bootstrap
+from ot_merge_jax.experiments import controls
+from ot_merge_jax.experiments.trial import Trial, every_seed, pooled
+from ot_merge_jax.experiments.verdict import Compared, Verdict, judge
 from ot_merge_jax.io.arrays import plain
 from ot_merge_jax.recipes.recipe import CONTROLS
-from ot_merge_jax.report.verdict import Compared, Verdict, judge
 from ot_merge_jax.reports import schema
-from ot_merge_jax.trials import Trial, every_seed, pooled
 from ot_merge_jax.types import MergeReport, Point
 
 _METRIC = "nll_per_token"  # all of them have the target's tokenizer

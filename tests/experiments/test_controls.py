@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ot_merge_jax import controls
+from ot_merge_jax.experiments import controls
 from ot_merge_jax.merging import fuse, projections
 from ot_merge_jax.models import families, specs
 from ot_merge_jax.transport import coupling as couplings

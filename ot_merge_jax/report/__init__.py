@@ -1,1 +1,0 @@
-"""What a run found: facts for `report.json`, and tables for the terminal."""
