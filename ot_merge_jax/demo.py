@@ -9,12 +9,13 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ot_merge_jax import assets, pipeline
+from ot_merge_jax import assets
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports.numbers import number
 from ot_merge_jax.reports.schema import Difference
+from ot_merge_jax.runs import merge as pipeline
 
 _LABELS = {
     "delta": "delta, sibling",

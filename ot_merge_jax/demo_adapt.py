@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import assets, demo, pipeline
-from ot_merge_jax.adapt import baselines
-from ot_merge_jax.adapt.run import AdaptResult
+from ot_merge_jax import assets, demo
 from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes import training as adaptations
+from ot_merge_jax.runs import baselines
+from ot_merge_jax.runs import merge as pipeline
+from ot_merge_jax.runs.adapt import AdaptResult
 
 #: Of all arms: what three seeds of them take a few minutes for on two CPU cores.
 BUDGET = {"steps": 48, "batch_size": 4, "block": 128, "eval_every": 16}

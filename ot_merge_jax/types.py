@@ -241,7 +241,7 @@ class Budget(NamedTuple):
             again for the next ones.
         predictions: Probabilities that the control ``unigram`` is fitted to (512 MiB). The one
             number that results depend on: where positions times vocabulary is more, an even part of
-            the positions stands for all. `ot_merge_jax.memory` never lowers it.
+            the positions stands for all. `ot_merge_jax.runs.memory` never lowers it.
     """
 
     pairs: int | None = None

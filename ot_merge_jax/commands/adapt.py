@@ -121,12 +121,12 @@ def adapt(
     quiet: Quiet = False,
 ) -> None:
     """Train a merged model with its residual frozen, or any model, and write a plain folder."""
-    from ot_merge_jax import memory
-    from ot_merge_jax.adapt import baselines as comparison
-    from ot_merge_jax.adapt import run
     from ot_merge_jax.distributed import sharding
     from ot_merge_jax.recipes import training as adaptations
     from ot_merge_jax.reports.numbers import number
+    from ot_merge_jax.runs import adapt as run
+    from ot_merge_jax.runs import baselines as comparison
+    from ot_merge_jax.runs import memory
 
     of_text = {"field": field, "encoding": encoding}
     of_text = {key: value for key, value in of_text.items() if value is not None}

@@ -27,7 +27,7 @@ from ot_merge_jax.console import (
 from ot_merge_jax.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
-    from ot_merge_jax.planning import Needs
+    from ot_merge_jax.runs.plan import Needs
 
 
 @guarded
@@ -46,7 +46,8 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what `run` would need: memory, disk, arithmetic. Reads no weights and writes nothing."""
-    from ot_merge_jax import memory, planning
+    from ot_merge_jax.runs import memory
+    from ot_merge_jax.runs import plan as planning
 
     with session(verbose=verbose, quiet=quiet):
         needs = planning.needs(
@@ -92,12 +93,12 @@ def _table(title: str, sizes: dict[str, int], spell: Any) -> Table:
 
 def _facts(needs: Needs) -> dict[str, Any]:
     """The needs as JSON values; sizes in bytes."""
-    from ot_merge_jax import preflight
+    from ot_merge_jax.runs import inputs
 
     recipe, work = needs.inputs.recipe, needs.work
     return {
         "recipe": json.loads(recipe.model_dump_json()),
-        "calibration": preflight.calibration_facts(needs.inputs),
+        "calibration": inputs.calibration_facts(needs.inputs),
         "memory": {
             "stages": needs.memory.stages,
             "peak": needs.memory.peak,

@@ -46,14 +46,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Merge a source into a target, by a recipe, by flags, or by both (flags win)."""
-    from ot_merge_jax import memory, pipeline
     from ot_merge_jax.distributed import sharding
     from ot_merge_jax.reports import tables
+    from ot_merge_jax.runs import memory, merge
 
     if out is None:
         raise RecipeError("There is no --out; name the folder to write.")
     with session(verbose=verbose, quiet=quiet):
-        result = pipeline.run(
+        result = merge.run(
             recipe,
             out,
             # a resumed run publishes the same bytes, so it is the same command

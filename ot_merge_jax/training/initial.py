@@ -131,7 +131,7 @@ def verify(start: Start, hashes: Mapping[str, Any]) -> None:
 
     Args:
         start: From `open_start`.
-        hashes: The input ``target`` as `ot_merge_jax.io.details.inputs` gives it.
+        hashes: The input ``target`` as `ot_merge_jax.runs.artifacts.inputs` gives it.
 
     Raises:
         InputError: naming the target.

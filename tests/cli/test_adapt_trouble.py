@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from published import tensors
 
-from ot_merge_jax.adapt import run, state
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.io import arrays
+from ot_merge_jax.runs import adapt, adapt_checkpoint
 from ot_merge_jax.training import step as training
 
 #: A process that is killed draws them.
@@ -252,7 +252,7 @@ def test_a_signal_waits_for_the_step_saves_and_says_how_to_resume(
     number, words, desk, cli, monkeypatch, tmp_path
 ):
     """Between checkpoints, inside of a step."""
-    real = run._event
+    real = adapt._event
 
     def event(course, rate, *, is_dev):
         if len(course.losses) == 3:
@@ -261,7 +261,7 @@ def test_a_signal_waits_for_the_step_saves_and_says_how_to_resume(
 
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_event", event)
+        patch.setattr(adapt, "_event", event)
         called = cli(*words("--save-every", 100, "-q"))
     assert called.code == 130
     assert handlers == [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
@@ -279,7 +279,7 @@ def test_a_signal_waits_for_the_step_saves_and_says_how_to_resume(
 def test_a_signal_while_saving_waits_a_step_and_is_heeded_at_the_end(
     step, done, words, desk, cli, monkeypatch, tmp_path
 ):
-    given, saved, sent = words("--save-every", 1), state.save, []
+    given, saved, sent = words("--save-every", 1), adapt_checkpoint.save, []
 
     def save(folder, course, events):
         if len(course.losses) == step and not sent:
@@ -288,7 +288,7 @@ def test_a_signal_while_saving_waits_a_step_and_is_heeded_at_the_end(
         saved(folder, course, events)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save", save)
+        patch.setattr(adapt_checkpoint, "save", save)
         assert cli(*given).code == 130
     assert sent
     assert not desk.out.exists()
@@ -301,14 +301,14 @@ def test_a_signal_while_saving_waits_a_step_and_is_heeded_at_the_end(
 
 def interrupt(monkeypatch, step):
     """Lets training be interrupted behind a step, in this process."""
-    saved = state.save
+    saved = adapt_checkpoint.save
 
     def save(folder, course, events):
         saved(folder, course, events)
         if len(course.losses) >= step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(state, "save", save)
+    monkeypatch.setattr(adapt_checkpoint, "save", save)
 
 
 #: What else a checkpoint has to hold: name -> merge to start from, teacher, flags.
@@ -364,7 +364,7 @@ def test_other_settings_are_found_whatever_the_folder_is_called(tmp_path):
     kept.write_text('{"adapt": {"seed": 1}}')
     decided = {"adapt": {"seed": 2}, "inputs": {}, "texts": {}, "versions": {}}
     with pytest.raises(RecipeError, match=r"differs in seed \(was 1, now 2\)"):
-        run._refuse_others(out, "def", decided)
+        adapt._refuse_others(out, "def", decided)
 
 
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(words, desk, cli, monkeypatch, tmp_path):
@@ -402,7 +402,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     words, desk, cli, monkeypatch, full_disk, tmp_path
 ):
     """The second checkpoint does not fit; the run goes on from the first when there is room."""
-    saved, unlimited = state.save, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    saved, unlimited = adapt_checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
 
     def save(folder, course, events):
         if len(course.losses) == 2:
@@ -413,7 +413,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
             full_disk(unlimited)
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save", save)
+        patch.setattr(adapt_checkpoint, "save", save)
         called = cli(*words("--save-every", 1))
     assert called.code == 4, called.err
     assert "The disk is full at" in called.err

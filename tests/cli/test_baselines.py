@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from published import assert_nothing_is_lost, report_of, tensors
 
-from ot_merge_jax.adapt import baselines
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.models import specs
+from ot_merge_jax.runs import baselines
 from ot_merge_jax.training import initial, step, tuning
 
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 3, "--rates", "0.003,0.03")

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import pipeline
 from ot_merge_jax.commands.plan import plan
 from ot_merge_jax.commands.run import run
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import arrays
+from ot_merge_jax.runs import merge
 
 NAME = "paper llama<-qwen2"
 
@@ -43,7 +43,7 @@ def test_disk_is_what_a_run_has_made(desk, cli, monkeypatch):
         made["coupling"] = sum(leaf.nbytes for leaf in leaves)
         raise InputError("Seen.")  # scores and controls would follow
 
-    monkeypatch.setattr(pipeline, "_silent", measure)
+    monkeypatch.setattr(merge, "_silent", measure)
     assert cli(*words).err.endswith("error: Seen.\n")
     said = planned.json["disk"]["parts"]
     assert said["activations"] == made["activations"] > 0

@@ -11,12 +11,12 @@ import pytest
 import typer
 from hub_cache import contents, fill
 
-from ot_merge_jax import pipeline
-from ot_merge_jax.adapt import run as adaptation
 from ot_merge_jax.cli import app
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hub
 from ot_merge_jax.recipes import loading
+from ot_merge_jax.runs import adapt as adaptation
+from ot_merge_jax.runs import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 #: SPEC section 14: alpha of the fusion, alpha and learning rate of the adaptation.
@@ -93,7 +93,7 @@ def asked(cli, monkeypatch):
         seen.append(settings)
         raise InputError("Seen.")
 
-    monkeypatch.setattr(pipeline, "run", stop)
+    monkeypatch.setattr(merge, "run", stop)
     monkeypatch.setattr(adaptation, "adapt", stop)
     monkeypatch.chdir(CONFIGS.parent)
 

@@ -16,8 +16,8 @@ from desk import FAST_TO_COMPILE
 from published import ALL, CROSS, assert_nothing_is_lost, moved, tensors
 
 from ot_merge_jax.data import documents
-from ot_merge_jax.io import provenance
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.runs import provenance
 
 NOTHING = "nothing of the source was transferred"
 DIAGNOSTICS = {

@@ -19,8 +19,9 @@ import yaml
 from desk import FAST_TO_COMPILE, GATE, SINGLE
 from published import report_of
 
-from ot_merge_jax import pipeline, preflight
 from ot_merge_jax.io import atomic, hub
+from ot_merge_jax.runs import inputs as preflight
+from ot_merge_jax.runs import merge
 
 
 @pytest.fixture
@@ -320,7 +321,7 @@ def test_interrupt_when_the_folder_is_nearly_done(desk, everything, cli, monkeyp
 
     before = everything()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_evaluate", stopped)
+        patch.setattr(merge, "_evaluate", stopped)
         called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (130, "")
     [sentence] = called.err.splitlines()
@@ -333,7 +334,7 @@ def test_interrupt_before_anything_is_finished(desk, everything, cli, monkeypatc
         time.sleep(60)
 
     before = everything()
-    monkeypatch.setattr(pipeline, "_load", stopped)
+    monkeypatch.setattr(merge, "_load", stopped)
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (130, "")
     assert called.err.splitlines() == ["interrupted; nothing was written."]

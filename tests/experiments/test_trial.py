@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from published import assert_nothing_is_lost, report_of
 
-from ot_merge_jax import pipeline
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import hf
 from ot_merge_jax.models import decoder
 from ot_merge_jax.recipes import loading
+from ot_merge_jax.runs import merge
 
 WORDS = ["river", "market", "the", "stone", "house", "water", "bread", "light"]
 SIZES = {"layers": 2, "hidden": 24, "heads": 2, "intermediate": 24}
@@ -101,7 +101,7 @@ def reports(target, sources, walks, tmp_path_factory):
             "seeds": 2 if name == "knows" else 1,
         }
         out = tmp_path_factory.mktemp("out") / name
-        pipeline.run(loading.resolve(settings), out, command="test")
+        merge.run(loading.resolve(settings), out, command="test")
         assert_nothing_is_lost(out)
         found[name] = report_of(out)
     return found
@@ -170,7 +170,7 @@ def of_neurons(target, walks, tiny_checkpoint, tmp_path_factory):
         "seeds": 2,
     }
     out = tmp_path_factory.mktemp("out") / "neurons"
-    pipeline.run(loading.resolve(settings), out, command="test")
+    merge.run(loading.resolve(settings), out, command="test")
     assert_nothing_is_lost(out)
     return report_of(out)
 

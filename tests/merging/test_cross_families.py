@@ -16,9 +16,10 @@ import output_contract
 import pytest
 from tokenizers import Tokenizer
 
-from ot_merge_jax import forward, load_hf, pipeline
+from ot_merge_jax import forward, load_hf
 from ot_merge_jax.models.families import FAMILIES
 from ot_merge_jax.recipes import loading, presets
+from ot_merge_jax.runs import merge
 from ot_merge_jax.types import Batch
 
 NAMES = list(FAMILIES)
@@ -102,7 +103,7 @@ def test_published_folder(preset, target, source, model, text, tmp_path):
     if preset == "delta":
         settings["source_base"] = str(model(source, "source base"))
     out = tmp_path / "out"
-    found = pipeline.run(
+    found = merge.run(
         loading.resolve(settings), out, command=f"ot-merge run --preset {preset} --out out"
     )
     assert found.report.calibration["rows"] > 20

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import memory
 from ot_merge_jax.data import batching, calibration
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.io import arrays
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import sites as spaces
 from ot_merge_jax.models.config import ModelConfig, Rope
+from ot_merge_jax.runs import memory
 from ot_merge_jax.transport import coupling as couplings
 from ot_merge_jax.types import BUDGET, Budget, Coupling, MergeSpec, Potentials
 

@@ -18,25 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import memory, planning, preflight, run_controls, staged
 from ot_merge_jax.data import batching, calibration, tokenizers
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluation import nll, samples, saved_scores
 from ot_merge_jax.evaluation.kl import divergence
-from ot_merge_jax.experiments import controls, summary, sweep, trial
+from ot_merge_jax.experiments import controls as controls_module
+from ot_merge_jax.experiments import summary, sweep, trial
 from ot_merge_jax.experiments import verdict as verdicts
-from ot_merge_jax.io import arrays, atomic, details, hf, lazy, provenance, safetensors, stages
+from ot_merge_jax.io import arrays, atomic, hf, lazy, safetensors
 from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
 from ot_merge_jax.merging.merge import Stage, gather_rows, merge
 from ot_merge_jax.models import decoder, offload, specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import BASE, SOURCE, TARGET, AnyModel, DeferredModel, Models
 from ot_merge_jax.models.sites import sites_of
-from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipes.recipe import Recipe
 from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.runs import artifacts, controls, memory, plan, provenance, stages, stages_merge
+from ot_merge_jax.runs import inputs as preflight
+from ot_merge_jax.runs.inputs import Inputs
 from ot_merge_jax.transport import cost, site_diagnostics
 from ot_merge_jax.types import BUDGET, Alignment, Budget, MergeReport, MergeSpec, Params
 
@@ -106,7 +108,7 @@ def run(
         KeyboardInterrupt: saying how to resume.
     """
     started = time.monotonic()
-    inputs, held = planning.checked(
+    inputs, held = plan.checked(
         recipe, out, overwrite=overwrite or resume, offline=offline, limit=memory_limit
     )
     recipe = inputs.recipe
@@ -116,7 +118,7 @@ def run(
     _LOG.info("memory: %s", held)
     if held.budget != BUDGET:
         _LOG.info("memory: in smaller blocks, at a time %s", held.budget)
-    side = details.inputs(inputs.folders, inputs.sources)
+    side = artifacts.inputs(inputs.folders, inputs.sources)
     # reading layer by layer, or in other blocks, rounds differently, so it is another run
     decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(held.on_disk)}
     if held.budget != BUDGET:
@@ -124,7 +126,7 @@ def run(
     key = stages.key({"recipe": recipe.to_yaml(), **decided, **side})
     side = {"run": key, "command": command, **side}
     with atomic.locked(out):
-        if resume and (done := details.read(out, key)):
+        if resume and (done := artifacts.read(out, key)):
             _LOG.info("resume: %s is finished", out)
             stages.clear(out, key)
             return RunResult(out, *done, done[0].warnings, {})
@@ -155,7 +157,7 @@ def _merge(
     is_chosen = recipe.strength == "auto"
     deferred = _deferred(inputs.folders, held.on_disk, mesh)
     models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
-    split, stage = run_controls.split(inputs), staged.keeping(state)
+    split, stage = controls.split(inputs), stages_merge.keeping(state)
     _LOG.info("transport: %s", ", ".join(spec.weights))
     choose = None
     if is_chosen and split.dev is not None:
@@ -190,17 +192,17 @@ def _merge(
     controlled: dict[str, schema.Entry] = {}
     if inputs.held_out is not None:
         context = trial.TrialContext(
-            models, hparams, spec, is_chosen, run_controls.target_windows(inputs, inputs.held_out),
+            models, hparams, spec, is_chosen, controls.target_windows(inputs, inputs.held_out),
             scores["target"], hf.stored_dtypes(inputs.folders["target"]), budget,
         )  # fmt: skip
-        reasons = controls.inapplicable_reasons(
+        reasons = controls_module.inapplicable_reasons(
             recipe.controls, spec=spec, source_layers=models.source.cfg.num_layers,
             has_dev=split.dev is not None,
         )  # fmt: skip
-        names = [name for name in controls.arms(recipe.controls) if name not in reasons]
+        names = [name for name in controls_module.arms(recipe.controls) if name not in reasons]
         arm = trial.Arm(chosen.strength, points, scores["merge"])
         measured, against, by_seed = summary.outcome(
-            run_controls.every_seed(state, inputs, context, merged, arm, names),
+            controls.every_seed(state, inputs, context, merged, arm, names),
             scores["target"], kinds=recipe.controls, inapplicable=reasons, seed=seed,
         )  # fmt: skip
         shown = by_seed._asdict()
@@ -238,7 +240,7 @@ def _merge(
     stages.stage(
         state,
         "details",
-        lambda folder: details.write(
+        lambda folder: artifacts.write(
             folder,
             settings=recipe.to_yaml(),
             seed=seed,
@@ -427,7 +429,7 @@ def _divergence(
     """KL(target || merge) on the held-out text, nats per token."""
 
     def compute() -> float:
-        cut = run_controls.target_windows(inputs, inputs.held_out or [])
+        cut = controls.target_windows(inputs, inputs.held_out or [])
         model = _scored_model("merge", models, merged)
         sums = divergence(models.target, model, cut, logits_at_once=logits_at_once)
         return float(sums.sum() / cut.tokens.sum())

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import pydantic
 
 from ot_merge_jax.errors import DivergedError, ResourceError, is_out_of_memory
-from ot_merge_jax.io import atomic, provenance
+from ot_merge_jax.io import atomic
+from ot_merge_jax.runs import provenance
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)

@@ -19,16 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax import memory, progress
-from ot_merge_jax.adapt import inputs as checking
-from ot_merge_jax.adapt import publishing, state
-from ot_merge_jax.adapt.inputs import Inputs
+from ot_merge_jax import progress
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluation import nll, statistics
-from ot_merge_jax.io import arrays, atomic, details, hf, provenance, stages
+from ot_merge_jax.io import arrays, atomic, hf
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.runs import (
+    adapt_artifacts,
+    adapt_checkpoint,
+    artifacts,
+    memory,
+    provenance,
+    stages,
+)
+from ot_merge_jax.runs import adapt_inputs as checking
+from ot_merge_jax.runs.adapt_inputs import Inputs
 from ot_merge_jax.training import initial, loop, step
 from ot_merge_jax.training.initial import Parts
 from ot_merge_jax.training.loop import Course
@@ -135,7 +142,7 @@ def adapt(
     _check_memory(found, memory_limit)
     if show is not None:
         show(found.settings)
-    side = details.inputs(found.folders, found.sources)
+    side = artifacts.inputs(found.folders, found.sources)
     if found.start.target is not None:
         initial.verify(found.start, side["inputs"]["target"])
     decided = {
@@ -144,7 +151,7 @@ def adapt(
     key = stages.key(decided)
     side = {"run": key, "command": command, **side}
     with atomic.locked(out):
-        if resume and (report := publishing.read(out, key)) is not None:
+        if resume and (report := adapt_artifacts.read(out, key)) is not None:
             _LOG.info("resume: %s is finished", out)
             stages.clear(out, key)
             return AdaptResult(out, report)
@@ -192,7 +199,7 @@ def _adapt(job: Job) -> Report:
     trainable, constants = step.begin(problem, *parts, source)
     before = scores_before(job, trainable, constants)
     new = step.new_course(problem, trainable)
-    course, events = state.restore(run, new)
+    course, events = adapt_checkpoint.restore(run, new)
     if course.losses:
         _LOG.info("resume: %d of %d steps are done", len(course.losses), problem.settings.steps)
     course, events = _train(run, problem, course, constants, events)
@@ -201,7 +208,7 @@ def _adapt(job: Job) -> Report:
     folded = step.params_of(trained, constants, plan=plan)
     return finish(
         job, Trained(parts, folded, course, events), before,
-        needs=[state.name_of(course)] if course.losses else [],
+        needs=[adapt_checkpoint.name_of(course)] if course.losses else [],
     )  # fmt: skip
 
 
@@ -246,7 +253,7 @@ def finish(
     stages.stage(
         run,
         "details",
-        lambda folder: publishing.write(
+        lambda folder: adapt_artifacts.write(
             folder,
             begun=found.start,
             folders=found.folders,
@@ -277,7 +284,7 @@ def _train(
     def rate(course: Course) -> float:
         return (len(course.losses) - first) * size / max(1e-9, time.monotonic() - begun)
 
-    with state.interrupts() as is_wanted:
+    with adapt_checkpoint.interrupts() as is_wanted:
 
         def after(course: Course) -> None:
             nonlocal latest
@@ -289,16 +296,16 @@ def _train(
                     file.write(events[-1])
             is_last = is_wanted()  # asked once: a signal that comes while saving waits a step
             if done % (settings.save_every or 1) == 0 or is_last:
-                state.save(run, course, events)
+                adapt_checkpoint.save(run, course, events)
             if is_last:
                 raise KeyboardInterrupt
 
         def rescue(course: Course) -> None:
             dev = step.dev_loss(course.state.params, constants, problem)
             if not np.isfinite(dev):
-                state.drop(run, course)  # the update before has broken it
+                adapt_checkpoint.drop(run, course)  # the update before has broken it
             elif course.losses:
-                state.save(run, course, events)
+                adapt_checkpoint.save(run, course, events)
 
         latest = course
         course = step.train(
@@ -312,7 +319,7 @@ def _train(
             ),
         )
         if course.losses:
-            state.save(run, course, events)
+            adapt_checkpoint.save(run, course, events)
         if is_wanted():
             raise KeyboardInterrupt
     live.unlink()
@@ -393,7 +400,7 @@ def _report(found: Inputs, course: Course, before: Written, after: Written) -> R
     blocks, pairs = found.problem.train, found.problem.train.pairs
     return Report(
         version=schema.VERSION,
-        verdict=publishing.verdict(change, steps=len(course.losses)),
+        verdict=adapt_artifacts.verdict(change, steps=len(course.losses)),
         controls={},
         objective=settings.objective,
         steps=len(course.losses),

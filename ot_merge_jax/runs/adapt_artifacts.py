@@ -9,10 +9,11 @@ from typing import Any
 
 from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.evaluation.statistics import Difference
-from ot_merge_jax.io import arrays, details, provenance
+from ot_merge_jax.io import arrays
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.reports import html, model_card, schema
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.runs import artifacts, provenance
 from ot_merge_jax.training import initial
 from ot_merge_jax.training.initial import Parts, Start
 
@@ -44,7 +45,7 @@ def write(
         parts: The trained base and the residual that was held constant.
         report: What was found.
         events: Lines of ``events.jsonl``.
-        side: ``run`` (the key), ``command``, and what `details.inputs` returned.
+        side: ``run`` (the key), ``command``, and what `artifacts.inputs` returned.
         began: ``time.monotonic()`` when this process began.
     """
     inside = folder / "ot_merge"
@@ -73,7 +74,7 @@ def write(
         "recipe_sha256": provenance.sha256(inside / "recipe.yaml"),
         "seed": seed,
         "evaluation": report.to_dict()["evaluation"],
-        "output": provenance.file_hashes(folder, details.FILES),
+        "output": provenance.file_hashes(folder, artifacts.FILES),
         "wall_seconds": round(time.monotonic() - began, 2),
         **provenance.environment(),
     }

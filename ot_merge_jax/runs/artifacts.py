@@ -11,10 +11,11 @@ import numpy as np
 
 from ot_merge_jax.data import sources as records
 from ot_merge_jax.errors import InputError, VersionError
-from ot_merge_jax.io import arrays, hub, peft, provenance
+from ot_merge_jax.io import arrays, hub, peft
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.reports import html, model_card, schema
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.runs import provenance
 from ot_merge_jax.types import Coupling, MergeReport, WeightReport
 
 #: Every file of a model folder that decides what a run writes.

@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.adapt import inputs as checking
-from ot_merge_jax.adapt import run
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.experiments import baseline_summary as reporting
 from ot_merge_jax.experiments import controls, trial
 from ot_merge_jax.experiments.baseline_summary import Outcome
-from ot_merge_jax.io import arrays, hf, stages
+from ot_merge_jax.io import arrays, hf
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.reports.schema import Report
+from ot_merge_jax.runs import adapt, stages
+from ot_merge_jax.runs import adapt_inputs as checking
 from ot_merge_jax.training import residual as residuals
 from ot_merge_jax.training import step as training
 from ot_merge_jax.training import tuning
@@ -40,21 +40,21 @@ from ot_merge_jax.types import MergeSpec, Params
 _LOG = logging.getLogger(__name__)
 
 
-def compare(settings: Adaptation, out: Path, **given: Any) -> run.AdaptResult:
+def compare(settings: Adaptation, out: Path, **given: Any) -> adapt.AdaptResult:
     """Trains a merge and its baselines at equal budget, and publishes the best trained merge.
 
     Args:
         settings: With ``baselines``.
         out: The folder to write.
-        given: As in `run.adapt`.
+        given: As in `adapt.adapt`.
 
     Returns:
         What was found; ``baselines`` of the report says how the arms compare.
 
     Raises:
-        OtMergeError: as in `run.adapt`.
+        OtMergeError: as in `adapt.adapt`.
     """
-    return run.adapt(settings, out, work=_compare, **given)
+    return adapt.adapt(settings, out, work=_compare, **given)
 
 
 def why_not(start: Start, name: str) -> str | None:
@@ -117,12 +117,12 @@ def moved_by(path: str, added: jax.Array) -> jax.Array:
     return found.astype(jnp.float32)
 
 
-def _compare(job: run.Job) -> Report:
+def _compare(job: adapt.Job) -> Report:
     """The stages, up to the folder that is published."""
     settings = job.found.settings
-    parts, source = run.load(job)
+    parts, source = adapt.load(job)
     trainable, constants = training.begin(job.found.problem, *parts, source)
-    before = run.scores_before(job, trainable, constants)
+    before = adapt.scores_before(job, trainable, constants)
     applicable = {name: why_not(job.found.start, name) for name in settings.baselines or ()}
     names = ["merge", *_ordered([one for one, why in applicable.items() if why is None])]
     problems = _problems(job)
@@ -151,13 +151,13 @@ def _compare(job: run.Job) -> Report:
     stage = _name(best, "merge", settings.seed)
     trained = _trained(job.run.folder / "state" / stage, trainable)
     plan = training.plan_of(job.found.problem)
-    whole = run.Trained(
+    whole = adapt.Trained(
         parts._replace(base=training.base_of(trained, constants, plan=plan)),
         training.params_of(trained, constants, plan=plan),
         Course(None, chosen.losses, (), chosen.dev),  # pyright: ignore[reportArgumentType]
         _events(found),
     )
-    return run.finish(job, whole, before, needs=[stage], more=comparison._asdict())
+    return adapt.finish(job, whole, before, needs=[stage], more=comparison._asdict())
 
 
 def _ordered(names: Sequence[str]) -> list[str]:
@@ -165,7 +165,7 @@ def _ordered(names: Sequence[str]) -> list[str]:
     return ["base", *(one for one in ("shrink", "noise") if one in names)]
 
 
-def _problems(job: run.Job) -> dict[int, Problem]:
+def _problems(job: adapt.Job) -> dict[int, Problem]:
     """Seed -> what is to be learned, with its own dev split and order; the same numbers."""
     settings = job.found.settings
     found = {settings.seed: job.found.problem}
@@ -181,7 +181,7 @@ def _name(objective: str, name: str, seed: int) -> str:
 
 
 def _arm(
-    job: run.Job,
+    job: adapt.Job,
     problem: Problem,
     name: str,
     parts: Parts,
@@ -215,7 +215,7 @@ def _arm(
             )  # fmt: skip
             arm = tune(grid)
         params = training.params_of(arm.trained, constants, plan=training.plan_of(problem))
-        scores = run.score(
+        scores = adapt.score(
             job.found, trial.as_stored(params, hf.stored_dtypes(job.found.start.folder))
         )
         if is_published:

@@ -12,15 +12,16 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import arithmetic, memory, preflight
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import ResourceError
 from ot_merge_jax.io import safetensors
 from ot_merge_jax.merging import weight_transport
 from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.sites import site_width, sites_of
-from ot_merge_jax.preflight import Inputs
 from ot_merge_jax.recipes.recipe import Recipe
+from ot_merge_jax.runs import flops, memory
+from ot_merge_jax.runs import inputs as preflight
+from ot_merge_jax.runs.inputs import Inputs
 from ot_merge_jax.transport import coupling
 
 _LOG = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Needs(NamedTuple):
     disk: dict[str, int]
     free: int
     place: Path
-    work: arithmetic.Work
+    work: flops.Work
 
 
 def needs(
@@ -87,7 +88,7 @@ def needs(
         disk(inputs),
         shutil.disk_usage(place).free,
         place,
-        arithmetic.of_merge(cfgs, gathered, spec=inputs.recipe.spec(), matched=matched),
+        flops.of_merge(cfgs, gathered, spec=inputs.recipe.spec(), matched=matched),
     )
     needed = sum(found.disk.values())
     if needed > found.free:

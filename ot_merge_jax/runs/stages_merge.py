@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ot_merge_jax.io import stages
 from ot_merge_jax.merging.merge import Stage
+from ot_merge_jax.runs import stages
 
 
 def keeping(run: stages.Run) -> Stage:

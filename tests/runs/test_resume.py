@@ -9,13 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from ot_merge_jax import errors, pipeline, preflight
+from ot_merge_jax import errors
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.experiments import sweep
-from ot_merge_jax.io import arrays, details, hf, stages
-from ot_merge_jax.merging import merge
+from ot_merge_jax.io import arrays, hf
+from ot_merge_jax.merging import merge as merge_module
 from ot_merge_jax.models import gather
 from ot_merge_jax.recipes import loading
+from ot_merge_jax.runs import artifacts, merge, stages
+from ot_merge_jax.runs import inputs as preflight
 from ot_merge_jax.transport import coupling
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 2}
@@ -73,7 +75,7 @@ def published(folder):
 class Straight(NamedTuple):
     """An uninterrupted run: its result, its files, and its state just before it was published."""
 
-    result: pipeline.RunResult
+    result: merge.RunResult
     files: dict
     state: Path
 
@@ -91,7 +93,7 @@ def uninterrupted(resolved, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_commit_point", point)
-        result = pipeline.run(resolved, folder / "out", command="test")
+        result = merge.run(resolved, folder / "out", command="test")
     assert seen == POINTS
     [state] = (folder / "kept").iterdir()
     return Straight(result, published(folder / "out"), state)
@@ -125,9 +127,9 @@ def until(resolved, out, monkeypatch):
 
         monkeypatch.setattr(stages, "_commit_point", point)
         if place is None:
-            return pipeline.run(resolved, out, command="test", resume=True)
+            return merge.run(resolved, out, command="test", resume=True)
         with pytest.raises(Killed):
-            pipeline.run(resolved, out, command="test", resume=True)
+            merge.run(resolved, out, command="test", resume=True)
         return None
 
     return run
@@ -155,9 +157,9 @@ def test_kill_at_one_commit_point(place, until, out, straight):
 @pytest.mark.usefixtures("state")
 def test_finished_stages_compute_nothing(until, out, straight, resolved, monkeypatch):
     for module, name in (
-        (gather, "_step"), (coupling, "couple"), (merge, "transport_weights"),
-        (sweep, "sweep"), (nll, "score"), (hf, "write_model"), (merge, "gather"),
-        (details, "write"),
+        (gather, "_step"), (coupling, "couple"), (merge_module, "transport_weights"),
+        (sweep, "sweep"), (nll, "score"), (hf, "write_model"), (merge_module, "gather"),
+        (artifacts, "write"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("it was finished"))
     loaded, load = [], hf.load_folder
@@ -228,7 +230,7 @@ def test_other_settings_never_use_the_state(change, state, out, resolved, caplog
         patch.setattr(stages, "_commit_point", die)
         with pytest.raises(Killed):
             other = resolved.model_copy(update=change)
-            pipeline.run(other, out, command="test", resume=True)
+            merge.run(other, out, command="test", resume=True)
     assert "resume: there is nothing to resume" in caplog.text
     assert f"have left {state.name};" in caplog.text
     assert len([path for path in out.parent.iterdir() if ".partial-" in path.name]) == 2
@@ -252,7 +254,7 @@ def test_other_inputs_never_use_the_state(out, resolved, tmp_path):
         for change in ("", "one more river 77\n"):
             text.write_text(text.read_text() + change)
             with pytest.raises(Killed):
-                pipeline.run(mine, out, command="test", resume=True)
+                merge.run(mine, out, command="test", resume=True)
     assert seen == ["before rows-target", "after rows-target"] * 2
 
 

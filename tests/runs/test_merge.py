@@ -11,15 +11,17 @@ import safetensors.numpy
 from checkpoints import mixed, recast
 from published import report_of
 
-from ot_merge_jax import errors, memory, pipeline, planning, preflight
+from ot_merge_jax import errors
 from ot_merge_jax.data import calibration
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.evaluation.statistics import Difference
 from ot_merge_jax.experiments import summary, verdict
-from ot_merge_jax.io import details, hf, provenance
+from ot_merge_jax.io import hf
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports import model_card, schema
+from ot_merge_jax.runs import artifacts, memory, merge, plan, provenance
+from ot_merge_jax.runs import inputs as preflight
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
 
@@ -117,13 +119,13 @@ def test_rows_are_the_tokens_of_the_row_documents(resolved, out):
 
 def test_strength_is_chosen_on_the_dev_split_and_nothing_else(resolved, out, lines, monkeypatch):
     cut = []
-    real = pipeline.nll.windows
+    real = merge.nll.windows
     monkeypatch.setattr(
-        pipeline.nll,
+        merge.nll,
         "windows",
         lambda documents, *a, **k: cut.append(documents) or real(documents, *a, **k),
     )
-    result = pipeline.run(resolved(strength="auto"), out, command="test")
+    result = merge.run(resolved(strength="auto"), out, command="test")
     assert cut == [texts.split(lines, seed=0)[1]]
     assert len(result.report.strength.tried) == 7  # one group moves: no search over groups
     best = min(result.report.strength.tried, key=lambda point: point.loss)
@@ -137,7 +139,7 @@ def test_held_out_text_is_only_reported(resolved, out, text_file, tmp_path):
     digests = set()
     for place, text in enumerate((None, str(text_file), str(other))):
         folder = out.with_name(f"out-{place}")
-        pipeline.run(resolved(strength="auto", evaluation=text), folder, command="test")
+        merge.run(resolved(strength="auto", evaluation=text), folder, command="test")
         digests.add((folder / "model.safetensors").read_bytes())
     assert len(digests) == 1
 
@@ -162,7 +164,7 @@ def test_check_reads_no_weights(resolved, out, monkeypatch):
 
 
 def test_verdict_of_a_run_is_in_report_and_result(resolved, out, text_file):
-    result = pipeline.run(resolved(evaluation=str(text_file)), out, command="test")
+    result = merge.run(resolved(evaluation=str(text_file)), out, command="test")
     report = report_of(out)
     assert result.report == report
     assert result.out == out
@@ -182,17 +184,17 @@ def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_fil
     monkeypatch.setattr(verdict, "is_nothing_transferred", lambda *a: is_nothing)
     settings = resolved(evaluation=str(text_file))
     with pytest.raises(errors.StrictError, match=r"\+0\.1000 nats") as caught:
-        pipeline.run(settings, out, command="test", strict=True)
+        merge.run(settings, out, command="test", strict=True)
     assert caught.value.exit_code == 5
     assert left_in(out) == []
-    pipeline.run(settings, out, command="test")  # a warning to nobody, but no error
+    merge.run(settings, out, command="test")  # a warning to nobody, but no error
     assert left_in(out) == ["out"]
 
 
 def test_mesh_gives_what_one_device_gives(resolved, out, text_file, monkeypatch):
     """Models and batches are spread; the merged weights are the same but for rounding."""
     settings = {"weights": ["up", "embed"], "max_rows": 200, "evaluation": str(text_file)}
-    pipeline.run(resolved(**settings), out, command="test")
+    merge.run(resolved(**settings), out, command="test")
     split = []
 
     def seen(batch, mesh):
@@ -203,7 +205,7 @@ def test_mesh_gives_what_one_device_gives(resolved, out, text_file, monkeypatch)
     monkeypatch.setattr(sharding, "split_batch", seen)
     mesh = sharding.make_mesh({"data": 2, "model": 4})
     other = out.with_name("mesh")
-    pipeline.run(resolved(**settings), other, command="test", mesh=mesh)
+    merge.run(resolved(**settings), other, command="test", mesh=mesh)
     assert {"data": 2, "model": 4} in split
     alone, spread = (
         safetensors.numpy.load_file(folder / "model.safetensors") for folder in (out, other)
@@ -215,9 +217,9 @@ def test_mesh_gives_what_one_device_gives(resolved, out, text_file, monkeypatch)
 # ---- atomicity ----
 
 LATE = [
-    (pipeline, "_self_check"),
-    (pipeline, "_evaluate"),
-    (details, "write"),
+    (merge, "_self_check"),
+    (merge, "_evaluate"),
+    (artifacts, "write"),
     (provenance, "model_card"),
 ]
 each_late = pytest.mark.parametrize("place", LATE, ids=lambda place: place[1])
@@ -236,7 +238,7 @@ def test_late_failure_leaves_nothing(place, problem, resolved, out, monkeypatch)
 
     monkeypatch.setattr(*place, fail)
     with pytest.raises(type(problem)):
-        pipeline.run(resolved(), out, command="test")
+        merge.run(resolved(), out, command="test")
     assert left_in(out) == []
 
 
@@ -250,7 +252,7 @@ def test_late_failure_keeps_the_folder_it_would_have_replaced(place, resolved, o
 
     monkeypatch.setattr(*place, fail)
     with pytest.raises(ValueError, match="a bug"):
-        pipeline.run(resolved(), out, command="test", overwrite=True)
+        merge.run(resolved(), out, command="test", overwrite=True)
     assert left_in(out) == ["out"]
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("notes.txt", "mine")]
 
@@ -260,20 +262,20 @@ def test_folder_that_appears_meanwhile_is_not_replaced_unasked(
     overwrite, resolved, out, monkeypatch
 ):
     """Two runs with one output: the second must not delete what the first has just published."""
-    real = details.write
+    real = artifacts.write
 
     def late(*a, **k):
         out.mkdir()
         (out / "notes.txt").write_text("mine")
         return real(*a, **k)
 
-    monkeypatch.setattr(details, "write", late)
+    monkeypatch.setattr(artifacts, "write", late)
     if overwrite:
-        pipeline.run(resolved(), out, command="test", overwrite=True)
+        merge.run(resolved(), out, command="test", overwrite=True)
         assert (out / "config.json").exists()
     else:
         with pytest.raises(errors.InputError, match="not empty"):
-            pipeline.run(resolved(), out, command="test")
+            merge.run(resolved(), out, command="test")
         assert [path.name for path in out.iterdir()] == ["notes.txt"]
     assert left_in(out) == ["out"]
 
@@ -291,7 +293,7 @@ def test_disk_that_fills_up_at_the_end_keeps_what_is_finished(
         with pytest.raises(
             errors.ResourceError, match=r"The disk is full at .* \(full\); "
         ) as caught:
-            pipeline.run(resolved(), out, command="ot-merge run x", keep=keep)
+            merge.run(resolved(), out, command="ot-merge run x", keep=keep)
     assert caught.value.exit_code == 4
     if not keep:
         assert str(caught.value).endswith("; nothing was written.")
@@ -302,7 +304,7 @@ def test_disk_that_fills_up_at_the_end_keeps_what_is_finished(
     assert str(caught.value).endswith(kept)
     with monkeypatch.context() as patch:
         patch.setattr(hf, "write_model", lambda *a, **k: pytest.fail("the model was finished"))
-        pipeline.run(resolved(), out, command="ot-merge run x", resume=True)
+        merge.run(resolved(), out, command="ot-merge run x", resume=True)
     assert left_in(out) == ["out"]
 
 
@@ -310,9 +312,9 @@ def test_full_memory_keeps_what_is_finished(resolved, out, monkeypatch):
     def fail(*a, **k):
         raise MemoryError
 
-    monkeypatch.setattr(pipeline, "_self_check", fail)
+    monkeypatch.setattr(merge, "_self_check", fail)
     with pytest.raises(errors.ResourceError, match=r"memory is full; .* ot-merge run x --resume$"):
-        pipeline.run(resolved(), out, command="ot-merge run x")
+        merge.run(resolved(), out, command="ot-merge run x")
     [partial] = left_in(out)
     assert partial.startswith("out.partial-")
 
@@ -322,7 +324,7 @@ def test_inputs_that_fail_the_check_are_never_loaded(resolved, out, monkeypatch)
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(errors.InputError, match="not empty"):
-        pipeline.run(resolved(), out, command="test")
+        merge.run(resolved(), out, command="test")
 
 
 # ---- self-check ----
@@ -364,7 +366,7 @@ def test_self_check_catches_a_corrupted_write(change, resolved, out, monkeypatch
 
     monkeypatch.setattr(hf, "write_model", write)
     with pytest.raises((OSError, errors.InputError)):
-        pipeline.run(resolved(), out, command="test")
+        merge.run(resolved(), out, command="test")
     assert left_in(out) == []
 
 
@@ -377,12 +379,12 @@ def test_self_check_catches_a_lost_tokenizer(resolved, out, monkeypatch):
 
     monkeypatch.setattr(hf, "write_model", write)
     with pytest.raises(errors.InputError, match="tokenizer"):
-        pipeline.run(resolved(), out, command="test")
+        merge.run(resolved(), out, command="test")
     assert left_in(out) == []
 
 
 def test_self_check_accepts_what_was_written(resolved, out):
-    result = pipeline.run(resolved(), out, command="test")
+    result = merge.run(resolved(), out, command="test")
     assert Path(result.out / "model.safetensors").exists()
 
 
@@ -394,9 +396,9 @@ def test_self_check_rounds_every_layer_as_its_file_does(tiny_checkpoint, writabl
     folder = tmp_path / "written"
     folder.mkdir()
     hf.write_model(folder, fused, cfg=cfg, like=like)
-    pipeline._self_check(folder, fused)
+    merge._self_check(folder, fused)
     with pytest.raises(OSError, match="does not hold"):
-        pipeline._self_check(folder, params)
+        merge._self_check(folder, params)
 
 
 # ---- the API itself ----
@@ -404,7 +406,7 @@ def test_self_check_rounds_every_layer_as_its_file_does(tiny_checkpoint, writabl
 
 def test_output_parent_that_does_not_exist_is_made(resolved, out):
     deep = out / "deeper" / "out"
-    pipeline.run(resolved(), deep, command="test")
+    merge.run(resolved(), deep, command="test")
     assert (deep / "config.json").exists()
     assert left_in(deep) == ["out"]
 
@@ -417,7 +419,7 @@ def test_run_within_less_memory_gives_the_same_weights(
 ):
     """The source is read layer by layer, gathered, moved and scored; to rounding it is the same."""
     settings = resolved(weights=["up", "embed"], evaluation={"path": str(text_file)})
-    whole = pipeline.run(settings, out, command="test")
+    whole = merge.run(settings, out, command="test")
 
     def choose(cfgs, data, *, limit, **more):
         assert limit == 12345
@@ -425,7 +427,7 @@ def test_run_within_less_memory_gives_the_same_weights(
 
     monkeypatch.setattr(memory, "choose", choose)
     within = tmp_path / "within"
-    less = pipeline.run(settings, within, command="test", memory_limit=12345)
+    less = merge.run(settings, within, command="test", memory_limit=12345)
     one, other = (safetensors.numpy.load_file(path / "model.safetensors") for path in (out, within))
     for name in one:
         close = 1e-5 * np.abs(one[name]).max()
@@ -436,7 +438,7 @@ def test_run_within_less_memory_gives_the_same_weights(
 
 def test_rows_are_lowered_before_a_run_is_refused(resolved, out, monkeypatch, caplog):
     """As often as needed, down to the fewest; the recipe that is written says how many."""
-    monkeypatch.setattr(planning, "_FEWEST_ROWS", 20)
+    monkeypatch.setattr(plan, "_FEWEST_ROWS", 20)
     asked = []
 
     def choose(cfgs, data, **more):
@@ -449,11 +451,11 @@ def test_rows_are_lowered_before_a_run_is_refused(resolved, out, monkeypatch, ca
     shown = []
     settings = resolved(weights=["up"], rows="token")
     with caplog.at_level("INFO"):
-        pipeline.run(settings, out, command="test", show=shown.append)
+        merge.run(settings, out, command="test", show=shown.append)
     assert len(asked) > 1
     assert asked[-1] <= 50 < asked[-2]
     assert shown[0].max_rows == asked[-1]
     assert f"max_rows is lowered to {asked[-1]}" in caplog.text
-    monkeypatch.setattr(planning, "_FEWEST_ROWS", 60)
+    monkeypatch.setattr(plan, "_FEWEST_ROWS", 60)
     with pytest.raises(errors.ResourceError, match="Too much"):
-        pipeline.run(settings, out, command="test", overwrite=True)
+        merge.run(settings, out, command="test", overwrite=True)

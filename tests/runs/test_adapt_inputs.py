@@ -2,9 +2,9 @@
 
 import pytest
 
-from ot_merge_jax.adapt import inputs
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.recipes import training
+from ot_merge_jax.runs import adapt_inputs
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def checked(tiny_checkpoint, text_file, tmp_path):
 
     def check(path=text_file, **more):
         said = {"model": str(tiny_checkpoint()), "text": {"path": str(path)}, "block": 32}
-        return inputs.check(training.resolve(said | more), tmp_path / "out")
+        return adapt_inputs.check(training.resolve(said | more), tmp_path / "out")
 
     return check
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ot_merge_jax import arithmetic
 from ot_merge_jax.data import batching, calibration
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import families, gather
+from ot_merge_jax.runs import flops
 from ot_merge_jax.types import MergeSpec
 
 SITES = frozenset({"mlp_in"})
@@ -29,7 +29,7 @@ def gathered():
 
 def test_forward_is_what_xla_counts(models, gathered):
     cfg, params = models
-    work = arithmetic.of_merge(
+    work = flops.of_merge(
         {"target": cfg, "source": cfg}, [gathered], spec=MergeSpec(weights=("up",))
     )
     counted = sum(
@@ -51,19 +51,19 @@ def test_carrying_up_counts_maps_and_products(layers, k, pairs, kept, config_dic
         config_dict("llama", layers=3, hidden=32, intermediate=56), where="source"
     )
     spec = MergeSpec(weights=("up",), layers=layers, k=k)
-    work = arithmetic.of_merge({"target": target, "source": source}, [gathered], spec=spec)
+    work = flops.of_merge({"target": target, "source": source}, [gathered], spec=spec)
     maps = 2 * 32 * (24 * 32 + kept * 56)
     # [24, 32] @ [32, 56] @ [56, kept], in the cheaper order
     product = 2 * min(24 * 32 * 56 + 24 * 56 * kept, 32 * 56 * kept + 24 * 32 * kept)
     assert work.flops["carry the projections, at most"] == pairs * (maps + product)
-    assert work.flops[arithmetic.ITERATION] == 4 * 6 * (24 * 32 + 40 * 56)
+    assert work.flops[flops.ITERATION] == 4 * 6 * (24 * 32 + 40 * 56)
 
 
 @pytest.mark.parametrize(("tied", "tables"), [(True, 1), (False, 2)])
 def test_a_tied_target_moves_one_table(tied, tables, config_dict, gathered):
     cfg = families.read(config_dict("llama", tied=tied), where="target")
     spec = MergeSpec(weights=("embed", "head"))
-    work = arithmetic.of_merge({"target": cfg, "source": cfg}, [gathered], spec=spec, matched=100)
+    work = flops.of_merge({"target": cfg, "source": cfg}, [gathered], spec=spec, matched=100)
     assert work.problems == {}
     table = 2 * (3 * 100 * 24**2 + 24**3)
     assert work.flops == {"fit and apply the vocabulary map": tables * table}

@@ -1,6 +1,6 @@
 """A training run on disk: checkpoints that a killed run continues from, and interrupts that wait.
 
-A checkpoint is a stage of `ot_merge_jax.io.stages`: written by Orbax beside the one before, hashed
+A checkpoint is a stage of `ot_merge_jax.runs.stages`: written by Orbax beside the one before, hashed
 by us (Orbax does not notice a flipped bit), and only then put in its place. It holds what trains,
 the optimiser's state, the best parameters and all losses. The position in the data is the number of
 steps, and nothing is drawn but from the seed, so nothing else has to be kept.
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ot_merge_jax.io import arrays as checkpoint
-from ot_merge_jax.io import stages
+from ot_merge_jax.runs import stages
 from ot_merge_jax.training.loop import Course
 
 _PREFIX = "step-"

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from ot_merge_jax.errors import InputError, ResourceError
-from ot_merge_jax.io import stages
+from ot_merge_jax.runs import stages
 
 KEY = "0123abcd"
 

@@ -1,1 +1,0 @@
-"""Adaptation: a merge trained with its residual frozen, or any model trained."""

@@ -1,0 +1,1 @@
+"""Whole runs: folders and texts in, one published folder out."""
