@@ -22,7 +22,7 @@ from typing import Any
 import benchmarking
 import random_checkpoint
 
-from ot_merge_jax import assets
+from ot_merge_jax.demo import assets
 
 _SOURCE = {
     "hidden": 3072, "layers": 28, "heads": 24, "kv_heads": 8, "intermediate": 8192,

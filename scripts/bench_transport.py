@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax import assets
 from ot_merge_jax.data import calibration, tokenizers
 from ot_merge_jax.data import documents as texts
+from ot_merge_jax.demo import assets
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import gather
 from ot_merge_jax.transport import cost, coupling

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 
-from ot_merge_jax import assets
+from ot_merge_jax.demo import assets
 from ot_merge_jax.io import safetensors
 from ot_merge_jax.models import families, specs
 

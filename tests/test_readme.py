@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax import AlignedBatches, assets
+from ot_merge_jax import AlignedBatches
+from ot_merge_jax.demo import assets
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.merging import merge
 

@@ -41,9 +41,9 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Merge the small models that ship with the package, into a sibling and a stranger."""
-    from ot_merge_jax import demo as demos
-    from ot_merge_jax import demo_adapt
     from ot_merge_jax.commands.adapt import say_baselines
+    from ot_merge_jax.demo import merge as demos
+    from ot_merge_jax.demo import training
     from ot_merge_jax.errors import RecipeError
     from ot_merge_jax.reports import tables
 
@@ -52,7 +52,7 @@ def demo(
         raise RecipeError("--full and --adapt are two demos; give one of them.")
     if adapt:
         with session(verbose=verbose, quiet=quiet):
-            trained = demo_adapt.run(out, seed=seed, overwrite=overwrite, offline=offline)
+            trained = training.run(out, seed=seed, overwrite=overwrite, offline=offline)
         adapted = trained.adapted.report
         if as_json:
             print_json({

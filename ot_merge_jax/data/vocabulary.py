@@ -73,7 +73,7 @@ def spelled(tokenizer: Any, *, size: int) -> dict[bytes, int]:
         InputError: if the tokenizer is slow, so that how it marks spaces cannot be read.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.data import calibration
         >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
         >>> tokenizer.convert_ids_to_tokens(spelled(tokenizer, size=2048)[b" the"])

@@ -121,7 +121,7 @@ def sample(
             or a chat cannot be rendered.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.data import calibration
         >>> from ot_merge_jax.io.hf import load_hf
         >>> cfg, params = load_hf(assets.path("sibling"), dtype="float32")

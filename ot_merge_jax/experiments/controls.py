@@ -297,7 +297,7 @@ def random_source(
         Nested parameters, float32.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.io.folder import open_folder
         >>> cfg = open_folder(assets.path("sibling")).cfg
         >>> held, read = (random_source(cfg, seed=0, is_resident=one) for one in (True, False))

@@ -72,7 +72,7 @@ def load_hf(
         InputError: listing at once what is missing, extra, misshapen, unsupported or not finite.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> cfg, params = load_hf(assets.path("sibling"))
         >>> cfg.family, params["layers"]["mlp"]["up_proj"]["kernel"].shape[0] == cfg.num_layers
         ('llama', True)
@@ -219,7 +219,7 @@ def save_hf(
 
     Example:
         >>> import tempfile, pathlib
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> cfg, params = load_hf(assets.path("sibling"))
         >>> out = pathlib.Path(tempfile.mkdtemp()) / "copy"
         >>> save_hf(out, params, cfg=cfg, like=assets.path("sibling"))

@@ -73,7 +73,7 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> Model:
         InputError: as `hf.load_hf` does; of weights that are not finite only when they are read.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> cfg, params = open_stored(assets.path("sibling"))
         >>> params.leaf("layers/mlp/up_proj/kernel")[0].shape == (
         ...     cfg.hidden_size, cfg.intermediate_size)

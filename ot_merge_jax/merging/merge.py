@@ -139,7 +139,7 @@ def merge(
         NonFiniteError: if activations are not finite.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.data import calibration, documents
         >>> from ot_merge_jax.io.hf import load_hf
         >>> names = ("sibling", "source", "source-base")

@@ -46,7 +46,7 @@ def transport_weights(
         Parameter path -> transported weight (of the delta, for rule ``delta``), and path -> mask.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.io.hf import load_hf
         >>> from ot_merge_jax.models.model import Models
         >>> names = ("sibling", "source", "source-base")

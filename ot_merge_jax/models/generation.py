@@ -49,7 +49,7 @@ def generate(
             or sampling has no key.
 
     Example:
-        >>> from ot_merge_jax import assets
+        >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.io.hf import load_hf
         >>> cfg, params = load_hf(assets.path("sibling"), dtype="float32")
         >>> prompt = jnp.array([[1, 50, 60]])

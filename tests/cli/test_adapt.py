@@ -11,7 +11,8 @@ import pytest
 import yaml
 from published import assert_nothing_is_lost, of_a_later_version, report_of, tensors
 
-from ot_merge_jax import assets, load_hf
+from ot_merge_jax import load_hf
+from ot_merge_jax.demo import assets
 from ot_merge_jax.io import arrays as checkpoint
 from ot_merge_jax.models import specs
 from ot_merge_jax.runs import adapt

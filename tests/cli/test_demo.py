@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import transformers
 
-from ot_merge_jax import assets
+from ot_merge_jax.demo import assets
 from ot_merge_jax.reports.schema import Report
 
 pytestmark = pytest.mark.skipif(

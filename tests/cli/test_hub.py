@@ -14,7 +14,7 @@ import pytest
 import yaml
 from hub_cache import COMMIT, contents, fill, jsonl
 
-from ot_merge_jax import assets
+from ot_merge_jax.demo import assets
 
 SIBLING = str(assets.path("sibling"))
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"

@@ -173,8 +173,8 @@ def test_long_documents_are_cut_and_none_of_them_is_lost(readers, texts):
 
 def test_the_demos_two_families_share_most_ends():
     """Its stranger as a student of its source, as in `ot-merge adapt --objective kd`."""
-    from ot_merge_jax import assets
     from ot_merge_jax.data.documents import read_documents
+    from ot_merge_jax.demo import assets
 
     documents = list(read_documents(assets.path("calibration.jsonl")))[:60]
     student, teacher = (

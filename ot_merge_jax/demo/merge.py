@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ot_merge_jax import assets
+from ot_merge_jax.demo import assets
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading

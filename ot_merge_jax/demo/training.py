@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from ot_merge_jax import assets, demo
+from ot_merge_jax.demo import assets
+from ot_merge_jax.demo import merge as demo
 from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes import training as adaptations

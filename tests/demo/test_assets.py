@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from ot_merge_jax import assets
+from ot_merge_jax.demo import assets
 from ot_merge_jax.io import hf
 from ot_merge_jax.models import specs
 

@@ -1,0 +1,1 @@
+"""The demo: what ships with the package, merged and trained."""
