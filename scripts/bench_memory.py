@@ -65,7 +65,7 @@ def main() -> None:
 def merged(place: Path, weights: str, limit: str, documents: int) -> dict[str, Any]:
     """One merge in a process of its own: what it said it would need, and what it took."""
     words = [
-        *(sys.executable, "-m", "ot_merge_jax.cli", "run", "--preset", "barycentric"),
+        *(sys.executable, "-m", "ot_merge_jax.cli.main", "run", "--preset", "barycentric"),
         *("--target", str(place / "target"), "--source", str(place / "source")),
         *("--weights", weights, "--calibration", str(assets.path("calibration.jsonl"))),
         *("--samples", str(documents), "--max-length", "128", "--max-rows", "1024"),

@@ -43,7 +43,7 @@ def test_python_quick_start(tmp_path, monkeypatch):
 def test_flags_the_readme_shows_exist(word):
     import typer.testing
 
-    from ot_merge_jax.cli import app
+    from ot_merge_jax.cli.main import app
 
     assert word in README.read_text()
     shown = typer.testing.CliRunner(env={"COLUMNS": "200"}).invoke(app, ["run", "--help"])

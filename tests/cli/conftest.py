@@ -21,7 +21,7 @@ from published import report_of
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
-from ot_merge_jax.cli import app
+from ot_merge_jax.cli.main import app
 
 #: Other depth, width, heads, groups and MLP; the vocabularies differ by the families' tokenizers.
 TARGET = {"hidden": 24, "heads": 4, "kv_heads": 2, "intermediate": 40, "layers": 2}

@@ -178,7 +178,7 @@ def killed_in_a_save(words, name, number):
 def killed_at(words, desk, step):
     """The command in a process of its own, ended by SIGKILL once it has done a step."""
     running = subprocess.Popen(
-        [sys.executable, "-m", "ot_merge_jax.cli", *map(str, words)],
+        [sys.executable, "-m", "ot_merge_jax.cli.main", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ,
     )  # fmt: skip
     while running.poll() is None:

@@ -35,7 +35,16 @@ class Demo(NamedTuple):
 
 def as_a_user(out, *flags, timeout):
     """The reports of the demo, in a process of its own."""
-    words = [sys.executable, "-m", "ot_merge_jax.cli", "demo", *flags, "--out", str(out), "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "ot_merge_jax.cli.main",
+        "demo",
+        *flags,
+        "--out",
+        str(out),
+        "--json",
+    ]
     environment = {key: value for key, value in os.environ.items() if key not in MINE}
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=timeout, check=False, env=environment

@@ -206,7 +206,7 @@ def test_a_download_and_then_offline(hub, models, tmp_path):
             "HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
 
     def inspect(name, *more):
-        words = [sys.executable, "-m", "ot_merge_jax.cli", "inspect", name, "--json", *more]
+        words = [sys.executable, "-m", "ot_merge_jax.cli.main", "inspect", name, "--json", *more]
         return subprocess.run(
             words, env=env, capture_output=True, text=True, timeout=120, check=False
         )

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ot_merge_jax.commands.plan import plan
-from ot_merge_jax.commands.run import run
+from ot_merge_jax.cli.plan import plan
+from ot_merge_jax.cli.run import run
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import arrays
 from ot_merge_jax.runs import merge

@@ -11,7 +11,7 @@ import pytest
 import typer
 from hub_cache import contents, fill
 
-from ot_merge_jax.cli import app
+from ot_merge_jax.cli.main import app
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hub
 from ot_merge_jax.recipes import loading

@@ -31,7 +31,7 @@ def words(desk):
 def started(words, **environment):
     """``ot-merge`` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "ot_merge_jax.cli", *map(str, words)],
+        [sys.executable, "-m", "ot_merge_jax.cli.main", *map(str, words)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, **environment},
     )  # fmt: skip

@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ot_merge_jax.commands.recipe_flags import with_recipe
-from ot_merge_jax.console import (
+from ot_merge_jax.cli.console import (
     OUT,
     Json,
     MemoryLimit,
@@ -23,6 +22,7 @@ from ot_merge_jax.console import (
     say,
     session,
 )
+from ot_merge_jax.cli.flags import with_recipe
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.recipes.recipe import Recipe
 

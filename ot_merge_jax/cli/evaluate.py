@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ot_merge_jax.console import (
+from ot_merge_jax.cli.console import (
     OUT,
     Encoding,
     Field,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ot_merge_jax.console import OUT, Json, Verbose, guarded, print_json, say
+from ot_merge_jax.cli.console import OUT, Json, Verbose, guarded, print_json, say
 from ot_merge_jax.errors import InputError
 
 

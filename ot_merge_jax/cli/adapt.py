@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from ot_merge_jax.console import (
+from ot_merge_jax.cli.console import (
     OUT,
     Encoding,
     Field,

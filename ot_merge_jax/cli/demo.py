@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ot_merge_jax.console import (
+from ot_merge_jax.cli.console import (
     OUT,
     Json,
     Offline,
@@ -41,7 +41,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Merge the small models that ship with the package, into a sibling and a stranger."""
-    from ot_merge_jax.commands.adapt import say_baselines
+    from ot_merge_jax.cli.adapt import say_baselines
     from ot_merge_jax.demo import merge as demos
     from ot_merge_jax.demo import training
     from ot_merge_jax.errors import RecipeError

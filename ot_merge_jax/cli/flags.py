@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ot_merge_jax.console import Encoding, Field
+from ot_merge_jax.cli.console import Encoding, Field
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes.recipe import Recipe
 

@@ -10,8 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from ot_merge_jax.commands.recipe_flags import with_recipe
-from ot_merge_jax.console import (
+from ot_merge_jax.cli.console import (
     OUT,
     Json,
     MemoryLimit,
@@ -24,6 +23,7 @@ from ot_merge_jax.console import (
     say,
     session,
 )
+from ot_merge_jax.cli.flags import with_recipe
 from ot_merge_jax.recipes.recipe import Recipe
 
 if TYPE_CHECKING:

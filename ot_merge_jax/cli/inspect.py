@@ -8,7 +8,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from ot_merge_jax.console import OUT, Json, Offline, Verbose, guarded, print_json, say
+from ot_merge_jax.cli.console import OUT, Json, Offline, Verbose, guarded, print_json, say
 
 
 @guarded

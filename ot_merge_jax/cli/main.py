@@ -7,13 +7,13 @@ from typing import Any
 
 import typer
 
-from ot_merge_jax.commands.adapt import adapt
-from ot_merge_jax.commands.demo import demo
-from ot_merge_jax.commands.evaluate import evaluate
-from ot_merge_jax.commands.inspect import families, inspect
-from ot_merge_jax.commands.plan import plan
-from ot_merge_jax.commands.report import report
-from ot_merge_jax.commands.run import run
+from ot_merge_jax.cli.adapt import adapt
+from ot_merge_jax.cli.demo import demo
+from ot_merge_jax.cli.evaluate import evaluate
+from ot_merge_jax.cli.inspect import families, inspect
+from ot_merge_jax.cli.plan import plan
+from ot_merge_jax.cli.report import report
+from ot_merge_jax.cli.run import run
 
 app = typer.Typer(
     name="ot-merge",

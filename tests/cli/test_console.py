@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ot_merge_jax import console
+from ot_merge_jax.cli import console
 
 LONG = "/a/folder/of models" * 20
 
