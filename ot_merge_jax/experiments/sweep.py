@@ -70,7 +70,6 @@ def sweep(
     return chosen(points, hparams)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
 def chooser(
     stage: Stage,
     target: AnyModel,
@@ -107,6 +106,7 @@ def chooser(
     return choose
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def _fused(params: Params, transported: Transported, strength: Any, *, spec: MergeSpec) -> Params:
     """`fuse.fuse` as one program for all strengths, and for all merges of one shape."""
     return fuse.fuse(params, transported.weights, strength, spec=spec, mask=transported.masks)
