@@ -46,7 +46,7 @@ def ours(folder: Path, cut: packing.Blocks, *, remat: bool) -> Callable[[], floa
             "batch_size": _BATCH, "dtype": "float32", "clip": _CLIP}  # fmt: skip
     problem = training.Problem(resolve(said), Objective("sft", cfg, remat=remat), cut, cut)
     trainable, constants = training.begin(problem, params, {}, {})
-    plan, held = training.plan_of(problem), [training.new_course(problem, trainable).state]
+    plan, held = training.step_config(problem), [training.new_history(problem, trainable).state]
     batch = jax.tree.map(jnp.asarray, packing.batch_at(cut, 0, batch_size=_BATCH, seed=0))
     step = jax.jit(training.step, static_argnames="plan", donate_argnums=0)
 

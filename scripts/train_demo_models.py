@@ -184,12 +184,12 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
     problem = training.Problem(settings, Objective("sft", cfg), blocks, few)
     trainable, constants = training.begin(problem, params, {}, {})
 
-    def report(course: loop.Course) -> None:
+    def report(course: loop.TrainHistory) -> None:
         if (step := len(course.losses)) % 25 == 0:
             loss = course.losses[-1]
             _LOG.info("%s: step %d of %d, loss %.3f", stage.name, step, steps, loss)
 
-    course = training.new_course(problem, trainable)
+    course = training.new_history(problem, trainable)
     params = loop.result(training.train(problem, course, constants, after=report))
     shutil.rmtree(out / stage.name, ignore_errors=True)
     hf.save_hf(out / stage.name, params, cfg=cfg, like=skeleton)

@@ -25,7 +25,7 @@ _CLOSE, _ITERATIONS = 1e-3, 1000
 _LEAST = -80.0  # of a logit below the largest of its position; smaller ones leave float32
 
 
-class Unigram(NamedTuple):
+class TokenBias(NamedTuple):
     """A bias fitted on one text, and how much of it is used.
 
     Attributes:
@@ -72,7 +72,7 @@ def fit(
 @functools.partial(jax.jit, static_argnames="cfg")
 def _residual(params: Params, batch: Batch, *, cfg: ModelConfig) -> Float[Array, "b s d"]:
     """The residual stream behind the last layer."""
-    return decoder.residual(params, batch, cfg=cfg)[0]
+    return decoder.hidden_states(params, batch, cfg=cfg)[0]
 
 
 def _at(x: jax.Array, places: np.ndarray) -> jax.Array:
@@ -110,7 +110,7 @@ def chosen(
     *,
     cfg: ModelConfig,
     logits_at_once: int = BUDGET.logits,
-) -> Unigram:
+) -> TokenBias:
     """The share of a bias with the lowest loss on the dev split; of equal ones the smaller.
 
     Args:
@@ -127,7 +127,7 @@ def chosen(
         for gamma in GAMMAS
     ]
     gamma = GAMMAS[int(np.argmin(losses))]
-    return Unigram(gamma * bias, gamma)
+    return TokenBias(gamma * bias, gamma)
 
 
 def fitted(
@@ -138,7 +138,7 @@ def fitted(
     cfg: ModelConfig,
     predictions: int = BUDGET.predictions,
     logits_at_once: int = BUDGET.logits,
-) -> Unigram:
+) -> TokenBias:
     """`fit` on one text, `chosen` on another."""
     bias = fit(params, train, cfg=cfg, predictions=predictions)
     return chosen(params, bias, dev, cfg=cfg, logits_at_once=logits_at_once)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.io.lazy import StoredParams
+from ot_merge_jax.io.lazy import LazyFolder
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.merging.merge import Stage, call, gather_rows, given, merge, steps_of
 from ot_merge_jax.models import specs
@@ -54,7 +54,9 @@ def arms(kinds: Sequence[str]) -> list[str]:
     return [name for name in (*BROKEN, "unigram") if name.split(" ")[0] in kinds]
 
 
-def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = True) -> str | None:
+def inapplicable_reason(
+    name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = True
+) -> str | None:
     """Why a control does not apply to a merge; None if it does.
 
     Args:
@@ -64,7 +66,7 @@ def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = T
         has_dev: Whether there is a dev split.
 
     Example:
-        >>> why_not("shrink", spec=MergeSpec(rule="delta"), source_layers=4)
+        >>> inapplicable_reason("shrink", spec=MergeSpec(rule="delta"), source_layers=4)
         'under rule delta it is the target itself'
     """
     if name == "shrink" and spec.rule != "interpolate":
@@ -83,7 +85,7 @@ def inapplicable_reasons(
 ) -> dict[str, str]:
     """The controls, of those that some kinds stand for, that do not apply -> why."""
     reasons = {
-        name: why_not(name, spec=spec, source_layers=source_layers, has_dev=has_dev)
+        name: inapplicable_reason(name, spec=spec, source_layers=source_layers, has_dev=has_dev)
         for name in arms(kinds)
     }
     return {name: why for name, why in reasons.items() if why is not None}
@@ -317,7 +319,7 @@ def random_source(
 
     table = {spec.path: spec for spec in specs.param_specs(cfg)}
     if not is_resident:
-        return StoredParams(leaf, table)
+        return LazyFolder(leaf, table)
     return specs.unflatten(
         {
             path: jnp.asarray(

@@ -53,7 +53,7 @@ class Arm(NamedTuple):
     scores: nll.Scores
 
 
-class Biased(NamedTuple):
+class WithTokenBias(NamedTuple):
     """A model with its own fitted bias for each token.
 
     Attributes:
@@ -76,10 +76,10 @@ class Trial(NamedTuple):
 
     seed: int
     arms: dict[str, Arm]
-    biased: dict[str, Biased]
+    biased: dict[str, WithTokenBias]
 
 
-class Split(NamedTuple):
+class CalibrationSplit(NamedTuple):
     """The calibration text of one seed, ready to be used.
 
     Attributes:
@@ -124,7 +124,7 @@ class TrialContext(NamedTuple):
 def trial(
     context: TrialContext,
     stage: Stage,
-    split: Split,
+    split: CalibrationSplit,
     merged: Merged,
     names: Sequence[str],
     *,
@@ -167,12 +167,15 @@ def trial(
         }
         plain = {"target": context.target, "merge": arms["merge"].scores}
         biased = {
-            name: _biased(context, stage, split, name, params[name], plain[name]) for name in params
+            name: _with_token_bias(context, stage, split, name, params[name], plain[name])
+            for name in params
         }
     return Trial(split.seed, arms, biased)
 
 
-def again(context: TrialContext, stage: Stage, split: Split, names: Sequence[str]) -> Trial:
+def again(
+    context: TrialContext, stage: Stage, split: CalibrationSplit, names: Sequence[str]
+) -> Trial:
     """The trial of a further calibration seed: its merge, and the controls of that.
 
     Args:
@@ -256,17 +259,17 @@ def as_stored(params: Params, dtypes: Mapping[str, Any]) -> Params:
     )
 
 
-def _biased(
+def _with_token_bias(
     context: TrialContext,
     stage: Stage,
-    split: Split,
+    split: CalibrationSplit,
     name: str,
     params: Callable[[], Params],
     plain: nll.Scores,
-) -> Biased:
+) -> WithTokenBias:
     """A model with the bias that is fitted to it."""
 
-    def compute() -> Biased:
+    def compute() -> WithTokenBias:
         cfg, model, budget = context.models.target.cfg, params(), context.budget
         assert split.dev is not None
         fitted = token_bias.fitted(
@@ -279,16 +282,16 @@ def _biased(
                 model, context.held_out,
                 cfg=cfg, bias=fitted.bias, logits_at_once=budget.logits,
             )  # fmt: skip
-        return Biased(fitted.gamma, scores)
+        return WithTokenBias(fitted.gamma, scores)
 
-    def save(folder: Path, compute: Callable[[], Biased]) -> None:
+    def save(folder: Path, compute: Callable[[], WithTokenBias]) -> None:
         biased = compute()
         arrays.save_json(folder / "gamma.json", biased.gamma)
         saved_scores.save(folder / "scores", {"arm": biased.scores})
 
-    def load(folder: Path) -> Biased:
+    def load(folder: Path) -> WithTokenBias:
         gamma = arrays.load_json(folder / "gamma.json")
-        return Biased(gamma, saved_scores.load(folder / "scores")["arm"])
+        return WithTokenBias(gamma, saved_scores.load(folder / "scores")["arm"])
 
     return stage(f"bias-{name}", compute, save, load, needs=["moved"])
 

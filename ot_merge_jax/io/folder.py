@@ -116,7 +116,7 @@ def open_folder(
     return ModelFolder(path, config, cfg, owner, tensors, origin, added)
 
 
-def stop_ids(folder: ModelFolder) -> list[int]:
+def eos_token_ids(folder: ModelFolder) -> list[int]:
     """Ids at which a model stops writing: those of generation_config.json, else of config.json.
 
     Raises:

@@ -156,13 +156,13 @@ def _projections(
             bias = f"{wiring.path}/bias"
             has_bias = specs.has(moving, bias) and specs.has(target, bias)
             kinds.append(
-                projections.Kind(
+                projections.ProjectionWeights(
                     wiring.out_site,
                     kernels=specs.get(moving, f"{wiring.path}/kernel"),
                     biases=specs.get(moving, bias) if has_bias else None,
                 )
             )
-        carried = projections.carry(
+        carried = projections.transport_projections(
             kinds, *alignment,
             in_site=in_site, spec=spec, selected=selected, plan_at_once=plan_at_once,
         )  # fmt: skip

@@ -22,7 +22,7 @@ from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.redaction import visible
 from ot_merge_jax.reports import run_folder
 from ot_merge_jax.reports.numbers import interval, number
-from ot_merge_jax.reports.run_folder import Run
+from ot_merge_jax.reports.run_folder import RunRecord
 from ot_merge_jax.reports.schema import Difference, Entry, Report, Strength, Weight
 
 FILE = "report.html"
@@ -99,7 +99,7 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     return list(contents)
 
 
-def render(run: Run, drawn: Mapping[str, str], *, style: str) -> str:
+def render(run: RunRecord, drawn: Mapping[str, str], *, style: str) -> str:
     """The page.
 
     Args:

@@ -35,11 +35,11 @@ from ot_merge_jax.runs import (
     stages,
 )
 from ot_merge_jax.runs import adapt_inputs as checking
-from ot_merge_jax.runs.adapt_inputs import Inputs
+from ot_merge_jax.runs.adapt_inputs import AdaptInputs
 from ot_merge_jax.training import initial, loop, step
 from ot_merge_jax.training.initial import Parts
-from ot_merge_jax.training.loop import Course
-from ot_merge_jax.training.step import Constants, Problem
+from ot_merge_jax.training.loop import TrainHistory
+from ot_merge_jax.training.step import Frozen, Problem
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = "settings"
@@ -60,8 +60,8 @@ class Job(NamedTuple):
         began: ``time.monotonic()`` when this process began.
     """
 
-    run: stages.Run
-    found: Inputs
+    run: stages.RunFolder
+    found: AdaptInputs
     side: dict[str, Any]
     mesh: jax.sharding.Mesh | None
     began: float
@@ -71,7 +71,7 @@ class Job(NamedTuple):
 Work = Callable[[Job], Report]
 
 
-class Trained(NamedTuple):
+class TrainedModel(NamedTuple):
     """A trained model.
 
     Attributes:
@@ -83,7 +83,7 @@ class Trained(NamedTuple):
 
     parts: Parts
     folded: Any
-    course: Course
+    course: TrainHistory
     events: list[str]
 
 
@@ -182,7 +182,7 @@ def load(job: Job) -> tuple[Parts, Any]:
     return parts, source
 
 
-def scores_before(job: Job, trainable: Any, constants: Constants) -> Written:
+def scores_before(job: Job, trainable: Any, constants: Frozen) -> Written:
     """Scores of the start on the held-out text, and of its target if it was merged."""
     return stages.stage(
         job.run,
@@ -198,23 +198,23 @@ def _adapt(job: Job) -> Report:
     parts, source = load(job)
     trainable, constants = step.begin(problem, *parts, source)
     before = scores_before(job, trainable, constants)
-    new = step.new_course(problem, trainable)
+    new = step.new_history(problem, trainable)
     course, events = adapt_checkpoint.restore(run, new)
     if course.losses:
         _LOG.info("resume: %d of %d steps are done", len(course.losses), problem.settings.steps)
     course, events = _train(run, problem, course, constants, events)
-    plan, trained = step.plan_of(problem), loop.result(course)
+    plan, trained = step.step_config(problem), loop.result(course)
     parts = parts._replace(base=step.base_of(trained, constants, plan=plan))
     folded = step.params_of(trained, constants, plan=plan)
     return finish(
-        job, Trained(parts, folded, course, events), before,
+        job, TrainedModel(parts, folded, course, events), before,
         needs=[adapt_checkpoint.name_of(course)] if course.losses else [],
     )  # fmt: skip
 
 
 def finish(
     job: Job,
-    trained: Trained,
+    trained: TrainedModel,
     before: Written,
     *,
     needs: Sequence[str],
@@ -273,20 +273,24 @@ def finish(
 
 
 def _train(
-    run: stages.Run, problem: Problem, course: Course, constants: Constants, events: list[str]
-) -> tuple[Course, list[str]]:
+    run: stages.RunFolder,
+    problem: Problem,
+    course: TrainHistory,
+    constants: Frozen,
+    events: list[str],
+) -> tuple[TrainHistory, list[str]]:
     """The training, with checkpoints, events and progress; ends in a checkpoint."""
     settings, begun = problem.settings, time.monotonic()
     size = min(settings.batch_size, len(problem.train.tokens)) * problem.train.tokens.shape[1]
     first, live = len(course.losses), run.folder / "events.jsonl"
     live.write_text("".join(events), encoding="utf-8")
 
-    def rate(course: Course) -> float:
+    def rate(course: TrainHistory) -> float:
         return (len(course.losses) - first) * size / max(1e-9, time.monotonic() - begun)
 
     with adapt_checkpoint.interrupts() as is_wanted:
 
-        def after(course: Course) -> None:
+        def after(course: TrainHistory) -> None:
             nonlocal latest
             latest, done = course, len(course.losses)
             is_dev = course.dev[-1][0] == done
@@ -300,7 +304,7 @@ def _train(
             if is_last:
                 raise KeyboardInterrupt
 
-        def rescue(course: Course) -> None:
+        def rescue(course: TrainHistory) -> None:
             dev = step.dev_loss(course.state.params, constants, problem)
             if not np.isfinite(dev):
                 adapt_checkpoint.drop(run, course)  # the update before has broken it
@@ -326,7 +330,7 @@ def _train(
     return course, events
 
 
-def _event(course: Course, rate: float, *, is_dev: bool) -> str:
+def _event(course: TrainHistory, rate: float, *, is_dev: bool) -> str:
     """One line of ``events.jsonl``."""
     found: dict[str, Any] = {
         "step": len(course.losses), "loss": course.losses[-1], "gradient_norm": course.norms[-1],
@@ -335,16 +339,16 @@ def _event(course: Course, rate: float, *, is_dev: bool) -> str:
     return json.dumps(found | ({"dev_loss": course.dev[-1][1]} if is_dev else {})) + "\n"
 
 
-def _note(course: Course, rate: float) -> str:
+def _note(course: TrainHistory, rate: float) -> str:
     """What the progress line says beside the steps."""
     if not course.losses:
         return ""
     return f"loss {course.losses[-1]:.4f}, dev {course.dev[-1][1]:.4f}, {rate:.0f} tokens/s"
 
 
-def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constants) -> None:
+def _save_scores(folder: Path, found: AdaptInputs, trainable: Any, constants: Frozen) -> None:
     """Scores of the start on the held-out text, and of its target if it was merged."""
-    plan = step.plan_of(found.problem)
+    plan = step.step_config(found.problem)
     models = {"before": lambda: step.params_of(trainable, constants, plan=plan)}
     if constants.residual:
         models["target"] = lambda: step.base_of(trainable, constants, plan=plan)
@@ -352,7 +356,7 @@ def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constan
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": None})
 
 
-def _save_written(folder: Path, found: Inputs, model: Path) -> None:
+def _save_written(folder: Path, found: AdaptInputs, model: Path) -> None:
     """Scores of the files that were written, as they were rounded: the check of the export too."""
     _, written = hf.load_hf(model, dtype=jnp.float32)
     dev = step.next_token_loss(written, found.problem)
@@ -362,7 +366,7 @@ def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": dev})
 
 
-def score(found: Inputs, params: Any) -> nll.Scores:
+def score(found: AdaptInputs, params: Any) -> nll.Scores:
     """Scores on the held-out text."""
     cfg = found.problem.objective.cfg
     cut = nll.windows(found.held_out or [], found.tokenizer, max_positions=cfg.max_positions)
@@ -379,7 +383,7 @@ def _load_scores(folder: Path) -> Written:
     return scores, found["dev"]
 
 
-def _report(found: Inputs, course: Course, before: Written, after: Written) -> Report:
+def _report(found: AdaptInputs, course: TrainHistory, before: Written, after: Written) -> Report:
     """What one training has shown."""
     settings, scores = found.settings, before[0] | after[0]
     evaluation = {name: schema.Entry(**of_model.totals) for name, of_model in scores.items()}
@@ -469,7 +473,7 @@ def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found or ["something unknown"]
 
 
-def _check_memory(found: Inputs, limit: int | None) -> None:
+def _check_memory(found: AdaptInputs, limit: int | None) -> None:
     """Refuses before weights are read what cannot fit: arrays that live together in a step."""
     held = memory.PROCESS + step.peak_bytes(
         found.problem,

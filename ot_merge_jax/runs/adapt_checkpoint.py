@@ -20,13 +20,13 @@ import numpy as np
 
 from ot_merge_jax.io import arrays as checkpoint
 from ot_merge_jax.runs import stages
-from ot_merge_jax.training.loop import Course
+from ot_merge_jax.training.loop import TrainHistory
 
 _PREFIX = "step-"
 _EVENTS = "events.jsonl"
 
 
-def save(run: stages.Run, course: Course, events: list[str]) -> None:
+def save(run: stages.RunFolder, course: TrainHistory, events: list[str]) -> None:
     """Writes a checkpoint and keeps the one before: whether weights are good, the next step tells.
 
     Args:
@@ -52,12 +52,12 @@ def save(run: stages.Run, course: Course, events: list[str]) -> None:
     stages.stage(run, name, make, lambda folder: folder)
 
 
-def drop(run: stages.Run, course: Course) -> None:
+def drop(run: stages.RunFolder, course: TrainHistory) -> None:
     """Deletes the checkpoint of a course, if there is one; the one before stays."""
     stages.drop(run, [name for name in _names(run) if name == name_of(course)])
 
 
-def restore(run: stages.Run, new: Course) -> tuple[Course, list[str]]:
+def restore(run: stages.RunFolder, new: TrainHistory) -> tuple[TrainHistory, list[str]]:
     """The newest checkpoint of a run, or a new course if there is none.
 
     Args:
@@ -82,21 +82,21 @@ def restore(run: stages.Run, new: Course) -> tuple[Course, list[str]]:
     ]
     state, best = jax.tree.unflatten(treedef, placed)
     dev = tuple((step, loss) for step, loss in history["dev"])
-    course = Course(state, tuple(history["losses"]), tuple(history["norms"]), dev, best)
+    course = TrainHistory(state, tuple(history["losses"]), tuple(history["norms"]), dev, best)
     return course, (folder / _EVENTS).read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def name_of(course: Course) -> str:
+def name_of(course: TrainHistory) -> str:
     """The stage that holds a course."""
     return f"{_PREFIX}{len(course.losses):08d}"
 
 
-def _names(run: stages.Run) -> list[str]:
+def _names(run: stages.RunFolder) -> list[str]:
     """The checkpoints of a run, oldest first."""
     return sorted(name for name in stages.finished(run) if name.startswith(_PREFIX))
 
 
-def _leaves(course: Course) -> list[Any]:
+def _leaves(course: TrainHistory) -> list[Any]:
     """All arrays of a course, in order."""
     return jax.tree.leaves((course.state, course.best))
 

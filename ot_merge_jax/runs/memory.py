@@ -40,7 +40,7 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-class Plan(NamedTuple):
+class MemoryPlan(NamedTuple):
     """What a run will hold.
 
     Attributes:
@@ -112,7 +112,7 @@ def choose(
     scored: Sequence[int],
     limit: int | None,
     controls: Sequence[str] = (),
-) -> Plan:
+) -> MemoryPlan:
     """Whole models if they fit, in smaller blocks if need be; otherwise source and base by layer.
 
     Args:
@@ -152,7 +152,9 @@ def choose(
     )
 
 
-def _in_smaller_blocks(plan: Plan, of_budget: Callable[..., Plan], most: int, pairs: int) -> Plan:
+def _in_smaller_blocks(
+    plan: MemoryPlan, of_budget: Callable[..., MemoryPlan], most: int, pairs: int
+) -> MemoryPlan:
     """Halves the blocks of the stages that need more than ``most``, until all fit or nothing helps.
 
     Args:
@@ -178,8 +180,8 @@ def _in_smaller_blocks(plan: Plan, of_budget: Callable[..., Plan], most: int, pa
 
 
 def _halved(
-    plan: Plan, of_budget: Callable[..., Plan], most: int, field: str, pairs: int
-) -> Plan | None:
+    plan: MemoryPlan, of_budget: Callable[..., MemoryPlan], most: int, field: str, pairs: int
+) -> MemoryPlan | None:
     """A plan with one field halved as often as it takes to lower a stage that is too large."""
     too_large = [name for name, size in plan.stages.items() if size > most]
     value = getattr(plan.budget, field) or pairs
@@ -213,7 +215,7 @@ def needed(
     on_disk: frozenset[str] = frozenset(),
     controls: Sequence[str] = (),
     budget: Budget = BUDGET,
-) -> Plan:
+) -> MemoryPlan:
     """Bytes of every stage.
 
     Args:
@@ -275,4 +277,4 @@ def needed(
     # the merge beside the target and what moved; of the file one piece at a time
     pieces = 3 * _FLOAT * specs.largest_piece(target)
     stages["check what was written"] = models + 2 * moved + pieces
-    return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()}, budget)
+    return MemoryPlan(on_disk, {name: PROCESS + size for name, size in stages.items()}, budget)

@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     step: Any
 
 
-class Seen(NamedTuple):
+class StepMetrics(NamedTuple):
     """What one step saw.
 
     Attributes:
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     norm: Any
 
 
-class Course(NamedTuple):
+class TrainHistory(NamedTuple):
     """A training run so far; all of it is kept in a checkpoint.
 
     Attributes:
@@ -61,21 +61,21 @@ class Course(NamedTuple):
     best: Any = None
 
 
-class CourseError(DivergedError):
+class TrainingDivergedError(DivergedError):
     """Training diverged.
 
     Attributes:
         course: How far it came; its parameters may be broken already.
     """
 
-    def __init__(self, message: str, course: Course) -> None:
+    def __init__(self, message: str, course: TrainHistory) -> None:
         """The sentence for the user, and the course."""
         super().__init__(message)
         self.course = course
 
 
 Loss = Callable[[Any, Any, Any], jax.Array]
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, Seen]]
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
 
 
 def start(params: Any, transform: optax.GradientTransformation) -> TrainState:
@@ -106,7 +106,7 @@ def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int 
         (0.5, 1.0)
     """
 
-    def step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, Seen]:
+    def step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
         value_and_gradient = jax.value_and_grad(loss)
         if parts == 1:
             value, gradient = value_and_gradient(state.params, constants, batch)
@@ -127,7 +127,7 @@ def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int 
             return TrainState(optax.apply_updates(state.params, updates), moved, state.step + 1)
 
         is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        return jax.lax.cond(is_finite, move, lambda state: state, state), Seen(value, norm)
+        return jax.lax.cond(is_finite, move, lambda state: state, state), StepMetrics(value, norm)
 
     return step
 
@@ -138,7 +138,7 @@ def compiled(step: Step) -> Step:
 
 
 def fit(
-    course: Course,
+    course: TrainHistory,
     step: Step,
     constants: Any,
     batch_at: Callable[[int], Any],
@@ -147,10 +147,10 @@ def fit(
     dev_loss: Callable[[Any], float],
     eval_every: int,
     patience: int | None = None,
-    after: Callable[[Course], None] = lambda course: None,
-    rescue: Callable[[Course], None] = lambda course: None,
+    after: Callable[[TrainHistory], None] = lambda course: None,
+    rescue: Callable[[TrainHistory], None] = lambda course: None,
     counted: Callable[[range], Any] = lambda steps: steps,
-) -> Course:
+) -> TrainHistory:
     """Trains from where a course stands to its end.
 
     Args:
@@ -178,14 +178,14 @@ def fit(
     Example:
         >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
         >>> halve = compiled(one_step(square, optax.sgd(0.25)))
-        >>> new = Course(start(jnp.ones(()), optax.sgd(0.25)))
+        >>> new = TrainHistory(start(jnp.ones(()), optax.sgd(0.25)))
         >>> done = fit(new, halve, 0.0, lambda step: jnp.ones(()), steps=4, eval_every=2,
         ...            dev_loss=lambda x: float(x))
         >>> done.dev, done.losses[-1]
         (((0, 1.0), (2, 0.25), (4, 0.0625)), 0.015625)
     """
 
-    def evaluated(course: Course) -> Course:
+    def evaluated(course: TrainHistory) -> TrainHistory:
         done = len(course.losses)
         if course.dev and course.dev[-1][0] == done:
             return course  # before the checkpoint that was taken up
@@ -196,7 +196,7 @@ def fit(
             when, rest = "before training", "use --dtype float32"
             if done:
                 when, rest = f"after training step {done}", "lower the learning rate"
-            raise CourseError(f"The dev loss is {found} {when}; {rest}.", course)
+            raise TrainingDivergedError(f"The dev loss is {found} {when}; {rest}.", course)
         if patience is None or not is_best:
             return course
         # a copy: the next step takes the state over
@@ -206,7 +206,7 @@ def fit(
     if not course.losses:
         course = evaluated(course)
     for index in counted(range(len(course.losses), steps)):
-        if is_spent(course.dev, patience):
+        if should_stop_early(course.dev, patience):
             break
         state, seen = step(course.state, constants, batch_at(index))
         course = course._replace(state=state)
@@ -214,7 +214,7 @@ def fit(
         if not np.isfinite(loss) or not np.isfinite(norm):
             what = f"loss is {loss}" if not np.isfinite(loss) else f"gradient's norm is {norm}"
             rescue(course)
-            raise CourseError(
+            raise TrainingDivergedError(
                 f"The {what} at training step {index + 1}; lower the learning rate.", course
             )
         course = course._replace(losses=(*course.losses, loss), norms=(*course.norms, norm))
@@ -224,11 +224,11 @@ def fit(
     return course
 
 
-def is_spent(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
+def should_stop_early(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
     """Whether as many evaluations as ``patience`` have brought no new best.
 
     Example:
-        >>> is_spent([(0, 3.0), (2, 2.0), (4, 2.1)], 1), is_spent([(0, 3.0), (2, 2.0)], 1)
+        >>> should_stop_early([(0, 3.0), (2, 2.0), (4, 2.1)], 1), should_stop_early([(0, 3.0), (2, 2.0)], 1)
         (True, False)
     """
     if patience is None or not dev:
@@ -237,6 +237,6 @@ def is_spent(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
     return len(dev) - 1 - best >= patience
 
 
-def result(course: Course) -> Any:
+def result(course: TrainHistory) -> Any:
     """The parameters a course ends with: the best on the dev split where that stops it."""
     return course.state.params if course.best is None else course.best

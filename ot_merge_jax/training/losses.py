@@ -224,4 +224,4 @@ def _residual(
     params: Params, tokens: jax.Array, mask: jax.Array, cfg: ModelConfig, remat: bool
 ) -> jax.Array:
     """The residual stream behind the last layer."""
-    return decoder.residual(params, _batch(tokens, mask), cfg=cfg, remat=remat)[0]
+    return decoder.hidden_states(params, _batch(tokens, mask), cfg=cfg, remat=remat)[0]

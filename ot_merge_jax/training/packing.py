@@ -23,7 +23,7 @@ RESPONDER = "assistant"
 FEWEST_ALIGNED = 0.3
 
 
-class Marked(NamedTuple):
+class TrainingTokens(NamedTuple):
     """A tokenised document.
 
     Attributes:
@@ -36,7 +36,7 @@ class Marked(NamedTuple):
     ids: list[int]
     counted: list[bool]
     is_special: list[bool]
-    ends: dict[alignment.Place, int]
+    ends: dict[alignment.TokenEnd, int]
 
 
 class PairBlocks(NamedTuple):
@@ -80,9 +80,9 @@ class Blocks(NamedTuple):
         return int(_predicted(self).sum())
 
 
-def mark(
+def tokenize_for_training(
     document: Document, tokenizer: Any, *, responses_only: bool = True, has_ends: bool = False
-) -> Marked:
+) -> TrainingTokens:
     """Tokenises a document and says which tokens count.
 
     The prefix (BOS, else EOS) is written before it if the tokenizer or the template does not, as in
@@ -124,7 +124,7 @@ def mark(
         for token, added in zip(ids, one["special_tokens_mask"], strict=True)
     ]
     counted = [True] * len(ids)
-    ends: dict[alignment.Place, int] = {}
+    ends: dict[alignment.TokenEnd, int] = {}
     if is_masked and isinstance(document, Chat):
         said = [
             span
@@ -133,18 +133,18 @@ def mark(
         ]
         counted = _responses(one["offset_mapping"], is_special, said)
     if has_ends:
-        ends = alignment.ends(
+        ends = alignment.token_ends(
             rendered.text, one["offset_mapping"], is_special=is_special, contents=rendered.contents
         )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prefix = eos if bos is None else bos
     if prefix is None or not ids:
-        return Marked(ids, counted, is_special, ends)
+        return TrainingTokens(ids, counted, is_special, ends)
     if ids[0] != prefix:
         ids, counted, is_special = [prefix, *ids], [True, *counted], [True, *is_special]
         ends = {place: token + 1 for place, token in ends.items()}
     counted[0] = prefix == eos and not is_masked
-    return Marked(ids, counted, is_special, ends)
+    return TrainingTokens(ids, counted, is_special, ends)
 
 
 def _responses(
@@ -163,11 +163,11 @@ def _responses(
     return [one or index in set(behind) for index, one in enumerate(counted)]
 
 
-def pack(documents: Sequence[Marked], length: int, *, has_tail: bool = False) -> Blocks:
+def pack(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool = False) -> Blocks:
     """Concatenates documents and cuts them into blocks; attention sees the documents before.
 
     Args:
-        documents: From `mark`.
+        documents: From `tokenize_for_training`.
         length: Tokens of a block.
         has_tail: Whether the incomplete last block is kept, filled up with masked tokens.
 
@@ -178,14 +178,14 @@ def pack(documents: Sequence[Marked], length: int, *, has_tail: bool = False) ->
         InputError: if the text is too short for one block, or nothing in it counts.
 
     Example:
-        >>> one = Marked([5, 6, 7], [True] * 3, [False] * 3, {})
+        >>> one = TrainingTokens([5, 6, 7], [True] * 3, [False] * 3, {})
         >>> pack([one, one], 2).tokens.tolist()
         [[5, 6], [7, 5], [6, 7]]
     """
     return _with_predictions(_cut(documents, length, has_tail=has_tail))
 
 
-def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
+def _cut(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool) -> Blocks:
     """All blocks of a stream of documents."""
     ids = [token for one in documents for token in one.ids]
     counted = [flag for one in documents for flag in one.counted]
@@ -227,7 +227,7 @@ def pair(
         tokenizer: Of the student.
         source_tokenizer: Of the teacher.
         length: Tokens of a block, for both.
-        responses_only: As in `mark`.
+        responses_only: As in `tokenize_for_training`.
 
     Returns:
         Blocks with ``pairs``.
@@ -238,7 +238,7 @@ def pair(
 
     Source: SPEC section 2, rows ``span``.
     """
-    bins: list[tuple[list[Marked], list[Marked]]] = []
+    bins: list[tuple[list[TrainingTokens], list[TrainingTokens]]] = []
     filled = [length, length]
     ordinary, found = np.zeros(2, int), 0
     for document in documents:
@@ -251,7 +251,7 @@ def pair(
                 one.append(part)
             filled = [size + more for size, more in zip(filled, sizes, strict=True)]
             ordinary += [one.is_special.count(False) for one in both]
-            found += len(alignment.shared(both[0].ends, both[1].ends))
+            found += len(alignment.common_boundaries(both[0].ends, both[1].ends))
     matched = [float(found / max(1, one)) for one in ordinary]
     if min(matched, default=0) < FEWEST_ALIGNED:
         raise InputError(
@@ -272,10 +272,10 @@ def pair(
 
 def _fitting(
     document: Document, tokenizers: tuple[Any, Any], length: int, responses_only: bool
-) -> Iterator[tuple[Marked, Marked]]:
+) -> Iterator[tuple[TrainingTokens, TrainingTokens]]:
     """A document, or its parts, in the tokens of both models."""
     options = {"responses_only": responses_only, "has_ends": True}
-    student, teacher = (mark(document, one, **options) for one in tokenizers)
+    student, teacher = (tokenize_for_training(document, one, **options) for one in tokenizers)
     if max(len(student.ids), len(teacher.ids)) > length and isinstance(document, str):
         middle = len(document) // 2
         space = document.rfind(" ", 1, middle + 1)
@@ -287,24 +287,26 @@ def _fitting(
     yield _shortened(student, length), _shortened(teacher, length)
 
 
-def _shortened(one: Marked, length: int) -> Marked:
+def _shortened(one: TrainingTokens, length: int) -> TrainingTokens:
     """A document without what is beyond the length."""
     ends = {place: token for place, token in one.ends.items() if token < length}
-    return Marked(one.ids[:length], one.counted[:length], one.is_special[:length], ends)
+    return TrainingTokens(one.ids[:length], one.counted[:length], one.is_special[:length], ends)
 
 
-def _filled(bins: Sequence[Sequence[Marked]], length: int) -> Blocks:
+def _filled(bins: Sequence[Sequence[TrainingTokens]], length: int) -> Blocks:
     """Each bin as one block, filled up."""
     parts = [_cut(one, length, has_tail=True) for one in bins]
     tokens, mask, counted = map(np.concatenate, zip(*(one[:3] for one in parts), strict=True))
     return Blocks(tokens, mask, counted)
 
 
-def _places(student: Sequence[Marked], teacher: Sequence[Marked]) -> list[tuple[int, int]]:
+def _places(
+    student: Sequence[TrainingTokens], teacher: Sequence[TrainingTokens]
+) -> list[tuple[int, int]]:
     """Common places of the documents of one bin whose next token counts."""
     places, begun = [], (0, 0)
     for mine, other in zip(student, teacher, strict=True):
-        for here, there in alignment.shared(mine.ends, other.ends):
+        for here, there in alignment.common_boundaries(mine.ends, other.ends):
             is_last = here + 1 >= len(mine.ids) or there + 1 >= len(other.ids)
             if not is_last and mine.counted[here + 1]:
                 places.append((begun[0] + here, begun[1] + there))

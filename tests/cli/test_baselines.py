@@ -129,7 +129,7 @@ def test_noise_has_the_norm_of_every_matrix_and_the_place_of_the_merge(merge):
         axes = tuple(range(path.startswith("layers/"), leaf.ndim))
         norms = [np.sqrt(np.sum(np.square(one), axes)) for one in (leaf, noise[path])]
         np.testing.assert_allclose(*norms, rtol=1e-3)
-        assert not np.any(noise[path] * (1 - baselines.moved_by(path, leaf)))
+        assert not np.any(noise[path] * (1 - baselines.update_of(path, leaf)))
     other = baselines.starting("noise", begun, parts, seed=1)
     assert all(np.any(noise[path] != other[path]) for path in noise)
 

@@ -60,7 +60,7 @@ def sources(target, tmp_path_factory):
     identity = {**params, "lm_head": {"kernel": jnp.eye(cfg.hidden_size)}}
     x, following = [], []
     for batch, scored in zip(cut.batches, cut.scored, strict=True):
-        residual = decoder.residual(params, jax.device_put(batch), cfg=cfg)[0]
+        residual = decoder.hidden_states(params, jax.device_put(batch), cfg=cfg)[0]
         seen = decoder.head(identity, residual, cfg=cfg)
         x.append(np.asarray(seen)[:, :-1][scored > 0])
         following.append(np.asarray(batch.tokens)[:, 1:][scored > 0])

@@ -381,8 +381,8 @@ def test_selected_neurons_are_those_of_the_whole(coupled, site):
     )
     width = target.values[site].shape[-1]
     chosen = np.stack([np.arange(l % 2, width, 2)[: width // 2] for l in range(len(whole[0]))])
-    kinds = [projections.Kind(ENDS["out_site"], kernels=kernels, biases=biases)]
-    kernel, bias = projections.carry(
+    kinds = [projections.ProjectionWeights(ENDS["out_site"], kernels=kernels, biases=biases)]
+    kernel, bias = projections.transport_projections(
         kinds, coupling, target, source, in_site=ENDS["in_site"],
         spec=spec_of(layers="soft"), selected={site: chosen},
     )[0]  # fmt: skip
@@ -396,10 +396,10 @@ def test_selected_neurons_are_those_of_the_whole(coupled, site):
 def test_kinds_that_read_one_site_are_carried_as_each_alone(coupled):
     target, source, coupling, _, kernels, biases = coupled
     kinds = [
-        projections.Kind(ENDS["out_site"], kernels=kernels),
-        projections.Kind(ENDS["out_site"], kernels=-2 * kernels, biases=biases),
+        projections.ProjectionWeights(ENDS["out_site"], kernels=kernels),
+        projections.ProjectionWeights(ENDS["out_site"], kernels=-2 * kernels, biases=biases),
     ]
-    first, second = projections.carry(
+    first, second = projections.transport_projections(
         kinds, coupling, target, source, in_site=ENDS["in_site"], spec=spec_of(layers="soft")
     )
     close(first[0], transported(coupled, "barycentric", "soft"))
@@ -459,7 +459,7 @@ def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
 def test_the_cheaper_order_of_the_triple_product_is_taken(into, out, flops):
     sizes = ((64, 32), (into, 64), (out, 32))  # 2 FLOPs for each term of both products
     shapes = [jax.ShapeDtypeStruct(one, jnp.float32) for one in sizes]
-    program = jax.jit(projections.triple).lower(*shapes)
+    program = jax.jit(projections.apply_maps).lower(*shapes)
     assert program.cost_analysis()["flops"] == pytest.approx(flops, rel=0.1)
 
 

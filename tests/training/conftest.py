@@ -77,7 +77,7 @@ def trained():
     def run(problem, base, residual=None, factor=None, source=None, **hooks):
         given = residual or {}, factor or {}
         trainable, constants = step.begin(problem, base, *given, source)
-        course = step.new_course(problem, trainable)
+        course = step.new_history(problem, trainable)
         return step.train(problem, course, constants, **hooks), constants
 
     return run

@@ -115,7 +115,7 @@ class Run:
             self.calls.append((len(course.losses), course.losses[-1]))
 
         course = loop.fit(
-            loop.Course(loop.start(self.start, transform)),
+            loop.TrainHistory(loop.start(self.start, transform)),
             loop.compiled(loop.one_step(loss, transform)),
             None,
             lambda index: batch_at(tokens, index),

@@ -112,7 +112,7 @@ def test_steps_are_those_of_torch_and_transformers(
     task = problem(kind, weight_decay=0.1)
     assert (cfg, source_cfg) == (student[0], teacher[0])  # the programs are those of other tests
     trainable, constants = step.begin(task, params, {}, {}, source_params)
-    state, plan = step.new_course(task, trainable).state, step.plan_of(task)
+    state, plan = step.new_history(task, trainable).state, step.step_config(task)
 
     model = theirs.requires_grad_(True)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}

@@ -29,9 +29,9 @@ def test_training_lowers_what_it_minimises(kind, straight, student, teacher, pro
     batch = jax.tree.map(jnp.asarray, batch)
     losses = []
     for params in (student[1], straight[kind].state.params):
-        state = training.new_course(task, params).state
+        state = training.new_history(task, params).state
         losses.append(
-            float(training._step(state, constants, batch, plan=training.plan_of(task))[1].loss)
+            float(training._step(state, constants, batch, plan=training.step_config(task))[1].loss)
         )
     assert losses[1] < losses[0]
 
@@ -58,7 +58,7 @@ def test_remat_computes_layers_twice(student, problem):
         _, constants = training.begin(task, student[1], {}, {})
         texts.append(
             str(
-                jax.make_jaxpr(jax.grad(training.loss_of(training.plan_of(task))))(
+                jax.make_jaxpr(jax.grad(training.loss_of(training.step_config(task))))(
                     student[1], constants, batch
                 )
             )
@@ -96,11 +96,11 @@ def test_rates_sweep_under_vmap(straight, student, problem, close):
     _, constants = training.begin(task, student[1], {}, {})
     batch = jax.tree.map(jnp.asarray, packing.batch_at(task.train, 0, batch_size=4, seed=0))
 
-    plan = training.plan_of(task)
+    plan = training.step_config(task)
 
     def two(rate, batch):
         given = constants._replace(rates=constants.rates._replace(learning_rate=rate))
-        first = training.new_course(task, student[1]).state
+        first = training.new_history(task, student[1]).state
         return jax.lax.scan(
             lambda state, _: training.step(state, given, batch, plan=plan), first, length=2
         )[0].params
@@ -110,7 +110,7 @@ def test_rates_sweep_under_vmap(straight, student, problem, close):
     jax.tree.map(
         lambda leaf, start: np.testing.assert_array_equal(leaf[0], start), both, student[1]
     )
-    course = training.new_course(task, student[1])
+    course = training.new_history(task, student[1])
     state = course.state
     for _ in range(2):
         state, _ = training._step(state, constants, batch, plan=plan)
@@ -132,7 +132,7 @@ def test_adapters_begin_at_the_base(adapted, straight):
 
 def test_adapters_alone_train(adapted, student):
     task, course, constants = adapted
-    folded = training.params_of(loop.result(course), constants, plan=training.plan_of(task))
+    folded = training.params_of(loop.result(course), constants, plan=training.step_config(task))
     changed = {
         spec.path
         for spec in specs.param_specs(student[0])
@@ -146,7 +146,7 @@ def test_adapters_fold_as_in_the_formula(adapted, student):
     task, course, constants = adapted
     path = "layers/mlp/down_proj/kernel"
     pair = loop.result(course)[path]
-    folded = training.params_of(loop.result(course), constants, plan=training.plan_of(task))
+    folded = training.params_of(loop.result(course), constants, plan=training.step_config(task))
     expected = np.asarray(specs.get(student[1], path), np.float64) + 6 / 3 * (
         np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"], np.float64)
     )
