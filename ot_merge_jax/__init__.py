@@ -1,7 +1,8 @@
 """Merge language models across architectures with optimal transport, in JAX.
 
 The public names below are enough for most uses; modules of the same name as a function
-(`ot_merge_jax.merging.merge`, `ot_merge_jax.merging.fuse`, `ot_merge_jax.experiments.sweep`) stay modules.
+(`ot_merge_jax.merging.merge`, `ot_merge_jax.merging.fuse`, `ot_merge_jax.experiments.sweep`) stay
+modules.
 """
 
 from ot_merge_jax.errors import OtMergeError

@@ -136,7 +136,8 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
             "fused_bytes": sum(2 * leaf.size for leaf in leaves.values()) * deeper,
         },
         "iterations": {
-            site: np.asarray(one.iterations).tolist() for site, one in coupling.feature.items()
+            site: np.asarray(one.iterations).tolist()
+            for site, one in coupling.neuron_potentials.items()
         },
         "peak_gib": benchmarking.peak_bytes() / 2**30,
     }

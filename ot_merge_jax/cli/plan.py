@@ -103,7 +103,7 @@ def _facts(needs: Needs) -> dict[str, Any]:
             "stages": needs.memory.stages,
             "peak": needs.memory.peak,
             "limit": needs.limit,
-            "on_disk": sorted(needs.memory.on_disk),
+            "on_disk": sorted(needs.memory.offloaded),
             "budget": needs.memory.budget._asdict(),
         },
         "disk": {

@@ -73,7 +73,7 @@ def _document(record: Any, fields: Sequence[str], where: str) -> Document:
     for field, value in zip(fields, values, strict=True):
         if not isinstance(value, str):
             more = ", nor a list of messages" if len(fields) == 1 else ""
-            raise InputError(f"{where}: field {field!r} is not a string{more}; mend it.")
+            raise InputError(f"{where}: field {field!r} is not a string{more}; fix it.")
         if "\0" in value:
             raise InputError(f"{where}: field {field!r} holds a NUL character; this is not text.")
     if len(fields) == 1:
@@ -88,7 +88,7 @@ def _turn(message: Any, number: int, field: str, where: str) -> Turn:
         if not isinstance(said.get(key), str) or "\0" in said[key]:
             raise InputError(
                 f"{where}: field {field!r} is not a string, and its message {number} has no "
-                f"{key!r} that is one; mend it."
+                f"{key!r} that is one; fix it."
             )
     return Turn(said["role"], said["content"])
 

@@ -95,8 +95,8 @@ def evaluate(
         metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
         or in bits per byte where the tokenizers differ. Models with the tokenizer of the base have
         ``kl_to_base``, nats per token, and ``kl_to_base_interval``, and ``base`` names it.
-        ``samples`` (`samples.summary`), ``choices`` (`multiple_choice.summary`) and ``tasks`` (`lm_eval_tasks.summary`)
-        if asked for; of a model without text the entry is empty.
+        ``samples`` (`samples.summary`), ``choices`` (`multiple_choice.summary`) and ``tasks``
+        (`lm_eval_tasks.summary`) if asked for; of a model without text the entry is empty.
 
     Raises:
         RecipeError: if nothing is asked, a task is unknown, or the base has no text to be compared

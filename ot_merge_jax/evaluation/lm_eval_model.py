@@ -219,7 +219,7 @@ class Answering:
         longest = self.max_length - count
         encoded = [self.tok_encode(one)[-longest:] for one in prompts]
         if empty := [one for one, ids in zip(prompts, encoded, strict=True) if not ids]:
-            raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; mend it.")
+            raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; fix it.")
         ends = self._ending(until)
         groups = batching.grouped(
             {index: len(ids) for index, ids in enumerate(encoded)}, longest=longest

@@ -20,7 +20,7 @@ from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import BUDGET, Batch, Params
 
 #: Shares of the bias that are tried on the dev split.
-GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _CLOSE, _ITERATIONS = 1e-3, 1000
 _LEAST = -80.0  # of a logit below the largest of its position; smaller ones leave float32
 
@@ -29,12 +29,12 @@ class TokenBias(NamedTuple):
     """A bias fitted on one text, and how much of it is used.
 
     Attributes:
-        bias: ``[v]`` in nats, already times ``gamma``.
-        gamma: The share that was best on the dev split; 0: no bias.
+        bias: ``[v]`` in nats, already times ``scale``.
+        scale: The share that was best on the dev split; 0: no bias.
     """
 
     bias: jax.Array
-    gamma: float
+    scale: float
 
 
 def fit(
@@ -122,12 +122,12 @@ def chosen(
     """
     losses = [
         nll.score(
-            params, dev, cfg=cfg, text="dev split", bias=gamma * bias, logits_at_once=logits_at_once
+            params, dev, cfg=cfg, text="dev split", bias=scale * bias, logits_at_once=logits_at_once
         ).nll_per_token
-        for gamma in GAMMAS
+        for scale in SCALES
     ]
-    gamma = GAMMAS[int(np.argmin(losses))]
-    return TokenBias(gamma * bias, gamma)
+    scale = SCALES[int(np.argmin(losses))]
+    return TokenBias(scale * bias, scale)
 
 
 def fitted(

@@ -242,12 +242,12 @@ def permuted(coupling: Coupling, source: Activations, *, seed: int) -> tuple[Cou
     Returns:
         Both, for an `Alignment`.
     """
-    feature, values = dict(coupling.feature), dict(source.values)
-    for site, found in coupling.feature.items():
+    feature, values = dict(coupling.neuron_potentials), dict(source.values)
+    for site, found in coupling.neuron_potentials.items():
         order = _order(found.g.shape[-1], seed, site)
         feature[site] = found._replace(g=found.g[..., order])
         values[site] = _Permuted(source.values[site], order)  # pyright: ignore[reportArgumentType]
-    return coupling._replace(feature=feature), source._replace(values=values)
+    return coupling._replace(neuron_potentials=feature), source._replace(values=values)
 
 
 def permuted_tokens(matched: VocabularyMatch, *, seed: int) -> VocabularyMatch:
@@ -271,12 +271,14 @@ def wrong_layers(coupling: Coupling, *, seed: int) -> Coupling:
         coupling: Of at least two source layers.
         seed: Of the shuffle.
     """
-    count = next(iter(coupling.layer.values())).shape[1]
+    count = next(iter(coupling.layer_plan.values())).shape[1]
     # a random cycle: every layer goes to another one's place
     cycle = np.random.default_rng(seed).permutation(count)
     order = np.empty(count, np.int64)
     order[cycle] = np.roll(cycle, 1)
-    return coupling._replace(layer={site: plan[:, order] for site, plan in coupling.layer.items()})
+    return coupling._replace(
+        layer_plan={site: plan[:, order] for site, plan in coupling.layer_plan.items()}
+    )
 
 
 def _order(count: int, seed: int, name: str) -> np.ndarray:

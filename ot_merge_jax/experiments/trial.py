@@ -57,11 +57,11 @@ class WithTokenBias(NamedTuple):
     """A model with its own fitted bias for each token.
 
     Attributes:
-        gamma: Share of the bias that was best on the dev split.
+        scale: Share of the bias that was best on the dev split.
         scores: On the held-out text.
     """
 
-    gamma: float
+    scale: float
     scores: nll.Scores
 
 
@@ -277,21 +277,21 @@ def _with_token_bias(
             cfg=cfg, predictions=budget.predictions, logits_at_once=budget.logits,
         )  # fmt: skip
         scores = plain
-        if fitted.gamma:
+        if fitted.scale:
             scores = nll.score(
                 model, context.held_out,
                 cfg=cfg, bias=fitted.bias, logits_at_once=budget.logits,
             )  # fmt: skip
-        return WithTokenBias(fitted.gamma, scores)
+        return WithTokenBias(fitted.scale, scores)
 
     def save(folder: Path, compute: Callable[[], WithTokenBias]) -> None:
         biased = compute()
-        arrays.save_json(folder / "gamma.json", biased.gamma)
+        arrays.save_json(folder / "gamma.json", biased.scale)
         saved_scores.save(folder / "scores", {"arm": biased.scores})
 
     def load(folder: Path) -> WithTokenBias:
-        gamma = arrays.load_json(folder / "gamma.json")
-        return WithTokenBias(gamma, saved_scores.load(folder / "scores")["arm"])
+        scale = arrays.load_json(folder / "gamma.json")
+        return WithTokenBias(scale, saved_scores.load(folder / "scores")["arm"])
 
     return stage(f"bias-{name}", compute, save, load, needs=["moved"])
 

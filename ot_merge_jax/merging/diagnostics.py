@@ -101,7 +101,7 @@ def _plan_facts(
     into, out = (
         (
             _neighbours(alignment, site, best, spec, plan_at_once),
-            *_worst(share, coupling.feature[site]),
+            *_worst(share, coupling.neuron_potentials[site]),
         )
         for site in (wiring.in_site, wiring.out_site)
     )
@@ -118,9 +118,10 @@ def _neighbours(
     else:
         best = np.asarray(best)  # pyright: ignore[reportAssignmentType]
     neighbours_of = functools.partial(_neighbours_of, signed=spec.signed, plan_at_once=plan_at_once)
+    potentials = alignment.coupling.neuron_potentials[site]
     rows, found = diagnostics.sample(xs.shape[-1]), []
     for l, x in enumerate(xs):
-        pair = jax.tree.map(lambda leaf: leaf[l, best[l]], alignment.coupling.feature[site])  # noqa: B023
+        pair = jax.tree.map(lambda leaf, l=l: leaf[l, best[l]], potentials)
         found.append(neighbours_of(x, ys[best[l]], pair, rows))
     return jnp.stack(found)
 

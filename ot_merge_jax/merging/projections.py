@@ -41,7 +41,7 @@ def _layer_pair(
 ) -> LayerPair:
     """The `LayerPair` of one site; only these two layers' rows are moved to the device."""
     x, y = jax.device_put((target.values[site][l], source.values[site][m]))
-    stacks = coupling.feature[site], coupling.std_target[site], coupling.std_source[site]
+    stacks = coupling.neuron_potentials[site], coupling.std_target[site], coupling.std_source[site]
     return LayerPair(x, y, *_values_of_pair(*stacks, l, m))
 
 
@@ -70,7 +70,7 @@ def layer_weights(
 
     Source: Transport and Merge, eq. 13. Differs: normalised rows are ours.
     """
-    return _layer_weights(coupling.layer[in_site], coupling.layer[out_site], spec=spec)
+    return _layer_weights(coupling.layer_plan[in_site], coupling.layer_plan[out_site], spec=spec)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
@@ -289,7 +289,8 @@ def transported(
     the units (standard deviations) of each space are restored.
 
     Args:
-        weights: Source kernels, for rule ``delta`` the source minus its base; as those of `ProjectionWeights`.
+        weights: Source kernels, for rule ``delta`` the source minus its base; as those of
+            `ProjectionWeights`.
         coupling: From `couple`.
         target: The target activations it was made from.
         source: The source activations it was made from.

@@ -37,7 +37,8 @@ def transport_weights(
 
     Args:
         models: The models of the merge. For rule ``delta`` the source's base is subtracted.
-        alignment: From `ot_merge_jax.merging.merge.align_activations`; None when only the vocabulary moves.
+        alignment: From `ot_merge_jax.merging.merge.align_activations`; None when only the
+            vocabulary moves.
         spec: What moves and how.
         vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
         plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.

@@ -173,7 +173,7 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         pattern=_pattern(keys, depth, ropes),
     )
     if problems:
-        raise InputError(f"{where} cannot be used: {'; '.join(problems)}; mend it or use another.")
+        raise InputError(f"{where} cannot be used: {'; '.join(problems)}; fix it or use another.")
     return result
 
 

@@ -122,7 +122,7 @@ def load(path: Path) -> dict[str, Any]:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise RecipeError(f"{path} is not YAML ({detail}); mend it.") from error
+        raise RecipeError(f"{path} is not YAML ({detail}); fix it.") from error
     if not isinstance(settings, dict):
         raise RecipeError(f"{path} is not a mapping of settings; see the README for an example.")
     return {str(key): value for key, value in settings.items()}

@@ -82,11 +82,10 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of caches and fonts
-    from ot_merge_jax.reports import plots
-    from ot_merge_jax.reports import style as drawing
+    from ot_merge_jax.reports import plots, style  # noqa: PLC0415, matplotlib takes a second
 
     drawn = plots.draw(run.report)
-    page = render(run, {one.name: one.inline for one in drawn}, style=drawing.style()).encode()
+    page = render(run, {one.name: one.inline for one in drawn}, style=style.style()).encode()
     if file is not None:
         _replace(file, page)
         return [file]

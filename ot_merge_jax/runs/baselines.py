@@ -123,8 +123,8 @@ def _compare(job: adapt.Job) -> Report:
     """The stages, up to the folder that is published."""
     settings = job.found.settings
     parts, source = adapt.load(job)
-    trainable, constants = training.begin(job.found.problem, *parts, source)
-    before = adapt.scores_before(job, trainable, constants)
+    trainable, frozen = training.begin(job.found.problem, *parts, source)
+    before = adapt.scores_before(job, trainable, frozen)
     applicable = {
         name: inapplicable_reason(job.found.start, name) for name in settings.baselines or ()
     }
@@ -156,8 +156,8 @@ def _compare(job: adapt.Job) -> Report:
     trained = _trained(job.run.folder / "state" / stage, trainable)
     plan = training.step_config(job.found.problem)
     whole = adapt.TrainedModel(
-        parts._replace(base=training.base_of(trained, constants, plan=plan)),
-        training.params_of(trained, constants, plan=plan),
+        parts._replace(base=training.base_of(trained, frozen, plan=plan)),
+        training.params_of(trained, frozen, plan=plan),
         TrainHistory(None, chosen.losses, (), chosen.dev),  # pyright: ignore[reportArgumentType]
         _events(found),
     )
@@ -204,9 +204,9 @@ def _arm(
 
     def make(folder: Path) -> None:
         added = starting(name, job.found.start, parts, seed=seed)
-        trainable, constants = training.begin(problem, parts.base, added, parts.factor, teacher)
+        trainable, frozen = training.begin(problem, parts.base, added, parts.factor, teacher)
         tune = functools.partial(
-            tuning.tune, problem, trainable, constants, name=f"{objective} from {name}"
+            tuning.tune, problem, trainable, frozen, name=f"{objective} from {name}"
         )
         try:
             arm = tune(rates)
@@ -218,7 +218,7 @@ def _arm(
                 objective, name, *rates, seed,
             )  # fmt: skip
             arm = tune(grid)
-        params = training.params_of(arm.trained, constants, plan=training.step_config(problem))
+        params = training.params_of(arm.trained, frozen, plan=training.step_config(problem))
         scores = adapt.score(
             job.found, trial.as_stored(params, hf.stored_dtypes(job.found.start.folder))
         )

@@ -120,7 +120,7 @@ def run(
         _LOG.info("memory: in smaller blocks, at a time %s", held.budget)
     side = artifacts.inputs(inputs.folders, inputs.sources)
     # reading layer by layer, or in other blocks, rounds differently, so it is another run
-    decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(held.on_disk)}
+    decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(held.offloaded)}
     if held.budget != BUDGET:
         decided["budget"] = held.budget._asdict()
     key = stages.key({"recipe": recipe.to_yaml(), **decided, **side})
@@ -155,7 +155,7 @@ def _merge(
     recipe, seed = inputs.recipe, inputs.recipe.seed
     spec, hparams, budget = recipe.spec(), recipe.hparams(), held.budget
     is_chosen = recipe.strength == "auto"
-    deferred = _deferred(inputs.folders, held.on_disk, mesh)
+    deferred = _deferred(inputs.folders, held.offloaded, mesh)
     models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
     split, stage = controls.split(inputs), stages_merge.keeping(state)
     _LOG.info("transport: %s", ", ".join(spec.weights))
@@ -258,14 +258,14 @@ def _merge(
 
 
 def _deferred(
-    folders: Mapping[str, ModelFolder], on_disk: Collection[str], mesh: jax.sharding.Mesh | None
+    folders: Mapping[str, ModelFolder], offloaded: Collection[str], mesh: jax.sharding.Mesh | None
 ) -> dict[str, DeferredModel]:
     """Role -> model, each loaded in float32 when a stage asks for it."""
     return {
         role: DeferredModel(
             folder.cfg,
             functools.partial(_open, folder)
-            if role in on_disk
+            if role in offloaded
             else functools.partial(_load, folder, mesh),
         )
         for role, folder in folders.items()

@@ -28,13 +28,13 @@ class TrainingTokens(NamedTuple):
 
     Attributes:
         ids: Token ids, after the prefix that evaluation puts before a document too.
-        counted: Whether the prediction of each token counts.
+        loss_mask: Whether the prediction of each token counts.
         is_special: Which of them are special.
         ends: Where tokens end (`rows.ends`); empty unless asked for.
     """
 
     ids: list[int]
-    counted: list[bool]
+    loss_mask: list[bool]
     is_special: list[bool]
     ends: dict[alignment.TokenEnd, int]
 
@@ -65,13 +65,13 @@ class Blocks(NamedTuple):
     Attributes:
         tokens: ``[n, s]`` int32.
         mask: ``[n, s]`` which are real.
-        counted: ``[n, s]`` the prediction of which counts.
+        loss_mask: ``[n, s]`` the prediction of which counts.
         pairs: For a teacher with another vocabulary; else None.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
-    counted: np.ndarray
+    loss_mask: np.ndarray
     pairs: PairBlocks | None = None
 
     @property
@@ -123,7 +123,7 @@ def tokenize_for_training(
         bool(added) or token in special
         for token, added in zip(ids, one["special_tokens_mask"], strict=True)
     ]
-    counted = [True] * len(ids)
+    loss_mask = [True] * len(ids)
     ends: dict[alignment.TokenEnd, int] = {}
     if is_masked and isinstance(document, Chat):
         said = [
@@ -131,7 +131,7 @@ def tokenize_for_training(
             for turn, span in zip(document.turns, rendered.contents, strict=True)
             if turn.role == RESPONDER
         ]
-        counted = _responses(one["offset_mapping"], is_special, said)
+        loss_mask = _responses(one["offset_mapping"], is_special, said)
     if has_ends:
         ends = alignment.token_ends(
             rendered.text, one["offset_mapping"], is_special=is_special, contents=rendered.contents
@@ -139,28 +139,28 @@ def tokenize_for_training(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prefix = eos if bos is None else bos
     if prefix is None or not ids:
-        return TrainingTokens(ids, counted, is_special, ends)
+        return TrainingTokens(ids, loss_mask, is_special, ends)
     if ids[0] != prefix:
-        ids, counted, is_special = [prefix, *ids], [True, *counted], [True, *is_special]
+        ids, loss_mask, is_special = [prefix, *ids], [True, *loss_mask], [True, *is_special]
         ends = {place: token + 1 for place, token in ends.items()}
-    counted[0] = prefix == eos and not is_masked
-    return TrainingTokens(ids, counted, is_special, ends)
+    loss_mask[0] = prefix == eos and not is_masked
+    return TrainingTokens(ids, loss_mask, is_special, ends)
 
 
 def _responses(
     offsets: Sequence[alignment.Span], is_special: Sequence[bool], said: Sequence[alignment.Span]
 ) -> list[bool]:
     """Tokens that touch what the assistant says, and the special token right behind."""
-    counted = [
+    loss_mask = [
         start < stop and any(start < end and begin < stop for begin, end in said)
         for start, stop in offsets
     ]
     behind = [
         index
-        for index in range(1, len(counted))
-        if counted[index - 1] and not counted[index] and is_special[index]
+        for index in range(1, len(loss_mask))
+        if loss_mask[index - 1] and not loss_mask[index] and is_special[index]
     ]
-    return [one or index in set(behind) for index, one in enumerate(counted)]
+    return [one or index in set(behind) for index, one in enumerate(loss_mask)]
 
 
 def pack(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool = False) -> Blocks:
@@ -188,13 +188,13 @@ def pack(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool = F
 def _cut(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool) -> Blocks:
     """All blocks of a stream of documents."""
     ids = [token for one in documents for token in one.ids]
-    counted = [flag for one in documents for flag in one.counted]
+    loss_mask = [flag for one in documents for flag in one.loss_mask]
     mask = [True] * len(ids)
     if has_tail and ids:
         missing = -len(ids) % length
-        ids, counted, mask = (
+        ids, loss_mask, mask = (
             [*stream, *[nothing] * missing]
-            for stream, nothing in ((ids, 0), (counted, False), (mask, False))
+            for stream, nothing in ((ids, 0), (loss_mask, False), (mask, False))
         )
     if len(ids) < length:
         raise InputError(
@@ -205,7 +205,7 @@ def _cut(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool) ->
     def blocks(stream: list[Any], kind: Any) -> np.ndarray:
         return np.array(stream[: len(stream) // length * length], kind).reshape(-1, length)
 
-    return Blocks(blocks(ids, np.int32), blocks(mask, bool), blocks(counted, bool))
+    return Blocks(blocks(ids, np.int32), blocks(mask, bool), blocks(loss_mask, bool))
 
 
 def pair(
@@ -290,14 +290,14 @@ def _fitting(
 def _shortened(one: TrainingTokens, length: int) -> TrainingTokens:
     """A document without what is beyond the length."""
     ends = {place: token for place, token in one.ends.items() if token < length}
-    return TrainingTokens(one.ids[:length], one.counted[:length], one.is_special[:length], ends)
+    return TrainingTokens(one.ids[:length], one.loss_mask[:length], one.is_special[:length], ends)
 
 
 def _filled(bins: Sequence[Sequence[TrainingTokens]], length: int) -> Blocks:
     """Each bin as one block, filled up."""
     parts = [_cut(one, length, has_tail=True) for one in bins]
-    tokens, mask, counted = map(np.concatenate, zip(*(one[:3] for one in parts), strict=True))
-    return Blocks(tokens, mask, counted)
+    tokens, mask, loss_mask = map(np.concatenate, zip(*(one[:3] for one in parts), strict=True))
+    return Blocks(tokens, mask, loss_mask)
 
 
 def _places(
@@ -308,7 +308,7 @@ def _places(
     for mine, other in zip(student, teacher, strict=True):
         for here, there in alignment.common_boundaries(mine.ends, other.ends):
             is_last = here + 1 >= len(mine.ids) or there + 1 >= len(other.ids)
-            if not is_last and mine.counted[here + 1]:
+            if not is_last and mine.loss_mask[here + 1]:
                 places.append((begun[0] + here, begun[1] + there))
         begun = begun[0] + len(mine.ids), begun[1] + len(other.ids)
     return places
@@ -316,9 +316,9 @@ def _places(
 
 def _predicted(blocks: Blocks) -> np.ndarray:
     """``[n, s]`` tokens whose prediction counts; the first of a block has nothing before it."""
-    counted = blocks.counted & blocks.mask
-    counted[:, 0] = False
-    return counted
+    loss_mask = blocks.loss_mask & blocks.mask
+    loss_mask[:, 0] = False
+    return loss_mask
 
 
 def _with_predictions(blocks: Blocks) -> Blocks:
@@ -340,7 +340,7 @@ def _rows(blocks: Blocks, chosen: np.ndarray) -> Blocks:
         pairs = pairs._replace(
             tokens=tokens, mask=mask, position=position, source_position=source_position
         )
-    return Blocks(blocks.tokens[chosen], blocks.mask[chosen], blocks.counted[chosen], pairs)
+    return Blocks(blocks.tokens[chosen], blocks.mask[chosen], blocks.loss_mask[chosen], pairs)
 
 
 def per_epoch(blocks: Blocks, batch_size: int) -> int:

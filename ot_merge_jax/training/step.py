@@ -1,4 +1,4 @@
-"""A training problem without disks: what trains, what is constant, the step, the course.
+"""A training problem without disks: what trains, what is constant, the step, the history.
 
 `train` is what the command, and every arm of a comparison, calls: arms that share a `Problem` see
 the same data in the same order. Imports the rest of adapt.
@@ -121,7 +121,7 @@ def begin(
         source: The teacher's parameters.
 
     Returns:
-        (what trains, constants).
+        (what trains, frozen).
     """
     rates = optimizer_hparams(problem)
     if problem.settings.lora is None:
@@ -135,25 +135,25 @@ def begin(
     return factors, Frozen(base, residual, factor, source, rates)
 
 
-def base_of(trainable: Any, constants: Frozen, *, plan: StepConfig) -> Params:
+def base_of(trainable: Any, frozen: Frozen, *, plan: StepConfig) -> Params:
     """The trained part as plain weights: adapters folded, the residual not yet."""
-    if constants.base is None:
+    if frozen.base is None:
         return trainable
-    return lora.fold(constants.base, trainable, plan.lora_scale)
+    return lora.fold(frozen.base, trainable, plan.lora_scale)
 
 
-def params_of(trainable: Any, constants: Frozen, *, plan: StepConfig) -> Params:
+def params_of(trainable: Any, frozen: Frozen, *, plan: StepConfig) -> Params:
     """The plain parameters, float32: everything folded."""
-    base = base_of(trainable, constants, plan=plan)
-    return residuals.fold(base, constants.residual, constants.factor)
+    base = base_of(trainable, frozen, plan=plan)
+    return residuals.fold(base, frozen.residual, frozen.factor)
 
 
 def loss_of(plan: StepConfig) -> loop.Loss:
-    """``(what trains, constants, examples) -> loss``, a pure function."""
+    """``(what trains, frozen, examples) -> loss``, a pure function."""
 
-    def loss(trainable: Any, constants: Frozen, examples: Examples) -> jax.Array:
-        params = _cast(params_of(trainable, constants, plan=plan), plan.dtype)
-        return losses.loss(params, constants.source, examples, objective=plan.objective)
+    def loss(trainable: Any, frozen: Frozen, examples: Examples) -> jax.Array:
+        params = _cast(params_of(trainable, frozen, plan=plan), plan.dtype)
+        return losses.loss(params, frozen.source, examples, objective=plan.objective)
 
     return loss
 
@@ -172,7 +172,7 @@ def transform_of(plan: StepConfig, rates: OptimizerHParams) -> optax.GradientTra
 
 
 def step(
-    state: TrainState, constants: Frozen, examples: Examples, *, plan: StepConfig
+    state: TrainState, frozen: Frozen, examples: Examples, *, plan: StepConfig
 ) -> tuple[TrainState, StepMetrics]:
     """One step of training, a pure function.
 
@@ -181,15 +181,15 @@ def step(
 
     Args:
         state: What trains; of a jitted step it is taken over.
-        constants: What does not.
+        frozen: What does not.
         examples: From `packing.batch_at`.
         plan: What fixes the program.
 
     Returns:
         The next state, and what was seen.
     """
-    transform = transform_of(plan, constants.rates)
-    return loop.one_step(loss_of(plan), transform, parts=plan.parts)(state, constants, examples)
+    transform = transform_of(plan, frozen.rates)
+    return loop.one_step(loss_of(plan), transform, parts=plan.parts)(state, frozen, examples)
 
 
 _step = jax.jit(step, static_argnames="plan", donate_argnums=0)
@@ -224,9 +224,9 @@ def next_token_loss(params: Params, problem: Problem) -> float:
     )
 
 
-def dev_loss(trainable: Any, constants: Frozen, problem: Problem) -> float:
+def dev_loss(trainable: Any, frozen: Frozen, problem: Problem) -> float:
     """`next_token_loss` of what trains, folded."""
-    return next_token_loss(_folded(trainable, constants, plan=step_config(problem)), problem)
+    return next_token_loss(_folded(trainable, frozen, plan=step_config(problem)), problem)
 
 
 def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = None) -> Examples:
@@ -239,50 +239,50 @@ def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = N
 
 
 def new_history(problem: Problem, trainable: Any) -> TrainHistory:
-    """A course before its first step; the caller keeps what it gave."""
+    """A history before its first step; the caller keeps what it gave."""
     transform = transform_of(step_config(problem), optimizer_hparams(problem))
     return TrainHistory(loop.start(trainable, transform))
 
 
 def train(
     problem: Problem,
-    course: TrainHistory,
-    constants: Frozen,
+    history: TrainHistory,
+    frozen: Frozen,
     *,
-    after: Callable[[TrainHistory], None] = lambda course: None,
-    rescue: Callable[[TrainHistory], None] = lambda course: None,
-    counted: Callable[[range], Any] = lambda steps: steps,
+    on_step: Callable[[TrainHistory], None] = lambda history: None,
+    on_divergence: Callable[[TrainHistory], None] = lambda history: None,
+    progress_of: Callable[[range], Any] = lambda steps: steps,
 ) -> TrainHistory:
     """Trains to the end, or until early stopping.
 
     Args:
         problem: What is to be learned.
-        course: From `new_history`, or taken up again; its arrays are taken over.
-        constants: From `begin`.
-        after: As in `loop.fit`.
-        rescue: As in `loop.fit`.
-        counted: As in `loop.fit`.
+        history: From `new_history`, or taken up again; its arrays are taken over.
+        frozen: From `begin`.
+        on_step: As in `loop.fit`.
+        on_divergence: As in `loop.fit`.
+        progress_of: As in `loop.fit`.
 
     Returns:
-        The course; `loop.result` of it is what trained.
+        The history; `loop.result` of it is what trained.
 
     Raises:
         DivergedError: naming the step.
     """
     s, plan = problem.settings, step_config(problem)
-    mesh = sharding.mesh_of(course.state.params)
+    mesh = sharding.mesh_of(history.state.params)
     return loop.fit(
-        course,
+        history,
         functools.partial(_step, plan=plan),
-        constants,
+        frozen,
         lambda index: batch_of(problem, index, mesh=mesh),
         steps=plan.steps,
-        dev_loss=lambda trainable: dev_loss(trainable, constants, problem),
+        dev_loss=lambda trainable: dev_loss(trainable, frozen, problem),
         eval_every=s.eval_every or 1,
         patience=s.patience,
-        after=after,
-        rescue=rescue,
-        counted=counted,
+        on_step=on_step,
+        on_divergence=on_divergence,
+        progress_of=progress_of,
     )
 
 

@@ -67,7 +67,7 @@ def budget() -> int:
 def tune(
     problem: Problem,
     trainable: Any,
-    constants: Frozen,
+    frozen: Frozen,
     rates: Sequence[float],
     *,
     name: str = "arm",
@@ -80,7 +80,7 @@ def tune(
     Args:
         problem: What is to be learned; its own rate is not used.
         trainable: What trains, from `training.begin`; kept.
-        constants: Likewise.
+        frozen: Likewise.
         rates: Peak learning rates.
         name: Shown with the progress.
         is_together: Whether the rates train under one ``vmap``; None: if there are several, on one
@@ -99,7 +99,7 @@ def tune(
             and len(rates) * training.lane_bytes(problem, trainable) <= budget()
         )
     train = _together if is_together else _one_by_one
-    tried, trained = train(problem, trainable, constants, rates, name)
+    tried, trained = train(problem, trainable, frozen, rates, name)
     best = _best(tried)
     if not math.isfinite(best.loss):
         raise DivergedError(
@@ -115,43 +115,46 @@ def _best(tried: Sequence[TriedRate]) -> TriedRate:
 
 
 def _one_by_one(
-    problem: Problem, trainable: Any, constants: Frozen, rates: Sequence[float], name: str
+    problem: Problem, trainable: Any, frozen: Frozen, rates: Sequence[float], name: str
 ) -> tuple[list[TriedRate], Any]:
     """Every rate with the loop that `ot-merge adapt` has; only the best is held."""
     tried, trained = [], None
     for rate in rates:
-        given = constants._replace(rates=constants.rates._replace(learning_rate=rate))
-        course = training.new_history(problem, trainable)
+        given = frozen._replace(rates=frozen.rates._replace(learning_rate=rate))
+        history = training.new_history(problem, trainable)
         loss, result = math.inf, None
         try:
-            course = training.train(
-                problem, course, given, counted=lambda steps, rate=rate: _shown(steps, name, [rate])
+            history = training.train(
+                problem,
+                history,
+                given,
+                progress_of=lambda steps, rate=rate: _shown(steps, name, [rate]),
             )
-            loss, result = _finite(course.dev[-1][1]), loop.result(course)
+            loss, result = _finite(history.dev[-1][1]), loop.result(history)
         except TrainingDivergedError as error:
-            course = error.course
-        tried.append(TriedRate(rate, course.losses, course.dev, loss))
+            history = error.history
+        tried.append(TriedRate(rate, history.losses, history.dev, loss))
         if _best(tried) is tried[-1]:
             trained = result
     return tried, trained
 
 
 def _together(
-    problem: Problem, trainable: Any, constants: Frozen, rates: Sequence[float], name: str
+    problem: Problem, trainable: Any, frozen: Frozen, rates: Sequence[float], name: str
 ) -> tuple[list[TriedRate], Any]:
     """All rates in one program, a lane for each."""
     s, plan, lanes = problem.settings, training.step_config(problem), range(len(rates))
     states = jax.tree.map(
         lambda leaf: jnp.stack([leaf] * len(rates)), training.new_history(problem, trainable).state
     )
-    swept = constants._replace(rates=constants.rates._replace(learning_rate=jnp.array(rates)))
+    swept = frozen._replace(rates=frozen.rates._replace(learning_rate=jnp.array(rates)))
     losses: list[list[float]] = [[] for _ in lanes]
     dev: list[list[tuple[int, float]]] = [[] for _ in lanes]
     alive = set(lanes)
 
     def evaluate(done: int) -> None:
         for lane in sorted(alive):
-            found = training.dev_loss(_lane(states.params, lane), constants, problem)
+            found = training.dev_loss(_lane(states.params, lane), frozen, problem)
             dev[lane].append((done, found))
 
     evaluate(0)
@@ -180,12 +183,12 @@ def _together(
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnums=0)
 def _steps(
-    states: TrainState, constants: Frozen, examples: Examples, *, plan: StepConfig
+    states: TrainState, frozen: Frozen, examples: Examples, *, plan: StepConfig
 ) -> tuple[TrainState, StepMetrics]:
     """One step of every lane; only states and learning rates have lanes."""
     axes = Frozen(None, None, None, None, OptimizerHParams(0, None, None))  # pyright: ignore[reportArgumentType]
     step = functools.partial(training.step, plan=plan)
-    return jax.vmap(step, in_axes=(0, axes, None))(states, constants, examples)
+    return jax.vmap(step, in_axes=(0, axes, None))(states, frozen, examples)
 
 
 def _lane(tree: Any, lane: int) -> Any:

@@ -62,7 +62,7 @@ def couple(
         >>> target = Activations({"mlp_in": x, "up_out": x}, rows)
         >>> source = Activations({"mlp_in": x[::-1], "up_out": x[::-1]}, rows)
         >>> coupling = couple(target, source, HParams(1.0), spec=MergeSpec(weights=("up",)))
-        >>> coupling.layer["up_out"].argmax(1).tolist()  # the layers were swapped
+        >>> coupling.layer_plan["up_out"].argmax(1).tolist()  # the layers were swapped
         [1, 0]
 
     Source: Transport and Merge, arXiv 2602.05495, eq. 7-13. Differs: all layer pairs are solved;
@@ -334,7 +334,7 @@ def plan(
     Returns:
         ``[n_t, n_s]``; non-negative and summing to 1 unless ``signed``.
     """
-    potentials = jax.tree.map(lambda leaf: leaf[l, m], coupling.feature[site])
+    potentials = jax.tree.map(lambda leaf: leaf[l, m], coupling.neuron_potentials[site])
     x, y = jnp.asarray(target.values[site][l]), jnp.asarray(source.values[site][m])
     return rebuild(x, y, potentials, signed=signed, plan_at_once=plan_at_once)
 

@@ -175,8 +175,8 @@ def test_a_finished_training_of_a_later_version_is_not_taken_for_this_one(
 
 
 def test_the_progress_says_losses_and_the_rate():
-    course = TrainHistory(None, (2.5,), (1.0,), ((0, 3.0),))
-    assert adapt._note(course, 12.4) == "loss 2.5000, dev 3.0000, 12 tokens/s"
+    history = TrainHistory(None, (2.5,), (1.0,), ((0, 3.0),))
+    assert adapt._note(history, 12.4) == "loss 2.5000, dev 3.0000, 12 tokens/s"
     assert adapt._note(TrainHistory(None), 0.0) == ""
 
 

@@ -307,10 +307,10 @@ def test_a_rate_that_diverges_with_a_later_seed_is_not_the_end(
 ):
     real = tuning.tune
 
-    def tune(problem, trainable, constants, rates, **given):
+    def tune(problem, trainable, frozen, rates, **given):
         if problem.settings.seed == 1 and len(rates) == 1:
             raise DivergedError("The loss is nan at training step 1; lower the learning rate.")
-        return real(problem, trainable, constants, rates, **given)
+        return real(problem, trainable, frozen, rates, **given)
 
     monkeypatch.setattr(tuning, "tune", tune)
     more = ("--baselines", "base", "--seeds", 2, "--steps", 1, "--eval-text", text_files[1])

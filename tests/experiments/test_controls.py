@@ -69,7 +69,7 @@ def test_wrong_layers_lose_the_planted_map(seed, planted):
     assert layers_of(coupling) == [0, 2]
     broken = controls.wrong_layers(coupling, seed=seed)
     assert all(a != b for a, b in zip(layers_of(broken), [0, 2], strict=True))
-    for before, after in zip(coupling.layer.values(), broken.layer.values(), strict=True):
+    for before, after in zip(coupling.layer_plan.values(), broken.layer_plan.values(), strict=True):
         assert sorted(before.sum(0).tolist()) == sorted(after.sum(0).tolist())
 
 

@@ -273,7 +273,7 @@ def test_tensors_that_do_not_fit(change, words, pair):
     change_tensors(adapter, change)
     with pytest.raises(InputError) as caught:
         open_folder(f"{base}+{adapter}")
-    for word in (*words, str(adapter), "download it again or mend it"):
+    for word in (*words, str(adapter), "download it again or fix it"):
         assert word in str(caught.value)
 
 

@@ -95,7 +95,8 @@ def oracle(coupled, form, layers):
     """``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]`` of SPEC section 5."""
     target, source, coupling, *_ = coupled
     effective = np.sqrt(
-        np.asarray(coupling.layer["mlp_in"], np.float64) * np.asarray(coupling.layer["up_out"])
+        np.asarray(coupling.layer_plan["mlp_in"], np.float64)
+        * np.asarray(coupling.layer_plan["up_out"])
     )
     best = np.eye(M)[effective.argmax(1)]
     q_in, q_out = plans(coupled, "mlp_in"), plans(coupled, "up_out")
@@ -433,7 +434,7 @@ def test_a_plan_in_blocks_is_the_plan(coupled):
     where = {"site": ENDS["out_site"], "l": 0, "m": 1}
     expected = couplings.plan(coupling, target, source, **where)
     x, y = (np.asarray(one.values[where["site"]][i]) for one, i in ((target, 0), (source, 1)))
-    solved = jax.tree.map(lambda leaf: leaf[0, 1], coupling.feature[where["site"]])
+    solved = jax.tree.map(lambda leaf: leaf[0, 1], coupling.neuron_potentials[where["site"]])
     for rows in (1, 3, 1000):
         plan_at_once = rows * y.shape[1]
         close(couplings.rebuild(x, y, solved, plan_at_once=plan_at_once), expected)
@@ -446,11 +447,11 @@ def test_a_plan_in_blocks_is_the_plan(coupled):
 
 def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
     target, source, coupling, *_ = coupled
-    for site in coupling.feature:
+    for site in coupling.neuron_potentials:
         x, y = target.values[site][1], source.values[site][0]
         costs = cost.correlation_cost(jnp.asarray(x), jnp.asarray(y))
-        solved = sinkhorn.plan(costs, sinkhorn.solve(costs, epsilon=coupling.feature[site].epsilon[1, 0],
-                                               max_iterations=5000))  # fmt: skip
+        epsilon = coupling.neuron_potentials[site].epsilon[1, 0]
+        solved = sinkhorn.plan(costs, sinkhorn.solve(costs, epsilon=epsilon, max_iterations=5000))
         rebuilt = couplings.plan(coupling, target, source, site=site, l=1, m=0)
         np.testing.assert_allclose(rebuilt, solved, rtol=0, atol=1e-6)
 

@@ -423,7 +423,7 @@ def test_run_within_less_memory_gives_the_same_weights(
 
     def choose(cfgs, data, *, limit, **more):
         assert limit == 12345
-        return memory.needed(cfgs, data, on_disk=frozenset(cfgs) - {"target"}, **more)
+        return memory.needed(cfgs, data, offloaded=frozenset(cfgs) - {"target"}, **more)
 
     monkeypatch.setattr(memory, "choose", choose)
     within = tmp_path / "within"

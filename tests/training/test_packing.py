@@ -27,7 +27,7 @@ def readers(tokenizer_folder):
 def test_a_text_counts_behind_its_prefix(readers, texts):
     one = packing.tokenize_for_training(texts[0], readers["bpe"])
     assert one.ids == readers["bpe"](texts[0])["input_ids"]
-    assert one.counted == [False] + [True] * (len(one.ids) - 1)
+    assert one.loss_mask == [False] + [True] * (len(one.ids) - 1)
 
 
 def test_an_eos_that_stands_for_a_bos_ends_the_document_before(readers, texts):
@@ -35,7 +35,7 @@ def test_an_eos_that_stands_for_a_bos_ends_the_document_before(readers, texts):
     qwen = readers["qwen"]
     one = packing.tokenize_for_training(texts[0], qwen)
     assert one.ids == [qwen.eos_token_id, *qwen(texts[0])["input_ids"]]
-    assert all(one.counted)
+    assert all(one.loss_mask)
 
 
 CHAT = Chat((
@@ -47,13 +47,13 @@ CHAT = Chat((
 def test_of_a_chat_the_answers_count_with_their_ends(readers):
     reader = readers["bpe"]
     one = packing.tokenize_for_training(CHAT, reader)
-    said = [token for token, counts in zip(one.ids, one.counted, strict=True) if counts]
+    said = [token for token, counts in zip(one.ids, one.loss_mask, strict=True) if counts]
     assert reader.decode(said) == " the river is old<|end|> songs<|end|>"
 
 
 def test_all_of_a_chat_counts_if_asked(readers):
     one = packing.tokenize_for_training(CHAT, readers["bpe"], responses_only=False)
-    assert one.counted == [False] + [True] * (len(one.ids) - 1)
+    assert one.loss_mask == [False] + [True] * (len(one.ids) - 1)
 
 
 def test_chats_without_an_answer_are_refused(readers):
@@ -86,7 +86,7 @@ def test_blocks_hold_the_stream(length, has_tail):
     real = blocks.tokens[blocks.mask]
     assert real.tolist() == list(range(1, (19 if has_tail else whole * length) + 1))
     first = {1, 6, 13}
-    assert {int(x) for x in blocks.tokens[blocks.mask & ~blocks.counted]} == first & set(real)
+    assert {int(x) for x in blocks.tokens[blocks.mask & ~blocks.loss_mask]} == first & set(real)
 
 
 @pytest.mark.parametrize("lengths", [[], [3]])
