@@ -100,7 +100,7 @@ def sample(documents: Iterable[Document], *, count: int, seed: int) -> list[Docu
         >>> sample(iter("abcdef"), count=3, seed=0) == sample(iter("abcdef"), count=3, seed=0)
         True
     """
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311, no secret
     kept: list[tuple[int, Document]] = []
     for index, document in enumerate(documents):
         if len(kept) < count:

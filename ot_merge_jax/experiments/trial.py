@@ -271,7 +271,7 @@ def _with_token_bias(
 
     def compute() -> WithTokenBias:
         cfg, model, budget = context.models.target.cfg, params(), context.budget
-        assert split.dev is not None
+        assert split.dev is not None  # noqa: S101, for the type
         fitted = token_bias.fitted(
             model, split.train(), split.dev,
             cfg=cfg, predictions=budget.predictions, logits_at_once=budget.logits,
