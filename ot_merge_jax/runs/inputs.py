@@ -90,7 +90,17 @@ def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = 
 
 def reseeded(inputs: Inputs, seed: int) -> Inputs:
     """The same inputs with another sample, split and choice of rows; what was fetched stays."""
-    recipe = inputs.recipe.model_copy(update={"seed": seed})
+    return _again(inputs, seed=seed)
+
+
+def with_rows(inputs: Inputs, max_rows: int) -> Inputs:
+    """The same inputs with another number of rows at most; no tokenizer is loaded again."""
+    return _again(inputs, max_rows=max_rows)
+
+
+def _again(inputs: Inputs, **settings: int) -> Inputs:
+    """The calibration once more with other settings."""
+    recipe = inputs.recipe.model_copy(update=settings)
     return _calibrated(recipe, inputs.folders, inputs.tokenizers, inputs.sources, inputs.held_out)
 
 
