@@ -1,17 +1,20 @@
 """`Recipe`: what the user asks for, from YAML or flags, filled by a preset and checked.
 
-A recipe becomes a `MergeSpec` (static) and `HParams` (traced) for the stages.
+A recipe becomes a `MergeSpec` (static) and `HParams` (traced) for the stages. Imports no jax, so
+that `ot-merge --help` and a wrong recipe answer at once.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
 
 from ot_merge_jax.models.sites import GROUPS, PROJECTIONS, VOCABULARY
-from ot_merge_jax.types import HParams, MergeSpec
+
+if TYPE_CHECKING:
+    from ot_merge_jax.types import HParams, MergeSpec
 
 Weight = Literal["q", "k", "v", "o", "gate", "up", "down", "embed", "head"]
 Control = Literal["shrink", "noise", "permuted", "wrong-layer", "wrong-source", "unigram"]
@@ -161,6 +164,8 @@ class Recipe(pydantic.BaseModel):
 
     def spec(self) -> MergeSpec:
         """The static choices of the stages, weights in the order of the forward pass."""
+        from ot_merge_jax.types import MergeSpec  # noqa: PLC0415, it imports jax
+
         order = [*PROJECTIONS, *VOCABULARY]
         return MergeSpec(
             weights=tuple(sorted(self.weights, key=order.index)),
@@ -176,6 +181,8 @@ class Recipe(pydantic.BaseModel):
 
     def hparams(self) -> HParams:
         """The traced numbers of the stages; strength 0 where it is still to be chosen."""
+        from ot_merge_jax.types import HParams  # noqa: PLC0415, it imports jax
+
         strength = 0.0 if self.strength == "auto" else self.strength
         return HParams(strength, self.epsilon, self.layer_epsilon, self.threshold)
 
