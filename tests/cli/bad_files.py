@@ -213,6 +213,6 @@ def rendering(template):
 
 
 for _name, (_template, _reason) in TEMPLATES.items():
-    row(3, "chat template of", "copy", _reason, "mend", name=f"chat template with {_name}")(
+    row(3, "chat template of", "copy", _reason, "fix", name=f"chat template with {_name}")(
         rendering(_template)
     )

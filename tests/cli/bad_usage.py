@@ -31,7 +31,7 @@ def recipe_that_does_not_exist(desk):
     return ["run", desk.folder / "nowhere.yaml", "--out", desk.out]
 
 
-@row(2, "recipe.yaml", "not YAML", "mend")
+@row(2, "recipe.yaml", "not YAML", "fix")
 def recipe_that_is_not_yaml(desk):
     return ["run", desk.write("recipe.yaml", "a: [1\nb: 2"), "--out", desk.out]
 

@@ -281,7 +281,7 @@ def untied_without_head(folder):
     edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
 
 
-@row("lm_head.weight", "tie_word_embeddings", "mend", tied=True)
+@row("lm_head.weight", "tie_word_embeddings", "fix", tied=True)
 def tied_with_another_head(folder):
     def add(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(1e-3)
@@ -289,7 +289,7 @@ def tied_with_another_head(folder):
     edit_tensors(folder, add)
 
 
-@row("lm_head.weight", "tie_word_embeddings", "mend", tied=True)
+@row("lm_head.weight", "tie_word_embeddings", "fix", tied=True)
 def tied_with_a_head_of_another_shape(folder):
     edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((7, 3), "f4")}))
 
