@@ -87,8 +87,8 @@ class Potentials(NamedTuple):
         error: L1 error of the marginals of the plan, the larger of the two sides.
         iterations: Sinkhorn iterations spent.
         converged: Whether the solver's error reached the threshold. Callers must look at it.
-        is_log: Whether it was solved in the log domain by ott-jax: because epsilon is very small
-            for the cost, or because the solver is ``ott``.
+        used_log_domain: Whether it was solved in the log domain by ott-jax: because epsilon is very
+            small for the cost, or because the solver is ``ott``.
     """
 
     f: Float[jax.Array, "... n"]
@@ -98,21 +98,22 @@ class Potentials(NamedTuple):
     error: Float[jax.Array, "..."]
     iterations: Int[jax.Array, "..."]
     converged: Bool[jax.Array, "..."]
-    is_log: Bool[jax.Array, "..."]
+    used_log_domain: Bool[jax.Array, "..."]
 
 
 class Coupling(NamedTuple):
     """Which layer and which neuron of the source corresponds to which of the target, at every site.
 
     Attributes:
-        layer: For each site the layer plan ``P [L, M]``, summing to 1.
-        feature: For each site the neuron potentials of all layer pairs, leading axes ``[L, M]``.
+        layer_plan: For each site the layer plan ``P [L, M]``, summing to 1.
+        neuron_potentials: For each site the neuron potentials of all layer pairs, leading axes
+            ``[L, M]``.
         std_target: For each site the per-neuron standard deviation ``[L, d]``; 0 counts as 1.
         std_source: The same for the source, ``[M, d]``.
     """
 
-    layer: dict[str, Float[jax.Array, "L M"]]
-    feature: dict[str, Potentials]
+    layer_plan: dict[str, Float[jax.Array, "L M"]]
+    neuron_potentials: dict[str, Potentials]
     std_target: dict[str, Float[jax.Array, "L d"]]
     std_source: dict[str, Float[jax.Array, "M d"]]
 
@@ -203,8 +204,8 @@ class MergeSpec(NamedTuple):
 
     Attributes:
         weights: What moves: names of `ot_merge_jax.models.sites.PROJECTIONS` and ``VOCABULARY``.
-        form: ``joint`` or ``barycentric`` (SPEC section 5).
-        rule: ``interpolate``, ``residual`` or ``delta`` (SPEC section 7).
+        form: ``joint`` or ``barycentric`` (method: The transported weight).
+        rule: ``interpolate``, ``residual`` or ``delta`` (method: Fusion rules).
         layers: ``soft`` or ``top1``.
         layer_cost: ``plain`` or ``median``.
         k: Neurons kept by the mask in each layer; None: all.
@@ -271,7 +272,7 @@ BUDGET = Budget()
 
 
 class WeightReport(NamedTuple):
-    """Diagnostics of one moved weight (SPEC section 13), an entry for each layer (one for a table).
+    """Diagnostics of one moved weight, an entry for each layer (one for a table).
 
     Attributes:
         ratio_transported: ``|W~| / |W|``, Frobenius over the selected entries.

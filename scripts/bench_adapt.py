@@ -45,13 +45,13 @@ def ours(folder: Path, cut: packing.Blocks, *, remat: bool) -> Callable[[], floa
     said = {"model": "m", "text": {"path": "t"}, "steps": 1000, "learning_rate": _RATE,
             "batch_size": _BATCH, "dtype": "float32", "clip": _CLIP}  # fmt: skip
     problem = training.Problem(resolve(said), Objective("sft", cfg, remat=remat), cut, cut)
-    trainable, constants = training.begin(problem, params, {}, {})
-    plan, held = training.plan_of(problem), [training.new_course(problem, trainable).state]
+    trainable, frozen = training.begin(problem, params, {}, {})
+    plan, held = training.step_config(problem), [training.new_history(problem, trainable).state]
     batch = jax.tree.map(jnp.asarray, packing.batch_at(cut, 0, batch_size=_BATCH, seed=0))
     step = jax.jit(training.step, static_argnames="plan", donate_argnums=0)
 
     def run() -> float:
-        held[0], seen = step(held[0], constants, batch, plan=plan)
+        held[0], seen = step(held[0], frozen, batch, plan=plan)
         return float(seen.loss)
 
     return run

@@ -26,7 +26,7 @@ import numpy as np
 import random_checkpoint
 
 from ot_merge_jax.io import hf
-from ot_merge_jax.io.lazy import open_stored
+from ot_merge_jax.io.lazy import open_lazy
 from ot_merge_jax.models import gather as activations
 from ot_merge_jax.models.sites import SITES
 from ot_merge_jax.types import Batch
@@ -153,7 +153,7 @@ def compile_seconds(depths: list[int], place: Path) -> dict[int, float]:
 
 def peak_of(mode: str, folder: Path) -> None:
     """What the child process of a memory measurement does."""
-    read = hf.load_hf if mode == "whole" else open_stored
+    read = hf.load_hf if mode == "whole" else open_lazy
     cfg, params = read(folder, dtype=jnp.float32)
     parts = batches(cfg.vocab_size)[:1]
     start = time.perf_counter()

@@ -46,14 +46,14 @@ def main() -> None:
     kept = {"q_out": np.arange(_K)[None] * (_N // _K)}
 
     def carry(selected: dict[str, Any]) -> Any:
-        kinds = [projections.Kind("q_out", kernels=kernel)]
-        return projections.carry(
+        kinds = [projections.ProjectionWeights("q_out", kernels=kernel)]
+        return projections.transport_projections(
             kinds, coupling, target, source, in_site="attn_in", spec=spec, selected=selected
         )[0][0]
 
     def product(count: int) -> float:
         into, out = jnp.ones((_N, _M)), jnp.ones((count, _M))
-        triple = jax.jit(projections.triple)
+        triple = jax.jit(projections.apply_maps)
         return benchmarking.seconds(lambda: triple(kernel[0], into, out))
 
     rate = benchmarking.matmul_rate()

@@ -85,12 +85,12 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
         for in_site in dict.fromkeys(PROJECTIONS[name].in_site for name in weights):
             names = [name for name in weights if PROJECTIONS[name].in_site == in_site]
             kinds = [
-                projections.Kind(
+                projections.ProjectionWeights(
                     out, kernels=_Random((site_width(in_site, source), site_width(out, source)))
                 )
                 for out in (PROJECTIONS[name].out_site for name in names)
             ]
-            found = projections.carry(
+            found = projections.transport_projections(
                 kinds, coupling, ours, theirs, in_site=in_site, spec=spec, selected=selected
             )
             moved |= {name: kernel for name, (kernel, _) in zip(names, found, strict=True)}
@@ -136,7 +136,8 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
             "fused_bytes": sum(2 * leaf.size for leaf in leaves.values()) * deeper,
         },
         "iterations": {
-            site: np.asarray(one.iterations).tolist() for site, one in coupling.feature.items()
+            site: np.asarray(one.iterations).tolist()
+            for site, one in coupling.neuron_potentials.items()
         },
         "peak_gib": benchmarking.peak_bytes() / 2**30,
     }

@@ -42,7 +42,7 @@ _ROWS = 2000
 
 
 class Solved(NamedTuple):
-    """What one contestant found: iterations, and its plan's two sides in log form."""
+    """What one contestant found: iterations, and its plan's two sides in log domain."""
 
     iterations: int
     f: np.ndarray
@@ -98,7 +98,7 @@ def ours(costs: np.ndarray, epsilon: float) -> Contestant:
     return run
 
 
-def ott(costs: np.ndarray, epsilon: float, *, is_log: bool) -> Contestant:
+def ott(costs: np.ndarray, epsilon: float, *, used_log_domain: bool) -> Contestant:
     """ott-jax with its defaults, but for the threshold."""
     from ott.geometry import geometry
     from ott.problems.linear import linear_problem
@@ -109,7 +109,7 @@ def ott(costs: np.ndarray, epsilon: float, *, is_log: bool) -> Contestant:
     @jax.jit
     def found(held: jax.Array, threshold: Any) -> Any:
         problem = linear_problem.LinearProblem(geometry.Geometry(held, epsilon=epsilon))
-        output = sinkhorn.Sinkhorn(lse_mode=is_log, threshold=threshold)(problem)
+        output = sinkhorn.Sinkhorn(lse_mode=used_log_domain, threshold=threshold)(problem)
         return output.n_iters, output.f, output.g
 
     def run(threshold: float) -> Solved:
@@ -119,16 +119,16 @@ def ott(costs: np.ndarray, epsilon: float, *, is_log: bool) -> Contestant:
     return run
 
 
-def pot(costs: np.ndarray, epsilon: float, *, is_log: bool) -> Contestant:
+def pot(costs: np.ndarray, epsilon: float, *, used_log_domain: bool) -> Contestant:
     """POT on numpy.
 
-    In kernel form and float32 its setting is the number of iterations, because there its own error
-    may stay above any threshold; in log form and float64 (its float32 may not end) the threshold of
-    its error.
+    In scaling form and float32 its setting is the number of iterations, because there its own error
+    may stay above any threshold; in log domain and float64 (its float32 may not end) the threshold
+    of its error.
     """
     import ot
 
-    held = costs.astype(np.float64) if is_log else costs
+    held = costs.astype(np.float64) if used_log_domain else costs
     n, m = costs.shape
     sides = np.full(n, 1 / n, held.dtype), np.full(m, 1 / m, held.dtype)
 
@@ -136,11 +136,11 @@ def pot(costs: np.ndarray, epsilon: float, *, is_log: bool) -> Contestant:
         # its threshold is of the columns' L2 error; the L1 error is at most sqrt(m) times that
         given: dict[str, Any] = (
             {"method": "sinkhorn_log", "numItermax": 2000, "stopThr": setting / math.sqrt(m)}
-            if is_log
+            if used_log_domain
             else {"method": "sinkhorn", "numItermax": int(setting), "stopThr": 0.0}
         )
         log = ot.sinkhorn(*sides, held, epsilon, log=True, warn=False, **given)[1]
-        u, v = (np.exp(log[f"log_{x}"]) if is_log else log[x] for x in "uv")
+        u, v = (np.exp(log[f"log_{x}"]) if used_log_domain else log[x] for x in "uv")
         with np.errstate(divide="ignore"):
             return Solved(log["niter"] + 1, epsilon * np.log(u), epsilon * np.log(v))
 
@@ -232,12 +232,12 @@ def inner(n: int, m: int, epsilons: list[float]) -> dict[str, Any]:
         for name, contestant, settings in (
             (
                 "pot sinkhorn",
-                pot(costs, epsilon, is_log=False),
+                pot(costs, epsilon, used_log_domain=False),
                 [*range(1, 60), *range(60, 990, 10)],
             ),
-            ("pot sinkhorn_log", pot(costs, epsilon, is_log=True), [8 * allowed, allowed]),
-            ("ott kernel", ott(costs, epsilon, is_log=False), thresholds[:2]),
-            ("ott log", ott(costs, epsilon, is_log=True), thresholds[:2]),
+            ("pot sinkhorn_log", pot(costs, epsilon, used_log_domain=True), [8 * allowed, allowed]),
+            ("ott kernel", ott(costs, epsilon, used_log_domain=False), thresholds[:2]),
+            ("ott log", ott(costs, epsilon, used_log_domain=True), thresholds[:2]),
             ("ours", ours(costs, epsilon), thresholds),
         ):
             runs[name] = best(contestant, settings, error_of, allowed)
@@ -330,8 +330,9 @@ def grid(layers: int, source_layers: int, n: int, m: int) -> None:
             "layers": [layers, source_layers],
             "seconds": time.perf_counter() - start,
             "peak_gib": benchmarking.peak_bytes() / 2**30,
-            "potentials_gib": sum(x.nbytes for x in jax.tree.leaves(found.feature)) / 2**30,
-            "largest_l1_error": float(found.feature["mlp_in"].error.max()),
+            "potentials_gib": sum(x.nbytes for x in jax.tree.leaves(found.neuron_potentials))
+            / 2**30,
+            "largest_l1_error": float(found.neuron_potentials["mlp_in"].error.max()),
         },
         sys.stdout,
     )

@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    assets = Path(__file__).resolve().parent.parent / "ot_merge_jax" / "assets"
+    assets = Path(__file__).resolve().parent.parent / "ot_merge_jax" / "demo" / "assets"
     parser.add_argument(
         "--out", type=Path, default=assets, help="folder to write (default: the package's assets)"
     )
@@ -182,15 +182,15 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
     # nothing is chosen on a dev split: a few blocks stand in for it
     few = data.Blocks(*(part[:_BATCH] for part in blocks[:3]))
     problem = training.Problem(settings, Objective("sft", cfg), blocks, few)
-    trainable, constants = training.begin(problem, params, {}, {})
+    trainable, frozen = training.begin(problem, params, {}, {})
 
-    def report(course: loop.Course) -> None:
-        if (step := len(course.losses)) % 25 == 0:
-            loss = course.losses[-1]
+    def report(history: loop.TrainHistory) -> None:
+        if (step := len(history.losses)) % 25 == 0:
+            loss = history.losses[-1]
             _LOG.info("%s: step %d of %d, loss %.3f", stage.name, step, steps, loss)
 
-    course = training.new_course(problem, trainable)
-    params = loop.result(training.train(problem, course, constants, after=report))
+    history = training.new_history(problem, trainable)
+    params = loop.result(training.train(problem, history, frozen, on_step=report))
     shutil.rmtree(out / stage.name, ignore_errors=True)
     hf.save_hf(out / stage.name, params, cfg=cfg, like=skeleton)
 

@@ -73,7 +73,7 @@ def evaluate(
     from ot_merge_jax.reports import eval_tables
 
     with session(verbose=verbose, quiet=quiet):
-        ask = evaluation.Ask(
+        ask = evaluation.EvalRequest(
             text=None if text is None else loading.text(text, field=field, encoding=encoding),
             questions=choices or (),
             tasks=[one.strip() for one in (tasks or "").split(",") if one.strip()],

@@ -1,4 +1,4 @@
-"""The command line `ot-merge`: every command of `ot_merge_jax.commands`, by name."""
+"""The command line `ot-merge`: every command by its name."""
 
 from __future__ import annotations
 

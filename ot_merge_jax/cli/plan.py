@@ -99,12 +99,12 @@ def _facts(needs: Needs) -> dict[str, Any]:
     recipe, work = needs.inputs.recipe, needs.work
     return {
         "recipe": json.loads(recipe.model_dump_json()),
-        "calibration": inputs.calibration_facts(needs.inputs),
+        "calibration": inputs.calibration_summary(needs.inputs),
         "memory": {
             "stages": needs.memory.stages,
             "peak": needs.memory.peak,
             "limit": needs.limit,
-            "on_disk": sorted(needs.memory.on_disk),
+            "on_disk": sorted(needs.memory.offloaded),
             "budget": needs.memory.budget._asdict(),
         },
         "disk": {

@@ -13,7 +13,7 @@ import numpy as np
 
 Span = tuple[int, int]
 #: Where a token ends: (which range of the text, characters of that range up to there).
-Place = tuple[int, int]
+TokenEnd = tuple[int, int]
 
 
 class Rows(NamedTuple):
@@ -32,14 +32,14 @@ class Rows(NamedTuple):
     found: int
 
 
-def ends(
+def token_ends(
     text: str,
     offsets: Sequence[Span],
     *,
     is_special: Sequence[bool],
     beyond: Sequence[Span] = (),
     contents: Sequence[Span] | None = None,
-) -> dict[Place, int]:
+) -> dict[TokenEnd, int]:
     """Where tokens end in a text, and which token that is.
 
     Of the tokens that end at one character (the pieces of its bytes) it is the last: only that one
@@ -60,12 +60,12 @@ def ends(
         contents of their ranges but not what lies between have comparable keys.
 
     Example:
-        >>> ends("to 河!", [(0, 2), (2, 3), (3, 4), (3, 4), (4, 5)], is_special=[False] * 5)
+        >>> token_ends("to 河!", [(0, 2), (2, 3), (3, 4), (3, 4), (4, 5)], is_special=[False] * 5)
         {(0, 2): 0, (0, 4): 3, (0, 5): 4}
-        >>> ends("to 河!", [(0, 2), (2, 3), (3, 4)], is_special=[False] * 3, beyond=[(3, 4)])
+        >>> token_ends("to 河!", [(0, 2), (2, 3), (3, 4)], is_special=[False] * 3, beyond=[(3, 4)])
         {(0, 2): 0}
 
-    Source: SPEC section 2, rows ``span``.
+    Source: method: Activations, rows ``span``.
     """
     contents = [(0, len(text))] if contents is None else contents
     starts = [start for start, _ in contents]
@@ -82,17 +82,19 @@ def ends(
     return found
 
 
-def shared(target: Mapping[Place, int], source: Mapping[Place, int]) -> list[tuple[int, int]]:
+def common_boundaries(
+    target: Mapping[TokenEnd, int], source: Mapping[TokenEnd, int]
+) -> list[tuple[int, int]]:
     """(target token, source token) of every place where both tokenizations end a token.
 
     Example:
-        >>> shared({(0, 2): 0, (0, 4): 3, (0, 5): 4}, {(0, 1): 0, (0, 2): 1, (0, 5): 2})
+        >>> common_boundaries({(0, 2): 0, (0, 4): 3, (0, 5): 4}, {(0, 1): 0, (0, 2): 1, (0, 5): 2})
         [(0, 1), (4, 2)]
     """
     return [(token, source[place]) for place, token in target.items() if place in source]
 
 
-def pick(pairs: Sequence[Sequence[tuple[int, int]]], *, max_rows: int, seed: int) -> Rows:
+def subsample(pairs: Sequence[Sequence[tuple[int, int]]], *, max_rows: int, seed: int) -> Rows:
     """Numbers the rows of all documents, a seeded subsample where there are too many.
 
     Args:
@@ -104,7 +106,7 @@ def pick(pairs: Sequence[Sequence[tuple[int, int]]], *, max_rows: int, seed: int
         Rows with ids ``0 .. total - 1`` in the order of documents and tokens.
 
     Example:
-        >>> pick([[(0, 0), (1, 2)], [], [(3, 4)]], max_rows=9, seed=0).source
+        >>> subsample([[(0, 0), (1, 2)], [], [(3, 4)]], max_rows=9, seed=0).source
         [([0, 2], [0, 1]), ([], []), ([4], [2])]
     """
     count = sum(map(len, pairs))

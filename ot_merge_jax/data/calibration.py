@@ -27,7 +27,7 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     is_special: list[bool]
-    ends: dict[alignment.Place, int]
+    ends: dict[alignment.TokenEnd, int]
 
 
 class Calibration(NamedTuple):
@@ -95,7 +95,7 @@ def encode(
         if has_ends:
             cut = one.encodings[0].overflowing[:1]
             beyond = [span for part in cut for span in part.offsets]
-            ends = alignment.ends(
+            ends = alignment.token_ends(
                 rendered.text,
                 one["offset_mapping"],
                 is_special=is_special,
@@ -136,7 +136,7 @@ def align(
         InputError: if fewer than 2 rows remain, tokenizers differ where they must not, or one is
             slow where it must not be.
 
-    Source: SPEC section 2.
+    Source: method: Activations.
     """
     if rows == "token" and not is_same_tokenizer(target_tokenizer, source_tokenizer, documents):
         raise InputError(
@@ -153,15 +153,15 @@ def align(
         if not all(t.is_special) and not all(s.is_special)
     ]
     if rows == "sample":
-        picked = alignment.pick([[(-1, -1)]] * len(both), max_rows=len(both), seed=seed)
+        picked = alignment.subsample([[(-1, -1)]] * len(both), max_rows=len(both), seed=seed)
     else:
         pairs = [
-            alignment.shared(t.ends, s.ends)
+            alignment.common_boundaries(t.ends, s.ends)
             if rows == "span"
             else [(i, i) for i, special in enumerate(t.is_special) if not special]
             for t, s in both
         ]
-        picked = alignment.pick(pairs, max_rows=max_rows, seed=seed)
+        picked = alignment.subsample(pairs, max_rows=max_rows, seed=seed)
     if picked.total < 2:
         raise InputError(
             f"The calibration text gives {picked.total} usable row{'s' * (picked.total != 1)}, "

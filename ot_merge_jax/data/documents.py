@@ -17,7 +17,7 @@ from ot_merge_jax.data.chat import Chat, Document, Turn
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.recipes.recipe import Text
 
-#: Fraction of the documents that choose the strength and are never used for rows (SPEC section 9).
+#: Fraction of the documents that choose the strength and are never used for rows (method: Presets).
 DEV_FRACTION = 0.2
 
 
@@ -73,7 +73,7 @@ def _document(record: Any, fields: Sequence[str], where: str) -> Document:
     for field, value in zip(fields, values, strict=True):
         if not isinstance(value, str):
             more = ", nor a list of messages" if len(fields) == 1 else ""
-            raise InputError(f"{where}: field {field!r} is not a string{more}; mend it.")
+            raise InputError(f"{where}: field {field!r} is not a string{more}; fix it.")
         if "\0" in value:
             raise InputError(f"{where}: field {field!r} holds a NUL character; this is not text.")
     if len(fields) == 1:
@@ -88,7 +88,7 @@ def _turn(message: Any, number: int, field: str, where: str) -> Turn:
         if not isinstance(said.get(key), str) or "\0" in said[key]:
             raise InputError(
                 f"{where}: field {field!r} is not a string, and its message {number} has no "
-                f"{key!r} that is one; mend it."
+                f"{key!r} that is one; fix it."
             )
     return Turn(said["role"], said["content"])
 
@@ -100,7 +100,7 @@ def sample(documents: Iterable[Document], *, count: int, seed: int) -> list[Docu
         >>> sample(iter("abcdef"), count=3, seed=0) == sample(iter("abcdef"), count=3, seed=0)
         True
     """
-    rng = random.Random(seed)
+    rng = random.Random(seed)  # noqa: S311, no secret
     kept: list[tuple[int, Document]] = []
     for index, document in enumerate(documents):
         if len(kept) < count:

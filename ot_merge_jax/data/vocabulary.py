@@ -56,7 +56,7 @@ def vocabulary(tokenizer: Any, *, size: int) -> dict[str, int]:
     }
 
 
-def spelled(tokenizer: Any, *, size: int) -> dict[bytes, int]:
+def token_bytes(tokenizer: Any, *, size: int) -> dict[bytes, int]:
     """Bytes -> row of a tokenizer; special tokens and rows beyond ``size`` are left out.
 
     Where several tokens spell the same bytes the lowest row is taken, but an ordinary token goes
@@ -74,9 +74,9 @@ def spelled(tokenizer: Any, *, size: int) -> dict[bytes, int]:
 
     Example:
         >>> from ot_merge_jax.demo import assets
-        >>> from ot_merge_jax.data import calibration
-        >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
-        >>> tokenizer.convert_ids_to_tokens(spelled(tokenizer, size=2048)[b" the"])
+        >>> from ot_merge_jax.data.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(assets.path("sibling"))
+        >>> tokenizer.convert_ids_to_tokens(token_bytes(tokenizer, size=2048)[b" the"])
         'Ġthe'
     """
     if not tokenizer.is_fast:
@@ -126,7 +126,7 @@ def _parts(value: Any) -> Iterator[dict[str, Any]]:
             yield from _parts(one)
 
 
-def matched(
+def matched_vocabulary(
     target: Any, source: Any, *, target_size: int, source_size: int, is_one: bool
 ) -> VocabularyMatch:
     """Pairs the tokens of two tokenizers: by id if they are one, otherwise by what they spell.
@@ -144,9 +144,9 @@ def matched(
     Raises:
         InputError: if fewer than 2 tokens match, or how one marks spaces cannot be read.
 
-    Source: SPEC section 5.1.
+    Source: method: The vocabulary map.
     """
-    read = vocabulary if is_one else spelled
+    read = vocabulary if is_one else token_bytes
     tokens = read(target, size=target_size), read(source, size=source_size)
     shared = len(tokens[0].keys() & tokens[1].keys())
     if shared < 2:

@@ -21,14 +21,14 @@ RATES = [3e-4, 1e-3, 3e-3]
 SEEDS = 3
 
 
-class Trained(NamedTuple):
+class TrainedDemo(NamedTuple):
     """What was merged, and what training made of it."""
 
     merge: pipeline.RunResult
     adapted: AdaptResult
 
 
-def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = False) -> Trained:
+def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = False) -> TrainedDemo:
     """Merges into the sibling, then trains the merge and the sibling on the calibration texts.
 
     Both learn the next token, and from the source as a teacher; the demo's held-out text is only
@@ -61,4 +61,4 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = Fa
     adapting = baselines.compare(
         settings, adapted, command=command, overwrite=overwrite, offline=offline, keep=False
     )
-    return Trained(merge, adapting)
+    return TrainedDemo(merge, adapting)

@@ -20,14 +20,14 @@ from ot_merge_jax.data.chat import Document
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluation import kl, lm_eval_tasks, multiple_choice, nll, samples, statistics
 from ot_merge_jax.io import hf
-from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
+from ot_merge_jax.io.folder import ModelFolder, eos_token_ids, open_folder
 from ot_merge_jax.models.model import Model
 from ot_merge_jax.recipes.recipe import Text
 
 _LOG = logging.getLogger(__name__)
 
 
-class Ask(NamedTuple):
+class EvalRequest(NamedTuple):
     """What models are asked; at least one of text, questions and tasks.
 
     Attributes:
@@ -67,14 +67,14 @@ class _Said(NamedTuple):
 
     scores: nll.Scores | None
     divergence: dict[str, Any]
-    continued: list[samples.Sample]
+    continued: list[samples.SampledText]
     answers: dict[str, multiple_choice.Answers]
-    outcomes: dict[str, lm_eval_tasks.Outcome]
+    outcomes: dict[str, lm_eval_tasks.TaskOutcome]
 
 
 def evaluate(
     paths: Sequence[str],
-    ask: Ask,
+    ask: EvalRequest,
     *,
     base: str | None = None,
     seed: int = 0,
@@ -95,8 +95,8 @@ def evaluate(
         metric, difference, low, high}]}``; ``difference`` is ``a`` minus ``b``, in nats per token,
         or in bits per byte where the tokenizers differ. Models with the tokenizer of the base have
         ``kl_to_base``, nats per token, and ``kl_to_base_interval``, and ``base`` names it.
-        ``samples`` (`samples.facts`), ``choices`` (`multiple_choice.facts`) and ``tasks`` (`lm_eval_tasks.facts`)
-        if asked for; of a model without text the entry is empty.
+        ``samples`` (`samples.summary`), ``choices`` (`multiple_choice.summary`) and ``tasks``
+        (`lm_eval_tasks.summary`) if asked for; of a model without text the entry is empty.
 
     Raises:
         RecipeError: if nothing is asked, a task is unknown, or the base has no text to be compared
@@ -145,7 +145,7 @@ def _load(folder: ModelFolder) -> Model:
     return hf.load_folder(folder, dtype=jnp.float32)
 
 
-def _read(ask: Ask, tokenizer: Any, *, offline: bool) -> _Read:
+def _read(ask: EvalRequest, tokenizer: Any, *, offline: bool) -> _Read:
     """Everything that is asked; reads no weights."""
     documents: list[Document] = []
     if ask.text is not None:
@@ -170,14 +170,14 @@ def _said(
     folder: ModelFolder,
     tokenizer: Any,
     read: _Read,
-    ask: Ask,
+    ask: EvalRequest,
     base: Model | None,
     *,
     seed: int,
 ) -> _Said:
     """What one model makes of everything."""
     cfg, params = model
-    stop = stop_ids(folder)
+    stop = eos_token_ids(folder)
     continued = samples.sample(
         params, cfg, tokenizer, read.prompts, stop=stop, max_new_tokens=ask.new_tokens
     )
@@ -218,15 +218,15 @@ def _facts(said: Mapping[str, _Said], read: _Read, is_one: Any, *, seed: int) ->
     }
     if read.prompts:
         continued = {name: one.continued for name, one in said.items()}
-        found["samples"] = samples.facts(read.prompts, continued)
+        found["samples"] = samples.summary(read.prompts, continued)
     if read.questions:
         answers = {
             file: {name: one.answers[file] for name, one in said.items()} for file in read.questions
         }
-        found["choices"] = multiple_choice.facts(read.questions, answers, seed=seed)
+        found["choices"] = multiple_choice.summary(read.questions, answers, seed=seed)
     if read.tasks:
         outcomes = {
             task: {name: one.outcomes[task] for name, one in said.items()} for task in read.tasks
         }
-        found["tasks"] = lm_eval_tasks.facts(outcomes, seed=seed)
+        found["tasks"] = lm_eval_tasks.summary(outcomes, seed=seed)
     return found

@@ -84,7 +84,7 @@ def _sequences(
     Both models in one program; of the vocabulary, a few sequences at a time (as in `nll`).
     """
     models = list(zip(cfgs, both, strict=True))
-    hidden = tuple(decoder.residual(params, batch, cfg=cfg)[0] for cfg, params in models)
+    hidden = tuple(decoder.hidden_states(params, batch, cfg=cfg)[0] for cfg, params in models)
     shared = min(cfg.vocab_size for cfg in cfgs)
 
     def one(args: tuple[tuple[jax.Array, jax.Array], jax.Array]) -> jax.Array:

@@ -32,7 +32,7 @@ MAX_NEW_TOKENS = 256
 _OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
 
-class Model(NamedTuple):
+class Scorer(NamedTuple):
     """A model that answers.
 
     Attributes:
@@ -70,7 +70,7 @@ def model_class() -> type:
     """The class that lm-eval runs, registered there as ``ot-merge-jax``.
 
     Returns:
-        A subclass of ``lm_eval.api.model.TemplateLM``, made from a `Model`.
+        A subclass of ``lm_eval.api.model.TemplateLM``, made from a `Scorer`.
 
     Raises:
         InputError: if lm-eval is not installed.
@@ -97,7 +97,7 @@ class Answering:
     backend = "causal"
     max_gen_toks = MAX_NEW_TOKENS
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Scorer):
         """A model that is in memory."""
         super().__init__()
         self.model, self.tokenizer = model, model.tokenizer
@@ -219,7 +219,7 @@ class Answering:
         longest = self.max_length - count
         encoded = [self.tok_encode(one)[-longest:] for one in prompts]
         if empty := [one for one, ids in zip(prompts, encoded, strict=True) if not ids]:
-            raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; mend it.")
+            raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; fix it.")
         ends = self._ending(until)
         groups = batching.grouped(
             {index: len(ids) for index, ids in enumerate(encoded)}, longest=longest

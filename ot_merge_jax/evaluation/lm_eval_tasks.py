@@ -23,7 +23,7 @@ _KNOWN_AT_MOST = 12  # names that a message lists
 _FEWSHOT_SEED = 1234  # lm-eval's own, so that its examples are the same
 
 
-class Outcome(NamedTuple):
+class TaskOutcome(NamedTuple):
     """What one model makes of one task.
 
     Attributes:
@@ -161,7 +161,7 @@ def run(
     stop: Sequence[int] = (),
     limit: int | None = None,
     is_chat: bool = False,
-) -> dict[str, Outcome]:
+) -> dict[str, TaskOutcome]:
     """Runs tasks on one model.
 
     Args:
@@ -180,7 +180,7 @@ def run(
         InputError: if a task asks for what is not done here, or the template is missing.
     """
     evaluator = lm_eval_model.imported().evaluator
-    model = lm_eval_model.model_class()(lm_eval_model.Model(params, cfg, tokenizer, stop))
+    model = lm_eval_model.model_class()(lm_eval_model.Scorer(params, cfg, tokenizer, stop))
     found = evaluator.evaluate(
         lm=model,
         task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
@@ -191,7 +191,7 @@ def run(
         log_samples=True,
     )
     return {
-        name: Outcome(
+        name: TaskOutcome(
             dict(_metrics(found["results"][name])),
             dict(_documents(task, found["samples"][name])),
             len({one["doc_id"] for one in found["samples"][name]}),
@@ -234,8 +234,8 @@ def _documents(
                 yield _named(metric, chosen), (-log / math.log(2), size)
 
 
-def facts(
-    outcomes: Mapping[str, Mapping[str, Outcome]], *, seed: int = 0
+def summary(
+    outcomes: Mapping[str, Mapping[str, TaskOutcome]], *, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
     """What every model makes of every task, and how sure the differences are, as JSON values.
 

@@ -134,7 +134,7 @@ def _sequences(
         log = (chosen - jax.nn.logsumexp(logits, -1)) * counted
         return jnp.sum(log), jnp.all((jnp.argmax(logits, -1) == following) | ~counted)
 
-    x = decoder.residual(params, batch, cfg=cfg)[0]
+    x = decoder.hidden_states(params, batch, cfg=cfg)[0]
     size, length = batch.tokens.shape
     at_once = sequences_at_once(size, length * cfg.vocab_size, BUDGET.logits)
     return jax.lax.map(one, (x, following, counted), batch_size=at_once)

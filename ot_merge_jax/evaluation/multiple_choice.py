@@ -237,7 +237,7 @@ def is_right(questions: Sequence[Question], chosen: np.ndarray) -> np.ndarray:
     ])  # fmt: skip
 
 
-def facts(
+def summary(
     asked: Mapping[str, Sequence[Question]],
     answers: Mapping[str, Mapping[str, Answers]],
     *,

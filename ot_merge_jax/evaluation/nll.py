@@ -172,7 +172,7 @@ def _sequence_nll(
     logits_at_once: int,
 ) -> jax.Array:
     """Summed loss of the scored positions of each sequence ``[b]``."""
-    x = decoder.residual(params, batch, cfg=cfg)[0]
+    x = decoder.hidden_states(params, batch, cfg=cfg)[0]
     return _head_nll(params, x, batch, scored, bias, cfg=cfg, logits_at_once=logits_at_once)
 
 
@@ -233,7 +233,7 @@ def _losses(
         return
     for part in offload.chunks(cut.batches, cfg=cfg, hidden_at_once=hidden_at_once):
         batches = cut.batches[part]
-        hidden = offload.residuals(params, batches, cfg=cfg, what=f"score {text}")
+        hidden = offload.hidden_states(params, batches, cfg=cfg, what=f"score {text}")
         last = offload.of_head(params, cfg=cfg)
         for x, (batch, scored, document) in zip(hidden, parts[part], strict=True):
             yield (

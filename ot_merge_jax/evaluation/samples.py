@@ -25,7 +25,7 @@ _PROMPTS_AT_ONCE = 16
 _WIDTH = 16  # prompts are padded to a multiple of it, so that few programs are compiled
 
 
-class Sample(NamedTuple):
+class SampledText(NamedTuple):
     """What one model makes of one prompt.
 
     Attributes:
@@ -102,7 +102,7 @@ def sample(
     *,
     stop: Sequence[int] = (),
     max_new_tokens: int = 32,
-) -> list[Sample]:
+) -> list[SampledText]:
     """Continues prompts with the likeliest token, one after the other.
 
     Args:
@@ -158,7 +158,7 @@ def sample(
     return found
 
 
-def _cut(ids: list[int], new: list[int], tokenizer: Any, stop: Sequence[int]) -> Sample:
+def _cut(ids: list[int], new: list[int], tokenizer: Any, stop: Sequence[int]) -> SampledText:
     """A continuation up to its end, as text."""
     place = next((place for place, token in enumerate(new) if token in stop), len(new))
     kept = new[:place]
@@ -169,10 +169,10 @@ def _cut(ids: list[int], new: list[int], tokenizer: Any, stop: Sequence[int]) ->
     # by difference: at the beginning of a text some decoders drop a space
     is_prefix = whole.startswith(before)
     text = whole[len(before) :] if is_prefix else tokenizer.decode(kept, skip_special_tokens=False)
-    return Sample(text, kept, place < len(new))
+    return SampledText(text, kept, place < len(new))
 
 
-def facts(prompts: Sequence[Document], found: Mapping[str, Sequence[Sample]]) -> list[dict]:
+def summary(prompts: Sequence[Document], found: Mapping[str, Sequence[SampledText]]) -> list[dict]:
     """Prompts and what every model made of them, as JSON values.
 
     Args:

@@ -22,7 +22,7 @@ _DRAWS_AT_ONCE = 500
 Metric = Literal["nll_per_token", "bits_per_byte"]
 
 
-class Difference(NamedTuple):
+class MeanDifference(NamedTuple):
     """A difference with its 95 % interval; it is measurable if the interval excludes 0.
 
     Attributes:
@@ -156,7 +156,7 @@ def paired(a: Scores, b: Scores, *, metric: Metric) -> tuple[np.ndarray, np.ndar
 
 def paired_bootstrap(
     a: Scores, b: Scores, *, metric: Metric = "nll_per_token", draws: int = _DRAWS, seed: int = 0
-) -> Difference:
+) -> MeanDifference:
     """Bootstrap interval of ``a - b`` over documents that both models scored.
 
     Documents are drawn with replacement, the same ones for both models, and the metric is taken
@@ -184,7 +184,7 @@ def paired_bootstrap(
     Source: see `interval`.
     """
     found = interval(*paired(a, b, metric=metric), draws=draws, seed=seed)
-    return Difference(*map(float, found))
+    return MeanDifference(*map(float, found))
 
 
 def mcnemar(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> McNemar:
@@ -299,7 +299,7 @@ def outcomes(
     if not np.array_equal(sizes, sizes_b):
         raise ValueError("Models can only be compared on the same documents.")
     change = np.subtract(sums_a, sums_b, dtype=float)
-    found = Difference(*map(float, interval(change, sizes, seed=seed)))._asdict()
+    found = MeanDifference(*map(float, interval(change, sizes, seed=seed)))._asdict()
     if (sizes == 1).all() and np.isin([sums_a, sums_b], (0, 1)).all():
         return found | mcnemar(sums_a, sums_b)._asdict()
     return found | {"p": p_value(change, sizes, seed=seed)}

@@ -1,4 +1,4 @@
-"""The cheapest adaptation there is: one bias for each token on the logits (SPEC section 10).
+"""The cheapest adaptation there is: one bias for each token on the logits (method: Controls).
 
 What a merge gains over its target is compared with what a bias alone gains, because much of what a
 model lacks on new text is how often tokens occur there.
@@ -20,21 +20,21 @@ from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import BUDGET, Batch, Params
 
 #: Shares of the bias that are tried on the dev split.
-GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _CLOSE, _ITERATIONS = 1e-3, 1000
 _LEAST = -80.0  # of a logit below the largest of its position; smaller ones leave float32
 
 
-class Unigram(NamedTuple):
+class TokenBias(NamedTuple):
     """A bias fitted on one text, and how much of it is used.
 
     Attributes:
-        bias: ``[v]`` in nats, already times ``gamma``.
-        gamma: The share that was best on the dev split; 0: no bias.
+        bias: ``[v]`` in nats, already times ``scale``.
+        scale: The share that was best on the dev split; 0: no bias.
     """
 
     bias: jax.Array
-    gamma: float
+    scale: float
 
 
 def fit(
@@ -53,7 +53,7 @@ def fit(
         ``[v]`` to add to the logits. Iterated as ``b += log f - log mean p`` from 0, where ``f``
         are the counts plus one half, until nothing changes by 1e-3 nats, at most 1000 times.
 
-    Source: SPEC section 10; as iterative proportional fitting it is Deming and Stephan 1940.
+    Source: method: Controls; as iterative proportional fitting it is Deming and Stephan 1940.
     """
     counts, hidden = np.zeros(cfg.vocab_size), []
     total = int(cut.tokens.sum())
@@ -72,7 +72,7 @@ def fit(
 @functools.partial(jax.jit, static_argnames="cfg")
 def _residual(params: Params, batch: Batch, *, cfg: ModelConfig) -> Float[Array, "b s d"]:
     """The residual stream behind the last layer."""
-    return decoder.residual(params, batch, cfg=cfg)[0]
+    return decoder.hidden_states(params, batch, cfg=cfg)[0]
 
 
 def _at(x: jax.Array, places: np.ndarray) -> jax.Array:
@@ -110,7 +110,7 @@ def chosen(
     *,
     cfg: ModelConfig,
     logits_at_once: int = BUDGET.logits,
-) -> Unigram:
+) -> TokenBias:
     """The share of a bias with the lowest loss on the dev split; of equal ones the smaller.
 
     Args:
@@ -122,12 +122,12 @@ def chosen(
     """
     losses = [
         nll.score(
-            params, dev, cfg=cfg, text="dev split", bias=gamma * bias, logits_at_once=logits_at_once
+            params, dev, cfg=cfg, text="dev split", bias=scale * bias, logits_at_once=logits_at_once
         ).nll_per_token
-        for gamma in GAMMAS
+        for scale in SCALES
     ]
-    gamma = GAMMAS[int(np.argmin(losses))]
-    return Unigram(gamma * bias, gamma)
+    scale = SCALES[int(np.argmin(losses))]
+    return TokenBias(scale * bias, scale)
 
 
 def fitted(
@@ -138,7 +138,7 @@ def fitted(
     cfg: ModelConfig,
     predictions: int = BUDGET.predictions,
     logits_at_once: int = BUDGET.logits,
-) -> Unigram:
+) -> TokenBias:
     """`fit` on one text, `chosen` on another."""
     bias = fit(params, train, cfg=cfg, predictions=predictions)
     return chosen(params, bias, dev, cfg=cfg, logits_at_once=logits_at_once)

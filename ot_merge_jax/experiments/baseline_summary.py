@@ -14,7 +14,7 @@ from ot_merge_jax.experiments.verdict import Compared, of_training
 from ot_merge_jax.reports import schema
 
 
-class Outcome(NamedTuple):
+class ArmOutcome(NamedTuple):
     """A start that was trained with one seed.
 
     Attributes:
@@ -45,10 +45,10 @@ class Comparison(NamedTuple):
 
 
 #: Objective -> start -> an outcome for each seed.
-Outcomes = Mapping[str, Mapping[str, Sequence[Outcome]]]
+Outcomes = Mapping[str, Mapping[str, Sequence[ArmOutcome]]]
 
 
-def facts(
+def summary(
     arms: Outcomes,
     *,
     seed: int,
@@ -101,13 +101,15 @@ def facts(
     )
 
 
-def _pairs(first: Sequence[Outcome], second: Sequence[Outcome]) -> list[tuple[Scores, Scores]]:
+def _pairs(
+    first: Sequence[ArmOutcome], second: Sequence[ArmOutcome]
+) -> list[tuple[Scores, Scores]]:
     """Scores of two arms, seed by seed."""
     return [(one.scores, other.scores) for one, other in zip(first, second, strict=True)]
 
 
 def _arm(
-    outcomes: Sequence[Outcome], merge: Sequence[Outcome], compared: Compared | None
+    outcomes: Sequence[ArmOutcome], merge: Sequence[ArmOutcome], compared: Compared | None
 ) -> schema.Trained:
     """One arm; ``compared`` is the merge minus it, None of the merge itself."""
     own, of_merge = curve(outcomes), curve(merge)
@@ -128,7 +130,7 @@ def _arm(
     )
 
 
-def curve(outcomes: Sequence[Outcome]) -> list[tuple[int, float]]:
+def curve(outcomes: Sequence[ArmOutcome]) -> list[tuple[int, float]]:
     """The dev loss by step, the mean over seeds."""
     means = np.mean([[loss for _, loss in one.dev] for one in outcomes], 0)
     return [(step, float(mean)) for (step, _), mean in zip(outcomes[0].dev, means, strict=True)]

@@ -1,4 +1,4 @@
-"""What a merge must beat (SPEC section 10): the same merge with one thing broken.
+"""What a merge must beat (method: Controls): the same merge with one thing broken.
 
 Each function breaks one thing that a merge is made from and leaves everything else as it is: mask,
 units, strengths that are tried. The control `unigram` breaks nothing and lives in
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.io.lazy import StoredParams
+from ot_merge_jax.io.lazy import LazyFolder
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.merging.merge import Stage, call, gather_rows, given, merge, steps_of
 from ot_merge_jax.models import specs
@@ -37,10 +37,10 @@ from ot_merge_jax.types import (
     VocabularyMatch,
 )
 
-#: Gaussian updates that a merge is compared with (SPEC section 10).
+#: Gaussian updates that a merge is compared with (method: Controls).
 NOISE_SEEDS = 5
 NOISE = tuple(f"noise {number + 1}" for number in range(NOISE_SEEDS))
-#: Every control but `unigram`, in the order of SPEC section 10.
+#: Every control but `unigram`, in the order of method: Controls.
 BROKEN = ("shrink", *NOISE, "permuted", "wrong-layer", "wrong-source")
 
 
@@ -54,7 +54,9 @@ def arms(kinds: Sequence[str]) -> list[str]:
     return [name for name in (*BROKEN, "unigram") if name.split(" ")[0] in kinds]
 
 
-def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = True) -> str | None:
+def inapplicable_reason(
+    name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = True
+) -> str | None:
     """Why a control does not apply to a merge; None if it does.
 
     Args:
@@ -64,7 +66,7 @@ def why_not(name: str, *, spec: MergeSpec, source_layers: int, has_dev: bool = T
         has_dev: Whether there is a dev split.
 
     Example:
-        >>> why_not("shrink", spec=MergeSpec(rule="delta"), source_layers=4)
+        >>> inapplicable_reason("shrink", spec=MergeSpec(rule="delta"), source_layers=4)
         'under rule delta it is the target itself'
     """
     if name == "shrink" and spec.rule != "interpolate":
@@ -83,7 +85,7 @@ def inapplicable_reasons(
 ) -> dict[str, str]:
     """The controls, of those that some kinds stand for, that do not apply -> why."""
     reasons = {
-        name: why_not(name, spec=spec, source_layers=source_layers, has_dev=has_dev)
+        name: inapplicable_reason(name, spec=spec, source_layers=source_layers, has_dev=has_dev)
         for name in arms(kinds)
     }
     return {name: why for name, why in reasons.items() if why is not None}
@@ -240,12 +242,12 @@ def permuted(coupling: Coupling, source: Activations, *, seed: int) -> tuple[Cou
     Returns:
         Both, for an `Alignment`.
     """
-    feature, values = dict(coupling.feature), dict(source.values)
-    for site, found in coupling.feature.items():
+    feature, values = dict(coupling.neuron_potentials), dict(source.values)
+    for site, found in coupling.neuron_potentials.items():
         order = _order(found.g.shape[-1], seed, site)
         feature[site] = found._replace(g=found.g[..., order])
         values[site] = _Permuted(source.values[site], order)  # pyright: ignore[reportArgumentType]
-    return coupling._replace(feature=feature), source._replace(values=values)
+    return coupling._replace(neuron_potentials=feature), source._replace(values=values)
 
 
 def permuted_tokens(matched: VocabularyMatch, *, seed: int) -> VocabularyMatch:
@@ -269,12 +271,14 @@ def wrong_layers(coupling: Coupling, *, seed: int) -> Coupling:
         coupling: Of at least two source layers.
         seed: Of the shuffle.
     """
-    count = next(iter(coupling.layer.values())).shape[1]
+    count = next(iter(coupling.layer_plan.values())).shape[1]
     # a random cycle: every layer goes to another one's place
     cycle = np.random.default_rng(seed).permutation(count)
     order = np.empty(count, np.int64)
     order[cycle] = np.roll(cycle, 1)
-    return coupling._replace(layer={site: plan[:, order] for site, plan in coupling.layer.items()})
+    return coupling._replace(
+        layer_plan={site: plan[:, order] for site, plan in coupling.layer_plan.items()}
+    )
 
 
 def _order(count: int, seed: int, name: str) -> np.ndarray:
@@ -317,7 +321,7 @@ def random_source(
 
     table = {spec.path: spec for spec in specs.param_specs(cfg)}
     if not is_resident:
-        return StoredParams(leaf, table)
+        return LazyFolder(leaf, table)
     return specs.unflatten(
         {
             path: jnp.asarray(

@@ -144,7 +144,7 @@ def _control(
         for trial, change in zip(trials, of_merge.seeds, strict=True)
     ]
     if name == "unigram":
-        gamma = {role: biased.gamma for role, biased in trials[0].biased.items()}
+        gamma = {role: biased.scale for role, biased in trials[0].biased.items()}
         beyond = schema.Beyond(**minus, seeds=seeds, merge_gamma=gamma["merge"])
         return schema.Entry(**shared, gamma=gamma["target"], beyond=beyond)
     arm = trials[0].arms[name]

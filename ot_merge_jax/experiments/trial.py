@@ -1,7 +1,7 @@
 """One calibration seed of a run: the merge and its controls, treated alike, scored on one text.
 
 Every arm gets the same strengths to try, the same dev split to choose on and the same rounding to
-the dtypes of the file (SPEC section 10). No maths: `controls` breaks, `sweep` chooses, `nll`
+the dtypes of the file (method: Controls). No maths: `controls` breaks, `sweep` chooses, `nll`
 scores.
 """
 
@@ -53,15 +53,15 @@ class Arm(NamedTuple):
     scores: nll.Scores
 
 
-class Biased(NamedTuple):
+class WithTokenBias(NamedTuple):
     """A model with its own fitted bias for each token.
 
     Attributes:
-        gamma: Share of the bias that was best on the dev split.
+        scale: Share of the bias that was best on the dev split.
         scores: On the held-out text.
     """
 
-    gamma: float
+    scale: float
     scores: nll.Scores
 
 
@@ -76,10 +76,10 @@ class Trial(NamedTuple):
 
     seed: int
     arms: dict[str, Arm]
-    biased: dict[str, Biased]
+    biased: dict[str, WithTokenBias]
 
 
-class Split(NamedTuple):
+class CalibrationSplit(NamedTuple):
     """The calibration text of one seed, ready to be used.
 
     Attributes:
@@ -124,7 +124,7 @@ class TrialContext(NamedTuple):
 def trial(
     context: TrialContext,
     stage: Stage,
-    split: Split,
+    split: CalibrationSplit,
     merged: Merged,
     names: Sequence[str],
     *,
@@ -167,12 +167,15 @@ def trial(
         }
         plain = {"target": context.target, "merge": arms["merge"].scores}
         biased = {
-            name: _biased(context, stage, split, name, params[name], plain[name]) for name in params
+            name: _with_token_bias(context, stage, split, name, params[name], plain[name])
+            for name in params
         }
     return Trial(split.seed, arms, biased)
 
 
-def again(context: TrialContext, stage: Stage, split: Split, names: Sequence[str]) -> Trial:
+def again(
+    context: TrialContext, stage: Stage, split: CalibrationSplit, names: Sequence[str]
+) -> Trial:
     """The trial of a further calibration seed: its merge, and the controls of that.
 
     Args:
@@ -256,39 +259,39 @@ def as_stored(params: Params, dtypes: Mapping[str, Any]) -> Params:
     )
 
 
-def _biased(
+def _with_token_bias(
     context: TrialContext,
     stage: Stage,
-    split: Split,
+    split: CalibrationSplit,
     name: str,
     params: Callable[[], Params],
     plain: nll.Scores,
-) -> Biased:
+) -> WithTokenBias:
     """A model with the bias that is fitted to it."""
 
-    def compute() -> Biased:
+    def compute() -> WithTokenBias:
         cfg, model, budget = context.models.target.cfg, params(), context.budget
-        assert split.dev is not None
+        assert split.dev is not None  # noqa: S101, for the type
         fitted = token_bias.fitted(
             model, split.train(), split.dev,
             cfg=cfg, predictions=budget.predictions, logits_at_once=budget.logits,
         )  # fmt: skip
         scores = plain
-        if fitted.gamma:
+        if fitted.scale:
             scores = nll.score(
                 model, context.held_out,
                 cfg=cfg, bias=fitted.bias, logits_at_once=budget.logits,
             )  # fmt: skip
-        return Biased(fitted.gamma, scores)
+        return WithTokenBias(fitted.scale, scores)
 
-    def save(folder: Path, compute: Callable[[], Biased]) -> None:
+    def save(folder: Path, compute: Callable[[], WithTokenBias]) -> None:
         biased = compute()
-        arrays.save_json(folder / "gamma.json", biased.gamma)
+        arrays.save_json(folder / "gamma.json", biased.scale)
         saved_scores.save(folder / "scores", {"arm": biased.scores})
 
-    def load(folder: Path) -> Biased:
-        gamma = arrays.load_json(folder / "gamma.json")
-        return Biased(gamma, saved_scores.load(folder / "scores")["arm"])
+    def load(folder: Path) -> WithTokenBias:
+        scale = arrays.load_json(folder / "gamma.json")
+        return WithTokenBias(scale, saved_scores.load(folder / "scores")["arm"])
 
     return stage(f"bias-{name}", compute, save, load, needs=["moved"])
 

@@ -1,4 +1,4 @@
-"""One sentence that says what a run has shown, and no more (the rule of SPEC section 10)."""
+"""One sentence that says what a run has shown, and no more (the rule of method: Controls)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ot_merge_jax.evaluation.statistics import FEWEST, Difference
+from ot_merge_jax.evaluation.statistics import FEWEST, MeanDifference
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.merging.diagnostics import NOTHING, is_nothing_transferred
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec
@@ -45,8 +45,8 @@ class Compared(NamedTuple):
         documents: How many both were scored on; None: enough.
     """
 
-    pooled: Difference
-    seeds: Sequence[Difference]
+    pooled: MeanDifference
+    seeds: Sequence[MeanDifference]
     documents: int | None = None
 
     @property
@@ -61,7 +61,7 @@ def judge(
     *,
     missing: Sequence[str],
 ) -> Verdict:
-    """The rule of SPEC section 10.
+    """The rule of method: Controls.
 
     Args:
         against: Merge minus target on held-out text; None if there was none.
@@ -73,7 +73,7 @@ def judge(
         The verdict, in nats per token.
 
     Example:
-        >>> clear, unclear = Difference(-0.1, -0.2, -0.05), Difference(-0.1, -0.2, 0.05)
+        >>> clear, unclear = MeanDifference(-0.1, -0.2, -0.05), MeanDifference(-0.1, -0.2, 0.05)
         >>> better, vague = (Compared(one, [one]) for one in (clear, unclear))
         >>> judge(better, {"unigram": better}, missing=[]).outcome
         'improved'
@@ -84,7 +84,7 @@ def judge(
     """
     if against is None:
         return Verdict("not evaluated", "merged; not evaluated (no held-out text was given).")
-    amount = said(against.pooled)
+    amount = sentence_of(against.pooled)
     count = len(against.seeds)
     one = "; one calibration seed" if count == 1 else ""
     seeds = one or f"; {count} calibration seeds agree"
@@ -109,10 +109,10 @@ def judge(
         others = f" (likewise {', '.join(name for name, _ in failed[1:])})" if failed[1:] else ""
         return Verdict(
             "no measurable difference",
-            f"no measurable {than}: {said(change)}{others}; {better}{one}.",
+            f"no measurable {than}: {sentence_of(change)}{others}; {better}{one}.",
         )
     beyond = controls.get("unigram")
-    gain = f"; beyond unigram {said(beyond.pooled)}" if beyond else ""
+    gain = f"; beyond unigram {sentence_of(beyond.pooled)}" if beyond else ""
     if missing:
         ran = "no controls were run" if not controls else f"not run: {', '.join(missing)}"
         return Verdict("better", f"{better}{gain}{seeds}; {ran}.")
@@ -128,7 +128,7 @@ def of_training(
     steps: int,
     missing: Sequence[str],
 ) -> Verdict:
-    """The rule of SPEC section 10 for starts that were trained at equal budget.
+    """The rule of method: Controls for starts that were trained at equal budget.
 
     Args:
         compared: Objective -> start -> merge minus it on held-out text, after training; ``base``
@@ -141,7 +141,7 @@ def of_training(
         The verdict, in nats per token.
 
     Example:
-        >>> clear = Difference(-0.1, -0.2, -0.05)
+        >>> clear = MeanDifference(-0.1, -0.2, -0.05)
         >>> found = of_training({"sft": {"base": Compared(clear, [clear])}}, best="sft", steps=9,
         ...                     missing=["noise"])
         >>> found.outcome
@@ -167,7 +167,9 @@ def of_training(
 
 def _minus(starts: Mapping[str, Compared]) -> str:
     """The merge minus every other start."""
-    return ", ".join(f"merge minus {name} {said(one.pooled)}" for name, one in starts.items())
+    return ", ".join(
+        f"merge minus {name} {sentence_of(one.pooled)}" for name, one in starts.items()
+    )
 
 
 def few(documents: int | None) -> str:
@@ -183,11 +185,11 @@ def few(documents: int | None) -> str:
     return f"the held-out text has {many}, and fewer than {FEWEST} agree by chance too often"
 
 
-def said(change: Difference) -> str:
+def sentence_of(change: MeanDifference) -> str:
     """A difference in words.
 
     Example:
-        >>> said(Difference(-0.1, -0.2, -0.05))
+        >>> sentence_of(MeanDifference(-0.1, -0.2, -0.05))
         '-0.1000 nats per token, 95 % interval [-0.2000, -0.0500]'
     """
     return (
@@ -219,7 +221,7 @@ def of_merge(
         best = " was best on the dev split" if is_auto else ""
         return Verdict("unchanged", f"strength 0{best}: the output is the target, unchanged.")
     if is_nothing_transferred(report, hparams):
-        seen = f"; the held-out change is {said(against.pooled)}" if against else ""
+        seen = f"; the held-out change is {sentence_of(against.pooled)}" if against else ""
         why = f"nothing of the source was transferred: {_why_nothing(report, spec)}{seen}."
         return Verdict("nothing transferred", why)
     return measured

@@ -25,6 +25,14 @@ from ot_merge_jax.types import Activations, Coupling, Potentials, Transported
 
 _ARRAYS = "arrays.safetensors"
 _ROW_ID = "row_id"
+#: Fields of `Coupling` and of `Potentials` -> their names on disk, which older runs have too.
+_COUPLING = {
+    "layer_plan": "layer",
+    "neuron_potentials": "feature",
+    "std_target": "std_target",
+    "std_source": "std_source",
+}
+_POTENTIALS = {"used_log_domain": "is_log"}
 #: Files of Orbax that hold nothing but the time; it restores without them.
 _WITH_TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
@@ -99,9 +107,16 @@ def save_coupling(folder: Path, coupling: Coupling) -> None:
         folder: Replaced if it exists.
         coupling: Of arrays on any mesh.
     """
-    tree = coupling._asdict()
-    tree["feature"] = {site: one._asdict() for site, one in coupling.feature.items()}
-    save_tree(folder, {part: sites for part, sites in tree.items() if sites})
+    tree = {_COUPLING[field]: sites for field, sites in coupling._asdict().items() if sites}
+    if coupling.neuron_potentials:
+        tree["feature"] = {
+            site: {
+                _POTENTIALS.get(field, field): array
+                for field, array in potentials._asdict().items()
+            }
+            for site, potentials in coupling.neuron_potentials.items()
+        }
+    save_tree(folder, tree)
 
 
 def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Coupling:
@@ -119,13 +134,17 @@ def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Cou
         >>> layer = {"mlp_in": jax.numpy.full((1, 2), 0.5)}
         >>> folder = Path(tempfile.mkdtemp()) / "coupling"
         >>> save_coupling(folder, Coupling(layer, {}, layer, layer))
-        >>> load_coupling(folder).layer["mlp_in"].tolist()
+        >>> load_coupling(folder).layer_plan["mlp_in"].tolist()
         [[0.5, 0.5]]
     """
     place = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found = jax.device_put(load_tree(folder), place)
-    parts = {part: found.get(part, {}) for part in Coupling._fields}
-    parts["feature"] = {site: Potentials(**one) for site, one in parts["feature"].items()}
+    found: Any = jax.device_put(load_tree(folder), place)
+    parts: dict[str, Any] = {field: found.get(name, {}) for field, name in _COUPLING.items()}
+    fields = {name: field for field, name in _POTENTIALS.items()}
+    parts["neuron_potentials"] = {
+        site: Potentials(**{fields.get(str(name), str(name)): one for name, one in named.items()})
+        for site, named in parts["neuron_potentials"].items()
+    }
     return Coupling(**parts)
 
 
@@ -249,8 +268,9 @@ def load_transported(folder: Path) -> Transported:
 
 #: Fields of `Transported` -> folders.
 _PARTS = {"weights": "moved", "masks": "masks"}
-#: How the steps of `ot_merge_jax.merging.merge.merge`, and values of JSON, are kept: ``(folder, compute)``
-#: writes what it computes, ``(folder)`` reads it. Activations are written while they are gathered.
+#: How the steps of `ot_merge_jax.merging.merge.merge`, and values of JSON, are kept: ``(folder,
+#: compute)`` writes what it computes, ``(folder)`` reads it. Activations are written while they are
+#: gathered.
 ACTIVATIONS = (
     lambda folder, compute: save_row_ids(folder, compute(allocate=allocator(folder))),
     load_activations,

@@ -99,7 +99,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             partial.mkdir()
             yield partial
-            put(partial, out, aside=aside, overwrite=overwrite)
+            publish(partial, out, aside=aside, overwrite=overwrite)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if isinstance(error, OSError) and is_full(error):
@@ -110,7 +110,7 @@ def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def put(folder: Path, out: Path, *, aside: Path, overwrite: bool = False) -> None:
+def publish(folder: Path, out: Path, *, aside: Path, overwrite: bool = False) -> None:
     """Renames a finished folder to ``out``, flushed to disk first.
 
     Args:

@@ -116,7 +116,7 @@ def open_folder(
     return ModelFolder(path, config, cfg, owner, tensors, origin, added)
 
 
-def stop_ids(folder: ModelFolder) -> list[int]:
+def eos_token_ids(folder: ModelFolder) -> list[int]:
     """Ids at which a model stops writing: those of generation_config.json, else of config.json.
 
     Raises:
@@ -128,7 +128,7 @@ def stop_ids(folder: ModelFolder) -> list[int]:
     ids = said if isinstance(said, list) else [] if said is None else [said]
     if wrong := [one for one in ids if not isinstance(one, int) or isinstance(one, bool)]:
         raise InputError(
-            f"{folder.path}: eos_token_id holds {str(wrong[0])[:60]!r} and not a token id; mend it."
+            f"{folder.path}: eos_token_id holds {str(wrong[0])[:60]!r} and not a token id; fix it."
         )
     return [one for one in ids if 0 <= one < folder.cfg.vocab_size]
 

@@ -61,8 +61,8 @@ def load_hf(
         path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given; or
             ``BASE+ADAPTER``, where the LoRA adapter is merged in, in float32.
         revision: Branch, tag or commit of the hub id.
-        mesh: Where the parameters go, by the rules of `ot_merge_jax.distributed.sharding`; each process reads
-            only its slices. None: the default device.
+        mesh: Where the parameters go, by the rules of `ot_merge_jax.distributed.sharding`; each
+            process reads only its slices. None: the default device.
         dtype: Dtype of the parameters; None: the widest dtype of each leaf's tensors.
 
     Returns:
@@ -149,7 +149,7 @@ def open_files(folder: ModelFolder) -> dict[Path, safetensors.TensorFile]:
         if table.tobytes() != head.tobytes():  # NaN is reported as such when it is read
             raise InputError(
                 f"{folder.path} says tie_word_embeddings is true but holds another "
-                "lm_head.weight; mend one."
+                "lm_head.weight; fix one."
             )
     return opened
 

@@ -17,7 +17,7 @@ from ot_merge_jax.models.model import Model
 from ot_merge_jax.types import Params
 
 
-class StoredLayers(Sequence[jax.Array]):
+class LazyLayers(Sequence[jax.Array]):
     """A stacked leaf on disk: ``[l]`` reads one layer, without the stacking axis."""
 
     def __init__(self, read: Callable[[specs.ParamSpec, int], np.ndarray], spec: specs.ParamSpec):
@@ -33,7 +33,7 @@ class StoredLayers(Sequence[jax.Array]):
         return self._spec.shape[0]
 
 
-class StoredParams:
+class LazyFolder:
     """Lazy parameters (`specs.LazyParams`) that stay in their files: every leaf is read anew."""
 
     def __init__(self, read: Callable[[specs.ParamSpec, int | None], np.ndarray],
@@ -42,10 +42,10 @@ class StoredParams:
         self._read, self._table = read, table
 
     def leaf(self, path: str) -> Any:
-        """A leaf, read now, or `StoredLayers` if it is stacked."""
+        """A leaf, read now, or `LazyLayers` if it is stacked."""
         spec = self._table[path]
         if spec.is_stacked:
-            return StoredLayers(self._read, spec)
+            return LazyLayers(self._read, spec)
         return jax.device_put(self._read(spec, None))
 
     def layer(self, l: int) -> Params:
@@ -59,7 +59,7 @@ class StoredParams:
         )
 
 
-def open_stored(path: str | Path, *, dtype: Any = None) -> Model:
+def open_lazy(path: str | Path, *, dtype: Any = None) -> Model:
     """Opens a Hugging Face folder without reading weights.
 
     Args:
@@ -74,16 +74,16 @@ def open_stored(path: str | Path, *, dtype: Any = None) -> Model:
 
     Example:
         >>> from ot_merge_jax.demo import assets
-        >>> cfg, params = open_stored(assets.path("sibling"))
+        >>> cfg, params = open_lazy(assets.path("sibling"))
         >>> params.leaf("layers/mlp/up_proj/kernel")[0].shape == (
         ...     cfg.hidden_size, cfg.intermediate_size)
         True
     """
-    return stored(open_folder(path), dtype=dtype)
+    return lazy_model(open_folder(path), dtype=dtype)
 
 
-def stored(folder: ModelFolder, *, dtype: Any = None) -> Model:
-    """`open_stored` of a folder that has been opened."""
+def lazy_model(folder: ModelFolder, *, dtype: Any = None) -> Model:
+    """`open_lazy` of a folder that has been opened."""
     opened, held = hf.open_files(folder), hf.stored_dtypes(folder)
 
     def read(spec: specs.ParamSpec, l: int | None) -> np.ndarray:
@@ -99,4 +99,4 @@ def stored(folder: ModelFolder, *, dtype: Any = None) -> Model:
         return leaf if l is None else leaf[0]
 
     table = {spec.path: spec for spec in specs.param_specs(folder.cfg)}
-    return Model(folder.cfg, StoredParams(read, table))
+    return Model(folder.cfg, LazyFolder(read, table))

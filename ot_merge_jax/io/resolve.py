@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unusable(
-    path: Path, problems: list[str], *, advice: str = "download it again or mend it"
+    path: Path, problems: list[str], *, advice: str = "download it again or fix it"
 ) -> InputError:
     """The error that lists what is wrong with a folder, the first dozen in full."""
     shown = "; ".join(problems[:12])

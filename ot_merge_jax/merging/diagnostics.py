@@ -1,4 +1,4 @@
-"""Diagnostics of the weights that a merge moved (SPEC section 13)."""
+"""Diagnostics of the weights that a merge moved (method: Diagnostics)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ot_merge_jax.types import (
     WeightReport,
 )
 
-#: ``|strength W~| / |W|`` below which nothing was transferred (SPEC section 13).
+#: ``|strength W~| / |W|`` below which nothing was transferred (method: Diagnostics).
 NOTHING = 1e-4
 
 
@@ -41,7 +41,7 @@ def describe(
     spec: MergeSpec,
     plan_at_once: int = BUDGET.plan_block,
 ) -> MergeReport:
-    """The diagnostics of SPEC section 13, for a strength.
+    """The diagnostics of method: Diagnostics, for a strength.
 
     Args:
         target: Parameters of the target before the merge.
@@ -101,7 +101,7 @@ def _plan_facts(
     into, out = (
         (
             _neighbours(alignment, site, best, spec, plan_at_once),
-            *_worst(share, coupling.feature[site]),
+            *_worst(share, coupling.neuron_potentials[site]),
         )
         for site in (wiring.in_site, wiring.out_site)
     )
@@ -118,9 +118,10 @@ def _neighbours(
     else:
         best = np.asarray(best)  # pyright: ignore[reportAssignmentType]
     neighbours_of = functools.partial(_neighbours_of, signed=spec.signed, plan_at_once=plan_at_once)
+    potentials = alignment.coupling.neuron_potentials[site]
     rows, found = diagnostics.sample(xs.shape[-1]), []
     for l, x in enumerate(xs):
-        pair = jax.tree.map(lambda leaf: leaf[l, best[l]], alignment.coupling.feature[site])  # noqa: B023
+        pair = jax.tree.map(lambda leaf, l=l: leaf[l, best[l]], potentials)
         found.append(neighbours_of(x, ys[best[l]], pair, rows))
     return jnp.stack(found)
 

@@ -71,7 +71,7 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
             continue
         wiring = PROJECTIONS[name]
         varies = [
-            cost.has_signal(target.values[site]) for site in (wiring.in_site, wiring.out_site)
+            cost.is_nonconstant(target.values[site]) for site in (wiring.in_site, wiring.out_site)
         ]
         layers, _, width = target.values[wiring.masked_site].shape
         chosen = np.full((layers, width), float(spec.k is None), np.float32)

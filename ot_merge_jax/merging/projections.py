@@ -1,4 +1,4 @@
-"""The transported weight: source weights carried into the target's spaces by the plans (SPEC 5)."""
+"""The transported weight: source weights carried into the target's spaces by the plans."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ot_merge_jax.transport import sinkhorn
 from ot_merge_jax.types import BUDGET, Activations, Coupling, MergeSpec, Potentials
 
 
-class Pair(NamedTuple):
+class LayerPair(NamedTuple):
     """One site, seen from one target layer and one source layer: what rebuilds their plan.
 
     Attributes:
@@ -36,17 +36,17 @@ class Pair(NamedTuple):
     std_source: Float[Array, " m"]
 
 
-def _pair(
+def _layer_pair(
     coupling: Coupling, target: Activations, source: Activations, site: str, l: int, m: int
-) -> Pair:
-    """The `Pair` of one site; only these two layers' rows are moved to the device."""
+) -> LayerPair:
+    """The `LayerPair` of one site; only these two layers' rows are moved to the device."""
     x, y = jax.device_put((target.values[site][l], source.values[site][m]))
-    stacks = coupling.feature[site], coupling.std_target[site], coupling.std_source[site]
-    return Pair(x, y, *_facts_of(*stacks, l, m))
+    stacks = coupling.neuron_potentials[site], coupling.std_target[site], coupling.std_source[site]
+    return LayerPair(x, y, *_values_of_pair(*stacks, l, m))
 
 
 @jax.jit
-def _facts_of(
+def _values_of_pair(
     potentials: Potentials, std_target: jax.Array, std_source: jax.Array, l: Any, m: Any
 ) -> tuple[Potentials, jax.Array, jax.Array]:
     """What stacked arrays say of one pair."""
@@ -70,7 +70,7 @@ def layer_weights(
 
     Source: Transport and Merge, eq. 13. Differs: normalised rows are ours.
     """
-    return _layer_weights(coupling.layer[in_site], coupling.layer[out_site], spec=spec)
+    return _layer_weights(coupling.layer_plan[in_site], coupling.layer_plan[out_site], spec=spec)
 
 
 @functools.partial(jax.jit, static_argnames=("spec",))
@@ -88,7 +88,7 @@ def _layer_weights(
 
 @functools.partial(jax.jit, static_argnames=("side", "spec", "plan_at_once"))
 def _map(
-    pair: Pair,
+    pair: LayerPair,
     rows: Int[Array, " k"] | None,
     *,
     side: Literal["in", "out"],
@@ -111,7 +111,7 @@ def _map(
     return pair.std_source[None, :] * (pair.y.shape[1] * plan) / std_target[:, None]
 
 
-def triple(
+def apply_maps(
     kernel: Float[Array, "d_in d_out"],
     into: Float[Array, "k_in d_in"],
     out: Float[Array, "k_out d_out"],
@@ -132,7 +132,7 @@ def _add_kernel(
     rows: tuple[jax.Array | None, jax.Array | None],
 ) -> Float[Array, "L d_in_t d_out_t"]:
     """``total[l] + share Phi_in^T K Phi_out^T`` at the selected neurons of both sides."""
-    carried = triple(kernel, into, out)
+    carried = apply_maps(kernel, into, out)
     into_rows, out_rows = rows
     if into_rows is not None and out_rows is not None:
         into_rows = into_rows[:, None]
@@ -159,7 +159,7 @@ _add_kernel_in_place, _add_bias_in_place = (
 )
 
 
-class Kind(NamedTuple):
+class ProjectionWeights(NamedTuple):
     """One kind of weight to carry; either part may be missing.
 
     Attributes:
@@ -179,8 +179,8 @@ def _uses(share: Float[Array, "L M"]) -> np.ndarray:
     return np.ones(share.shape, bool) if isinstance(share, core.Tracer) else np.asarray(share) > 0
 
 
-def carry(
-    kinds: Sequence[Kind],
+def transport_projections(
+    kinds: Sequence[ProjectionWeights],
     coupling: Coupling,
     target: Activations,
     source: Activations,
@@ -237,7 +237,7 @@ def carry(
     def rows_of(site: str, l: int) -> jax.Array | None:
         return jax.device_put(selected[site][l]) if site in selected else None
 
-    def read(kind: Kind, m: int) -> tuple[jax.Array | None, jax.Array | None]:
+    def read(kind: ProjectionWeights, m: int) -> tuple[jax.Array | None, jax.Array | None]:
         return tuple(None if x is None else jnp.asarray(x[m]) for x in (kind.kernels, kind.biases))  # pyright: ignore[reportReturnType]
 
     sites = ", ".join(kind.out_site for kind in kinds)
@@ -254,11 +254,11 @@ def carry(
                     continue
                 (kernel, bias), share = held[index], shares[index][l, m]
                 out_rows = rows_of(kind.out_site, l)
-                pair = _pair(coupling, target, source, kind.out_site, l, m)
+                pair = _layer_pair(coupling, target, source, kind.out_site, l, m)
                 out = make_map(pair, out_rows, side="out")
                 if kernel is not None:
                     if into is None:
-                        pair = _pair(coupling, target, source, in_site, l, m)
+                        pair = _layer_pair(coupling, target, source, in_site, l, m)
                         into = make_map(pair, into_rows, side="in")
                     chosen = (into_rows, out_rows)
                     kernels[index] = add_kernel(kernels[index], l, share, kernel, into, out, chosen)
@@ -289,14 +289,15 @@ def transported(
     the units (standard deviations) of each space are restored.
 
     Args:
-        weights: Source kernels, for rule ``delta`` the source minus its base; as those of `Kind`.
+        weights: Source kernels, for rule ``delta`` the source minus its base; as those of
+            `ProjectionWeights`.
         coupling: From `couple`.
         target: The target activations it was made from.
         source: The source activations it was made from.
         in_site: Space the weight reads.
         out_site: Space the weight writes.
         spec: ``form``, ``layers`` and ``signed`` are used.
-        plan_at_once: As for `carry`.
+        plan_at_once: As for `transport_projections`.
 
     Returns:
         ``[L, d_in, d_out]`` float32 in the target's widths.
@@ -314,10 +315,10 @@ def transported(
         >>> bool(jnp.allclose(moved, kernel, atol=1e-3))
         True
 
-    Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (SPEC section 5).
+    Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (method.md).
     """
-    kinds = [Kind(out_site, kernels=weights)]
-    return carry(  # pyright: ignore[reportReturnType]
+    kinds = [ProjectionWeights(out_site, kernels=weights)]
+    return transport_projections(  # pyright: ignore[reportReturnType]
         kinds, coupling, target, source, in_site=in_site, spec=spec, plan_at_once=plan_at_once
     )[0][0]
 
@@ -333,7 +334,7 @@ def transported_bias(
     spec: MergeSpec,
     plan_at_once: int = BUDGET.plan_block,
 ) -> Float[Array, "L d_out_t"]:
-    """Carries the biases of one kind of weight; the out-map alone applies (SPEC section 5).
+    """Carries the biases of one kind of weight; the out-map alone applies.
 
     Args:
         biases: Source biases of all layers, as the ``weights`` of `transported`.
@@ -343,12 +344,12 @@ def transported_bias(
         in_site: Space the weight reads; it shares in the layer weights.
         out_site: Space the weight writes.
         spec: ``form``, ``layers`` and ``signed`` are used.
-        plan_at_once: As for `carry`.
+        plan_at_once: As for `transport_projections`.
 
     Returns:
         ``[L, d_out]`` float32 in the target's widths.
     """
-    kinds = [Kind(out_site, biases=biases)]
-    return carry(  # pyright: ignore[reportReturnType]
+    kinds = [ProjectionWeights(out_site, biases=biases)]
+    return transport_projections(  # pyright: ignore[reportReturnType]
         kinds, coupling, target, source, in_site=in_site, spec=spec, plan_at_once=plan_at_once
     )[0][1]

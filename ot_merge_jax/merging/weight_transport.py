@@ -1,7 +1,7 @@
 """The transported weights of a merge: what the source knows, in the target's spaces.
 
 Projections go by the neuron transport of their sites, vocabulary tables by the tokens that the two
-vocabularies share (SPEC sections 5 and 5.1).
+vocabularies share (method: The transported weight and 5.1).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def transport_weights(
 
     Args:
         models: The models of the merge. For rule ``delta`` the source's base is subtracted.
-        alignment: From `ot_merge_jax.merging.merge.align_activations`; None when only the vocabulary moves.
+        alignment: From `ot_merge_jax.merging.merge.align_activations`; None when only the
+            vocabulary moves.
         spec: What moves and how.
         vocabulary: Matched tokens; needed when ``embed`` or ``head`` moves.
         plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
@@ -156,13 +157,13 @@ def _projections(
             bias = f"{wiring.path}/bias"
             has_bias = specs.has(moving, bias) and specs.has(target, bias)
             kinds.append(
-                projections.Kind(
+                projections.ProjectionWeights(
                     wiring.out_site,
                     kernels=specs.get(moving, f"{wiring.path}/kernel"),
                     biases=specs.get(moving, bias) if has_bias else None,
                 )
             )
-        carried = projections.carry(
+        carried = projections.transport_projections(
             kinds, *alignment,
             in_site=in_site, spec=spec, selected=selected, plan_at_once=plan_at_once,
         )  # fmt: skip

@@ -49,7 +49,7 @@ class Rope(NamedTuple):
     rotated: float = 1.0
 
 
-class LayerKind(NamedTuple):
+class LayerType(NamedTuple):
     """What one layer does differently from another.
 
     Attributes:
@@ -136,11 +136,11 @@ class ModelConfig:
     qkv_bias: bool
     dtype: str
     style: Style = PLAIN
-    pattern: tuple[LayerKind, ...] = ()
+    pattern: tuple[LayerType, ...] = ()
 
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
+    def layer_kinds(self) -> tuple[LayerType, ...]:
         """The kind of each layer."""
-        return self.pattern or (LayerKind(None, self.rope),) * self.num_layers
+        return self.pattern or (LayerType(None, self.rope),) * self.num_layers
 
 
 class Family(NamedTuple):

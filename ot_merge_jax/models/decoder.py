@@ -69,7 +69,7 @@ def _structure(make: Callable[[ModelConfig], nnx.Module], cfg: ModelConfig) -> A
     return nnx.split(nnx.eval_shape(lambda: make(cfg)))[0]
 
 
-class Views(NamedTuple):
+class AttentionContext(NamedTuple):
     """What tokens see and how they are rotated, for each distinct kind of layer.
 
     Attributes:
@@ -83,13 +83,13 @@ class Views(NamedTuple):
     kind: np.ndarray
 
 
-def views(
+def attention_contexts(
     positions: Int[Array, "b s"],
     key_mask: Bool[Array, "b k"],
     *,
     start: Any = 0,
     cfg: ModelConfig,
-) -> Views:
+) -> AttentionContext:
     """Rotation tables and masks of every kind of layer.
 
     Args:
@@ -111,10 +111,12 @@ def views(
         tables.append((cos, sin) if kind.rope else (jnp.ones_like(cos), jnp.zeros_like(sin)))
         near = (distance >= 0) & (distance < (kind.window or key_mask.shape[1]))
         visible.append(near[None, None] & key_mask[:, None, None, :])
-    return Views(tables, visible, np.array([kinds.index(one) for one in layers], np.int32))
+    return AttentionContext(
+        tables, visible, np.array([kinds.index(one) for one in layers], np.int32)
+    )
 
 
-def of_kind(seen: Views, kind: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+def of_kind(seen: AttentionContext, kind: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Tables and mask of one kind, whose number may be traced."""
     if len(seen.visible) == 1:
         return seen.tables[0], seen.visible[0]
@@ -194,11 +196,11 @@ def forward(
     Raises:
         KeyError: if a site does not exist.
     """
-    x, captured = residual(params, batch, cfg=cfg, capture=capture, unroll=unroll)
+    x, captured = hidden_states(params, batch, cfg=cfg, capture=capture, unroll=unroll)
     return head(params, x, cfg=cfg), captured
 
 
-def residual(
+def hidden_states(
     params: Params,
     batch: Batch,
     *,
@@ -212,7 +214,7 @@ def residual(
     With ``remat`` a gradient keeps the residual stream between layers alone and computes what lies
     inside of a layer once more: memory of one layer instead of all, for a third more work.
     """
-    seen = views(positions_of(batch.mask), batch.mask, cfg=cfg)
+    seen = attention_contexts(positions_of(batch.mask), batch.mask, cfg=cfg)
 
     def step(x: jax.Array, stacked: Any) -> tuple[jax.Array, Sites]:
         layer_params, kind = stacked

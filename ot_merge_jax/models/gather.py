@@ -23,7 +23,7 @@ def _step(
     params: Params, batch: Batch, *, cfg: ModelConfig, sites: frozenset[str]
 ) -> dict[str, jax.Array]:
     """The captured rows of one batch; the logits are never computed."""
-    return decoder.residual(params, batch, cfg=cfg, capture=sites)[1]
+    return decoder.hidden_states(params, batch, cfg=cfg, capture=sites)[1]
 
 
 def _in_memory(site: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -138,7 +138,7 @@ def _extend(
     cfg: ModelConfig,
 ) -> tuple[Float[Array, "b v"], tuple[jax.Array, jax.Array]]:
     """Reads more tokens into the caches; logits of the last one."""
-    seen = decoder.views(positions, key_mask, start=start, cfg=cfg)
+    seen = decoder.attention_contexts(positions, key_mask, start=start, cfg=cfg)
 
     def step(x: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
         layer_params, kind, keys, values = stacked

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.models.config import Family, LayerKind, ModelConfig, Rope, Style
+from ot_merge_jax.models.config import Family, LayerType, ModelConfig, Rope, Style
 from ot_merge_jax.models.rope_config import is_positive, read_ropes, shown
 
 #: Keys of any family that describe training, generation, the file or the export, not the forward
@@ -173,7 +173,7 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
         pattern=_pattern(keys, depth, ropes),
     )
     if problems:
-        raise InputError(f"{where} cannot be used: {'; '.join(problems)}; mend it or use another.")
+        raise InputError(f"{where} cannot be used: {'; '.join(problems)}; fix it or use another.")
     return result
 
 
@@ -217,7 +217,7 @@ def _style(keys: _Keys, hidden: int, attention_bias: bool) -> Style:
     )
 
 
-def _pattern(keys: _Keys, depth: int, ropes: Mapping[str, Rope]) -> tuple[LayerKind, ...]:
+def _pattern(keys: _Keys, depth: int, ropes: Mapping[str, Rope]) -> tuple[LayerType, ...]:
     """The kind of each layer; empty if all are the plain one."""
     depth = min(depth, 10_000)  # an absurd number is refused by the tensors that are missing
     window = keys.optional("sliding_window", int)
@@ -233,10 +233,10 @@ def _pattern(keys: _Keys, depth: int, ropes: Mapping[str, Rope]) -> tuple[LayerK
         )
         return ()
     kinds = tuple(
-        LayerKind(window if kind == "sliding_attention" else None, ropes[kind] if rotates else None)
+        LayerType(window if kind == "sliding_attention" else None, ropes[kind] if rotates else None)
         for kind, rotates in zip(types, rotary, strict=True)
     )
-    return () if set(kinds) <= {LayerKind(None, ropes["full_attention"])} else kinds
+    return () if set(kinds) <= {LayerType(None, ropes["full_attention"])} else kinds
 
 
 def _layer_types(keys: _Keys, depth: int, window: int | None) -> list[str]:

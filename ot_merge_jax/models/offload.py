@@ -89,7 +89,7 @@ def peak_bytes(cfg: ModelConfig, *, tokens: int, batch: int, hidden_at_once: int
     return hidden + 2 * 4 * specs.largest_piece(cfg)
 
 
-def residuals(
+def hidden_states(
     params: Params, batches: Sequence[Batch], *, cfg: ModelConfig, what: str
 ) -> list[np.ndarray]:
     """The residual stream behind the last layer, on the host, for each batch ``[b, s, d]``."""
@@ -108,6 +108,6 @@ def _layer(
     layer: Params, x: jax.Array, batch: Batch, *, cfg: ModelConfig, kind: int, sites: frozenset[str]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One layer of one batch: the residual stream behind it, and its captured rows."""
-    seen = decoder.views(decoder.positions_of(batch.mask), batch.mask, cfg=cfg)
+    seen = decoder.attention_contexts(decoder.positions_of(batch.mask), batch.mask, cfg=cfg)
     x, found, _ = decoder.layer(layer, x, *decoder.of_kind(seen, kind), cfg=cfg)
     return x, {site: decoder.rows_of(found[site], batch) for site in sorted(sites)}

@@ -43,7 +43,8 @@ class ParamSpec(NamedTuple):
         path: Place in the parameters, ``/`` between keys; ``layers/...`` leaves are stacked.
         name: Hugging Face tensor name; ``{layer}`` stands for the layer number.
         shape: Our shape, the stacking axis included.
-        axes: A logical axis name (or None) for each dimension, for `ot_merge_jax.distributed.sharding`.
+        axes: A logical axis name (or None) for each dimension, for
+            `ot_merge_jax.distributed.sharding`.
         transpose: Whether the file holds the last two dimensions the other way round.
         weight: Name in a recipe (``q``, ``embed``...) whose wiring this leaf follows; None: never
             moves.

@@ -119,12 +119,14 @@ def load(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_RECIPE_BYTES:
         raise RecipeError(f"{path} is larger than {_MAX_RECIPE_BYTES} bytes; this is not a recipe.")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise RecipeError(f"{path} is not YAML ({detail}); mend it.") from error
+        raise RecipeError(f"{path} is not YAML ({detail}); fix it.") from error
     if not isinstance(settings, dict):
-        raise RecipeError(f"{path} is not a mapping of settings; see the README for an example.")
+        raise RecipeError(
+            f"{path} is not a mapping of settings; see docs/quick-start.md for an example."
+        )
     return {str(key): value for key, value in settings.items()}
 
 

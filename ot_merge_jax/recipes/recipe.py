@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Weight = Literal["q", "k", "v", "o", "gate", "up", "down", "embed", "head"]
 Control = Literal["shrink", "noise", "permuted", "wrong-layer", "wrong-source", "unigram"]
-#: Every control of SPEC section 10.
+#: Every control of method: Controls.
 CONTROLS: list[str] = list(get_args(Control))
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Folder = Annotated[str, pydantic.Field(min_length=1)]
@@ -69,7 +69,7 @@ class Recipe(pydantic.BaseModel):
         evaluation: Held-out text that is reported and chooses nothing.
         preset: Where unset settings come from.
         weights: What moves.
-        rows: ``sample``, ``token`` or ``span`` (SPEC section 2); ``auto`` means ``token`` for equal
+        rows: ``sample``, ``token`` or ``span``; ``auto`` means ``token`` for equal
             tokenizers and ``span`` otherwise, known once they are loaded.
         max_rows: Rows kept for ``token`` and ``span``.
         max_length: Tokens of a calibration document that are read.
@@ -88,7 +88,7 @@ class Recipe(pydantic.BaseModel):
         vocabulary_weights: How much a token counts for the vocabulary map: all alike, or by its
             frequency in the calibration text.
         k: Neurons kept in each layer, or ``all``.
-        controls: What the merge is compared with on the held-out text (SPEC section 10): ``all``,
+        controls: What the merge is compared with on the held-out text (method: Controls): ``all``,
             ``none``, or some of their names.
         seeds: Calibration seeds; the first one's merge is published, all of them are compared.
         continuations: Held-out documents whose beginning target and merge continue, for the report.

@@ -22,7 +22,7 @@ from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.redaction import visible
 from ot_merge_jax.reports import run_folder
 from ot_merge_jax.reports.numbers import interval, number
-from ot_merge_jax.reports.run_folder import Run
+from ot_merge_jax.reports.run_folder import RunRecord
 from ot_merge_jax.reports.schema import Difference, Entry, Report, Strength, Weight
 
 FILE = "report.html"
@@ -33,7 +33,7 @@ _ROLES = {
     "target": "the base, untouched", "source": "the ceiling", "merge": "the result",
     "before": "where training began", "after": "the result",
 }  # fmt: skip
-#: What each control changes (SPEC section 10).
+#: What each control changes (method: Controls).
 _CONTROLS = {
     "shrink": "nothing is carried; the weights only shrink",
     "noise": "noise of the same size instead of what was carried",
@@ -82,11 +82,10 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of caches and fonts
-    from ot_merge_jax.reports import plots
-    from ot_merge_jax.reports import style as drawing
+    from ot_merge_jax.reports import plots, style  # noqa: PLC0415, matplotlib takes a second
 
     drawn = plots.draw(run.report)
-    page = render(run, {one.name: one.inline for one in drawn}, style=drawing.style()).encode()
+    page = render(run, {one.name: one.inline for one in drawn}, style=style.style()).encode()
     if file is not None:
         _replace(file, page)
         return [file]
@@ -99,7 +98,7 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     return list(contents)
 
 
-def render(run: Run, drawn: Mapping[str, str], *, style: str) -> str:
+def render(run: RunRecord, drawn: Mapping[str, str], *, style: str) -> str:
     """The page.
 
     Args:
@@ -131,8 +130,8 @@ def render(run: Run, drawn: Mapping[str, str], *, style: str) -> str:
         is_zero=_is_zero(report.strength),
         split=_split(report),
         moved={name: _moved(one) for name, one in report.weights.items()},
-        plots={name: Markup(one) for name, one in drawn.items()},
-        style=Markup(style),
+        plots={name: Markup(one) for name, one in drawn.items()},  # noqa: S704, drawn by us
+        style=Markup(style),  # noqa: S704, ours
     )
 
 

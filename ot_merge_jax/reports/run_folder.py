@@ -11,7 +11,7 @@ from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Number, Part, Report
 
 
-class Origin(Part):
+class OriginRecord(Part):
     """Where on the hub something comes from."""
 
     repo: str
@@ -20,18 +20,18 @@ class Origin(Part):
     split: str | None = None
 
 
-class Adapter(Part):
+class AdapterRecord(Part):
     """Weights that were merged into a model when it was read."""
 
-    hub: Origin | None = None
+    hub: OriginRecord | None = None
     files: Mapping[str, str] = {}
 
 
-class Model(Adapter):
+class ModelRecord(AdapterRecord):
     """A model folder that the run read."""
 
     name: str
-    adapter: Adapter | None = None
+    adapter: AdapterRecord | None = None
 
 
 class TextFile(Part):
@@ -44,7 +44,7 @@ class TextFile(Part):
 class Texts(Part):
     """Texts that the run read."""
 
-    hub: Origin | None = None
+    hub: OriginRecord | None = None
     files: Sequence[TextFile] = []
 
 
@@ -53,7 +53,7 @@ class Provenance(Part):
 
     run: str = ""
     command: str = ""
-    inputs: Mapping[str, Model] = {}
+    inputs: Mapping[str, ModelRecord] = {}
     texts: Mapping[str, Texts] = {}
     seed: int | None = None
     output: Mapping[str, str] = {}
@@ -65,7 +65,7 @@ class Provenance(Part):
     peak_memory_bytes: Number = None
 
 
-class Run(NamedTuple):
+class RunRecord(NamedTuple):
     """A run as its folder tells it."""
 
     report: Report
@@ -94,7 +94,7 @@ def details_of(folder: Path) -> Path:
     )
 
 
-def read(details: Path) -> Run:
+def read(details: Path) -> RunRecord:
     """Reads the details of a run.
 
     Args:
@@ -105,7 +105,7 @@ def read(details: Path) -> Run:
         VersionError: if the report is of a later version.
     """
     provenance = details / "provenance.json"
-    return Run(
+    return RunRecord(
         schema.read(details / "report.json"),
         schema.checked(provenance, schema.parsed(provenance), Provenance),
         schema.text_of(details / "recipe.yaml"),

@@ -35,11 +35,11 @@ from ot_merge_jax.runs import (
     stages,
 )
 from ot_merge_jax.runs import adapt_inputs as checking
-from ot_merge_jax.runs.adapt_inputs import Inputs
+from ot_merge_jax.runs.adapt_inputs import AdaptInputs
 from ot_merge_jax.training import initial, loop, step
 from ot_merge_jax.training.initial import Parts
-from ot_merge_jax.training.loop import Course
-from ot_merge_jax.training.step import Constants, Problem
+from ot_merge_jax.training.loop import TrainHistory
+from ot_merge_jax.training.step import Frozen, Problem
 
 _LOG = logging.getLogger(__name__)
 _SETTINGS = "settings"
@@ -60,8 +60,8 @@ class Job(NamedTuple):
         began: ``time.monotonic()`` when this process began.
     """
 
-    run: stages.Run
-    found: Inputs
+    run: stages.RunFolder
+    found: AdaptInputs
     side: dict[str, Any]
     mesh: jax.sharding.Mesh | None
     began: float
@@ -71,19 +71,19 @@ class Job(NamedTuple):
 Work = Callable[[Job], Report]
 
 
-class Trained(NamedTuple):
+class TrainedModel(NamedTuple):
     """A trained model.
 
     Attributes:
         parts: The trained base and the residual that was held.
         folded: The plain parameters.
-        course: How it was trained.
+        history: How it was trained.
         events: Lines of ``events.jsonl``.
     """
 
     parts: Parts
     folded: Any
-    course: Course
+    history: TrainHistory
     events: list[str]
 
 
@@ -182,12 +182,12 @@ def load(job: Job) -> tuple[Parts, Any]:
     return parts, source
 
 
-def scores_before(job: Job, trainable: Any, constants: Constants) -> Written:
+def scores_before(job: Job, trainable: Any, frozen: Frozen) -> Written:
     """Scores of the start on the held-out text, and of its target if it was merged."""
     return stages.stage(
         job.run,
         "before",
-        lambda folder: _save_scores(folder, job.found, trainable, constants),
+        lambda folder: _save_scores(folder, job.found, trainable, frozen),
         _load_scores,
     )
 
@@ -196,25 +196,25 @@ def _adapt(job: Job) -> Report:
     """The stages of one training, up to the folder that is published."""
     run, problem = job.run, job.found.problem
     parts, source = load(job)
-    trainable, constants = step.begin(problem, *parts, source)
-    before = scores_before(job, trainable, constants)
-    new = step.new_course(problem, trainable)
-    course, events = adapt_checkpoint.restore(run, new)
-    if course.losses:
-        _LOG.info("resume: %d of %d steps are done", len(course.losses), problem.settings.steps)
-    course, events = _train(run, problem, course, constants, events)
-    plan, trained = step.plan_of(problem), loop.result(course)
-    parts = parts._replace(base=step.base_of(trained, constants, plan=plan))
-    folded = step.params_of(trained, constants, plan=plan)
+    trainable, frozen = step.begin(problem, *parts, source)
+    before = scores_before(job, trainable, frozen)
+    new = step.new_history(problem, trainable)
+    history, events = adapt_checkpoint.restore(run, new)
+    if history.losses:
+        _LOG.info("resume: %d of %d steps are done", len(history.losses), problem.settings.steps)
+    history, events = _train(run, problem, history, frozen, events)
+    plan, trained = step.step_config(problem), loop.result(history)
+    parts = parts._replace(base=step.base_of(trained, frozen, plan=plan))
+    folded = step.params_of(trained, frozen, plan=plan)
     return finish(
-        job, Trained(parts, folded, course, events), before,
-        needs=[adapt_checkpoint.name_of(course)] if course.losses else [],
+        job, TrainedModel(parts, folded, history, events), before,
+        needs=[adapt_checkpoint.name_of(history)] if history.losses else [],
     )  # fmt: skip
 
 
 def finish(
     job: Job,
-    trained: Trained,
+    trained: TrainedModel,
     before: Written,
     *,
     needs: Sequence[str],
@@ -233,7 +233,7 @@ def finish(
         The report.
     """
     run, found = job.run, job.found
-    parts, folded, course, events = trained
+    parts, folded, history, events = trained
     problem = found.problem
     model = stages.stage(
         run,
@@ -249,7 +249,7 @@ def finish(
         run, "after", lambda folder: _save_written(folder, found, model), _load_scores,
         needs=["model"],
     )  # fmt: skip
-    report = _report(found, course, before, after).model_copy(update=more)
+    report = _report(found, history, before, after).model_copy(update=more)
     stages.stage(
         run,
         "details",
@@ -273,86 +273,90 @@ def finish(
 
 
 def _train(
-    run: stages.Run, problem: Problem, course: Course, constants: Constants, events: list[str]
-) -> tuple[Course, list[str]]:
+    run: stages.RunFolder,
+    problem: Problem,
+    history: TrainHistory,
+    frozen: Frozen,
+    events: list[str],
+) -> tuple[TrainHistory, list[str]]:
     """The training, with checkpoints, events and progress; ends in a checkpoint."""
     settings, begun = problem.settings, time.monotonic()
     size = min(settings.batch_size, len(problem.train.tokens)) * problem.train.tokens.shape[1]
-    first, live = len(course.losses), run.folder / "events.jsonl"
+    first, live = len(history.losses), run.folder / "events.jsonl"
     live.write_text("".join(events), encoding="utf-8")
 
-    def rate(course: Course) -> float:
-        return (len(course.losses) - first) * size / max(1e-9, time.monotonic() - begun)
+    def rate(history: TrainHistory) -> float:
+        return (len(history.losses) - first) * size / max(1e-9, time.monotonic() - begun)
 
     with adapt_checkpoint.interrupts() as is_wanted:
 
-        def after(course: Course) -> None:
+        def on_step(history: TrainHistory) -> None:
             nonlocal latest
-            latest, done = course, len(course.losses)
-            is_dev = course.dev[-1][0] == done
+            latest, done = history, len(history.losses)
+            is_dev = history.dev[-1][0] == done
             if done % settings.log_every == 0 or is_dev:
-                events.append(_event(course, rate(course), is_dev=is_dev))
+                events.append(_event(history, rate(history), is_dev=is_dev))
                 with live.open("a", encoding="utf-8") as file:
                     file.write(events[-1])
             is_last = is_wanted()  # asked once: a signal that comes while saving waits a step
             if done % (settings.save_every or 1) == 0 or is_last:
-                adapt_checkpoint.save(run, course, events)
+                adapt_checkpoint.save(run, history, events)
             if is_last:
                 raise KeyboardInterrupt
 
-        def rescue(course: Course) -> None:
-            dev = step.dev_loss(course.state.params, constants, problem)
+        def on_divergence(history: TrainHistory) -> None:
+            dev = step.dev_loss(history.state.params, frozen, problem)
             if not np.isfinite(dev):
-                adapt_checkpoint.drop(run, course)  # the update before has broken it
-            elif course.losses:
-                adapt_checkpoint.save(run, course, events)
+                adapt_checkpoint.drop(run, history)  # the update before has broken it
+            elif history.losses:
+                adapt_checkpoint.save(run, history, events)
 
-        latest = course
-        course = step.train(
+        latest = history
+        history = step.train(
             problem,
-            course,
-            constants,
-            after=after,
-            rescue=rescue,
-            counted=lambda steps: progress.track(
+            history,
+            frozen,
+            on_step=on_step,
+            on_divergence=on_divergence,
+            progress_of=lambda steps: progress.track(
                 steps, "adapt (steps)", note=lambda: _note(latest, rate(latest))
             ),
         )
-        if course.losses:
-            adapt_checkpoint.save(run, course, events)
+        if history.losses:
+            adapt_checkpoint.save(run, history, events)
         if is_wanted():
             raise KeyboardInterrupt
     live.unlink()
-    return course, events
+    return history, events
 
 
-def _event(course: Course, rate: float, *, is_dev: bool) -> str:
+def _event(history: TrainHistory, rate: float, *, is_dev: bool) -> str:
     """One line of ``events.jsonl``."""
     found: dict[str, Any] = {
-        "step": len(course.losses), "loss": course.losses[-1], "gradient_norm": course.norms[-1],
+        "step": len(history.losses), "loss": history.losses[-1], "gradient_norm": history.norms[-1],
         "tokens_per_second": round(rate, 1),
     }  # fmt: skip
-    return json.dumps(found | ({"dev_loss": course.dev[-1][1]} if is_dev else {})) + "\n"
+    return json.dumps(found | ({"dev_loss": history.dev[-1][1]} if is_dev else {})) + "\n"
 
 
-def _note(course: Course, rate: float) -> str:
+def _note(history: TrainHistory, rate: float) -> str:
     """What the progress line says beside the steps."""
-    if not course.losses:
+    if not history.losses:
         return ""
-    return f"loss {course.losses[-1]:.4f}, dev {course.dev[-1][1]:.4f}, {rate:.0f} tokens/s"
+    return f"loss {history.losses[-1]:.4f}, dev {history.dev[-1][1]:.4f}, {rate:.0f} tokens/s"
 
 
-def _save_scores(folder: Path, found: Inputs, trainable: Any, constants: Constants) -> None:
+def _save_scores(folder: Path, found: AdaptInputs, trainable: Any, frozen: Frozen) -> None:
     """Scores of the start on the held-out text, and of its target if it was merged."""
-    plan = step.plan_of(found.problem)
-    models = {"before": lambda: step.params_of(trainable, constants, plan=plan)}
-    if constants.residual:
-        models["target"] = lambda: step.base_of(trainable, constants, plan=plan)
+    plan = step.step_config(found.problem)
+    models = {"before": lambda: step.params_of(trainable, frozen, plan=plan)}
+    if frozen.residual:
+        models["target"] = lambda: step.base_of(trainable, frozen, plan=plan)
     scores = {name: score(found, make()) for name, make in models.items()} if found.held_out else {}
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": None})
 
 
-def _save_written(folder: Path, found: Inputs, model: Path) -> None:
+def _save_written(folder: Path, found: AdaptInputs, model: Path) -> None:
     """Scores of the files that were written, as they were rounded: the check of the export too."""
     _, written = hf.load_hf(model, dtype=jnp.float32)
     dev = step.next_token_loss(written, found.problem)
@@ -362,7 +366,7 @@ def _save_written(folder: Path, found: Inputs, model: Path) -> None:
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": dev})
 
 
-def score(found: Inputs, params: Any) -> nll.Scores:
+def score(found: AdaptInputs, params: Any) -> nll.Scores:
     """Scores on the held-out text."""
     cfg = found.problem.objective.cfg
     cut = nll.windows(found.held_out or [], found.tokenizer, max_positions=cfg.max_positions)
@@ -379,7 +383,7 @@ def _load_scores(folder: Path) -> Written:
     return scores, found["dev"]
 
 
-def _report(found: Inputs, course: Course, before: Written, after: Written) -> Report:
+def _report(found: AdaptInputs, history: TrainHistory, before: Written, after: Written) -> Report:
     """What one training has shown."""
     settings, scores = found.settings, before[0] | after[0]
     evaluation = {name: schema.Entry(**of_model.totals) for name, of_model in scores.items()}
@@ -396,20 +400,20 @@ def _report(found: Inputs, course: Course, before: Written, after: Written) -> R
             for name, difference in changes.items()
         }
         evaluation["after"] = schema.Entry(**scores["after"].totals, **differences)
-    best = min(course.dev, key=lambda point: point[1])
+    best = min(history.dev, key=lambda point: point[1])
     blocks, pairs = found.problem.train, found.problem.train.pairs
     return Report(
         version=schema.VERSION,
-        verdict=adapt_artifacts.verdict(change, steps=len(course.losses)),
+        verdict=adapt_artifacts.verdict(change, steps=len(history.losses)),
         controls={},
         objective=settings.objective,
-        steps=len(course.losses),
-        losses=list(course.losses),
+        steps=len(history.losses),
+        losses=list(history.losses),
         dev=schema.Dev(
-            before=course.dev[0][1],
+            before=history.dev[0][1],
             after=after[1],
             best_step=best[0],
-            curve=[list(point) for point in course.dev],
+            curve=[list(point) for point in history.dev],
         ),
         evaluation=evaluation,
         data=arrays.plain(
@@ -469,7 +473,7 @@ def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found or ["something unknown"]
 
 
-def _check_memory(found: Inputs, limit: int | None) -> None:
+def _check_memory(found: AdaptInputs, limit: int | None) -> None:
     """Refuses before weights are read what cannot fit: arrays that live together in a step."""
     held = memory.PROCESS + step.peak_bytes(
         found.problem,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ot_merge_jax.errors import InputError, VersionError
-from ot_merge_jax.evaluation.statistics import Difference
+from ot_merge_jax.evaluation.statistics import MeanDifference
 from ot_merge_jax.io import arrays
 from ot_merge_jax.io.folder import ModelFolder
 from ot_merge_jax.reports import html, model_card, schema
@@ -102,7 +102,7 @@ def read(folder: Path, run_key: str) -> Report | None:
         return None  # anything may lie in that folder
 
 
-def verdict(change: Difference | None, *, steps: int) -> str:
+def verdict(change: MeanDifference | None, *, steps: int) -> str:
     """One sentence that says what the adaptation has shown, and no more.
 
     Args:

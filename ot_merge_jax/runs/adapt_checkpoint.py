@@ -1,9 +1,9 @@
 """A training run on disk: checkpoints that a killed run continues from, and interrupts that wait.
 
-A checkpoint is a stage of `ot_merge_jax.runs.stages`: written by Orbax beside the one before, hashed
-by us (Orbax does not notice a flipped bit), and only then put in its place. It holds what trains,
-the optimiser's state, the best parameters and all losses. The position in the data is the number of
-steps, and nothing is drawn but from the seed, so nothing else has to be kept.
+A checkpoint is a stage of `ot_merge_jax.runs.stages`: written by Orbax beside the one before,
+hashed by us (Orbax does not notice a flipped bit), and only then put in its place. It holds what
+trains, the optimiser's state, the best parameters and all losses. The position in the data is the
+number of steps, and nothing is drawn but from the seed, so nothing else has to be kept.
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ import numpy as np
 
 from ot_merge_jax.io import arrays as checkpoint
 from ot_merge_jax.runs import stages
-from ot_merge_jax.training.loop import Course
+from ot_merge_jax.training.loop import TrainHistory
 
 _PREFIX = "step-"
 _EVENTS = "events.jsonl"
 
 
-def save(run: stages.Run, course: Course, events: list[str]) -> None:
+def save(run: stages.RunFolder, history: TrainHistory, events: list[str]) -> None:
     """Writes a checkpoint and keeps the one before: whether weights are good, the next step tells.
 
     Args:
         run: The run folder.
-        course: Where the training stands.
+        history: Where the training stands.
         events: Lines of ``events.jsonl`` so far.
 
     Raises:
         OSError: with the number of a full disk, if there is no room.
     """
-    name = name_of(course)
+    name = name_of(history)
     if name in stages.finished(run):
         return
     stages.drop(run, _names(run)[:-1])
-    arrays = {f"{place:05d}": leaf for place, leaf in enumerate(_leaves(course))}
-    history = {"losses": course.losses, "norms": course.norms, "dev": course.dev}
+    arrays = {f"{place:05d}": leaf for place, leaf in enumerate(_leaves(history))}
+    curves = {"losses": history.losses, "norms": history.norms, "dev": history.dev}
 
     def make(folder: Path) -> None:
         checkpoint.save_tree(folder / "arrays", arrays)
-        checkpoint.save_json(folder / "history.json", history)
+        checkpoint.save_json(folder / "history.json", curves)
         (folder / _EVENTS).write_text("".join(events), encoding="utf-8")
 
     stages.stage(run, name, make, lambda folder: folder)
 
 
-def drop(run: stages.Run, course: Course) -> None:
-    """Deletes the checkpoint of a course, if there is one; the one before stays."""
-    stages.drop(run, [name for name in _names(run) if name == name_of(course)])
+def drop(run: stages.RunFolder, history: TrainHistory) -> None:
+    """Deletes the checkpoint of this state, if there is one; the one before stays."""
+    stages.drop(run, [name for name in _names(run) if name == name_of(history)])
 
 
-def restore(run: stages.Run, new: Course) -> tuple[Course, list[str]]:
-    """The newest checkpoint of a run, or a new course if there is none.
+def restore(run: stages.RunFolder, new: TrainHistory) -> tuple[TrainHistory, list[str]]:
+    """The newest checkpoint of a run, or ``new`` if there is none.
 
     Args:
         run: The run folder; its finished stages have been verified.
-        new: A course before its first step: shapes, dtypes and places of all arrays.
+        new: A history before its first step: shapes, dtypes and places of all arrays.
 
     Returns:
-        The course and its events.
+        The history and its events.
     """
     names = _names(run)
     if not names:
         return new, []
     folder = run.folder / "state" / names[-1]
     found = checkpoint.load_tree(folder / "arrays")
-    history = checkpoint.load_json(folder / "history.json")
+    curves = checkpoint.load_json(folder / "history.json")
     stored = [found[key] for key in sorted(found)]
     template = new._replace(best=new.state.params) if len(stored) > len(_leaves(new)) else new
     treedef = jax.tree.structure((template.state, template.best))
@@ -81,24 +81,24 @@ def restore(run: stages.Run, new: Course) -> tuple[Course, list[str]]:
         for leaf, like in zip(stored, _leaves(template), strict=True)
     ]
     state, best = jax.tree.unflatten(treedef, placed)
-    dev = tuple((step, loss) for step, loss in history["dev"])
-    course = Course(state, tuple(history["losses"]), tuple(history["norms"]), dev, best)
-    return course, (folder / _EVENTS).read_text(encoding="utf-8").splitlines(keepends=True)
+    dev = tuple((step, loss) for step, loss in curves["dev"])
+    history = TrainHistory(state, tuple(curves["losses"]), tuple(curves["norms"]), dev, best)
+    return history, (folder / _EVENTS).read_text(encoding="utf-8").splitlines(keepends=True)
 
 
-def name_of(course: Course) -> str:
-    """The stage that holds a course."""
-    return f"{_PREFIX}{len(course.losses):08d}"
+def name_of(history: TrainHistory) -> str:
+    """The stage that holds a history."""
+    return f"{_PREFIX}{len(history.losses):08d}"
 
 
-def _names(run: stages.Run) -> list[str]:
+def _names(run: stages.RunFolder) -> list[str]:
     """The checkpoints of a run, oldest first."""
     return sorted(name for name in stages.finished(run) if name.startswith(_PREFIX))
 
 
-def _leaves(course: Course) -> list[Any]:
-    """All arrays of a course, in order."""
-    return jax.tree.leaves((course.state, course.best))
+def _leaves(history: TrainHistory) -> list[Any]:
+    """All arrays of a history, in order."""
+    return jax.tree.leaves((history.state, history.best))
 
 
 @contextlib.contextmanager

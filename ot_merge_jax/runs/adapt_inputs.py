@@ -24,7 +24,7 @@ from ot_merge_jax.training.losses import Objective
 from ot_merge_jax.training.step import Problem
 
 
-class Inputs(NamedTuple):
+class AdaptInputs(NamedTuple):
     """What was checked.
 
     Attributes:
@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
 
 def check(
     settings: Adaptation, out: Path, *, overwrite: bool = False, offline: bool = False
-) -> Inputs:
+) -> AdaptInputs:
     """Checks folders, tokenizers, contexts and texts, and cuts the blocks; reads no weights.
 
     What is named by a hub id is fetched first; this is all that uses the network.
@@ -143,7 +143,7 @@ def check(
     )
     problem = Problem(_decided(settings, blocks[0], block), objective, *blocks)
     counts = {"documents": len(learned), "dev_documents": len(dev)}
-    return Inputs(begun, source, tokenizer, problem, held_out, sources, counts)
+    return AdaptInputs(begun, source, tokenizer, problem, held_out, sources, counts)
 
 
 def _blocks(
@@ -159,7 +159,9 @@ def _blocks(
     only = settings.loss_on == "responses"
     if teacher is not None and not is_dev:  # the dev split is scored on the next token
         return packing.pair(documents, tokenizer, teacher, length=length, responses_only=only)
-    marked = [packing.mark(one, tokenizer, responses_only=only) for one in documents]
+    marked = [
+        packing.tokenize_for_training(one, tokenizer, responses_only=only) for one in documents
+    ]
     return packing.pack(marked, length, has_tail=is_dev)
 
 

@@ -21,7 +21,7 @@ from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.experiments import baseline_summary as reporting
 from ot_merge_jax.experiments import controls, trial
-from ot_merge_jax.experiments.baseline_summary import Outcome
+from ot_merge_jax.experiments.baseline_summary import ArmOutcome
 from ot_merge_jax.io import arrays, hf
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.recipes import loading
@@ -33,7 +33,7 @@ from ot_merge_jax.training import residual as residuals
 from ot_merge_jax.training import step as training
 from ot_merge_jax.training import tuning
 from ot_merge_jax.training.initial import Parts, Start
-from ot_merge_jax.training.loop import Course
+from ot_merge_jax.training.loop import TrainHistory
 from ot_merge_jax.training.step import Problem
 from ot_merge_jax.types import MergeSpec, Params
 
@@ -57,10 +57,12 @@ def compare(settings: Adaptation, out: Path, **given: Any) -> adapt.AdaptResult:
     return adapt.adapt(settings, out, work=_compare, **given)
 
 
-def why_not(start: Start, name: str) -> str | None:
+def inapplicable_reason(start: Start, name: str) -> str | None:
     """Why a start does not apply to a merge; None if it does."""
     spec = MergeSpec(rule=rule_of(start))
-    return controls.why_not(name, spec=spec, source_layers=0) if name == "shrink" else None
+    return (
+        controls.inapplicable_reason(name, spec=spec, source_layers=0) if name == "shrink" else None
+    )
 
 
 def rule_of(start: Start) -> Any:
@@ -85,7 +87,7 @@ def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, j
         where the merge moved anything; for ``shrink`` what the merge would have added if nothing
         had been transported.
 
-    Source: SPEC section 10, "with training".
+    Source: method: Controls, "with training".
     """
     base, added, _ = parts
     if name == "merge":
@@ -93,7 +95,7 @@ def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, j
     nothing = {path: jnp.zeros_like(leaf) for path, leaf in added.items()}
     if name == "base":
         return nothing
-    masks = {path: moved_by(path, leaf) for path, leaf in added.items()}
+    masks = {path: update_of(path, leaf) for path, leaf in added.items()}
     if name == "noise":
         spec, strength = MergeSpec(rule="delta"), 1.0
         moved = controls.noise(base, added, masks, spec=spec, seed=seed)
@@ -104,11 +106,11 @@ def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, j
     return nothing | residuals.between(trial.as_stored(fused, hf.stored_dtypes(start.folder)), base)
 
 
-def moved_by(path: str, added: jax.Array) -> jax.Array:
+def update_of(path: str, added: jax.Array) -> jax.Array:
     """The mask of a residual: rows and columns of every matrix in which anything was added.
 
     Example:
-        >>> moved_by("lm_head/kernel", jnp.array([[0.0, 1.0], [0.0, 0.0], [0.0, 2.0]])).tolist()
+        >>> update_of("lm_head/kernel", jnp.array([[0.0, 1.0], [0.0, 0.0], [0.0, 2.0]])).tolist()
         [[0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
     """
     found = added != 0
@@ -121,12 +123,14 @@ def _compare(job: adapt.Job) -> Report:
     """The stages, up to the folder that is published."""
     settings = job.found.settings
     parts, source = adapt.load(job)
-    trainable, constants = training.begin(job.found.problem, *parts, source)
-    before = adapt.scores_before(job, trainable, constants)
-    applicable = {name: why_not(job.found.start, name) for name in settings.baselines or ()}
+    trainable, frozen = training.begin(job.found.problem, *parts, source)
+    before = adapt.scores_before(job, trainable, frozen)
+    applicable = {
+        name: inapplicable_reason(job.found.start, name) for name in settings.baselines or ()
+    }
     names = ["merge", *_ordered([one for one, why in applicable.items() if why is None])]
     problems = _problems(job)
-    found: dict[str, dict[str, list[Outcome]]] = {}
+    found: dict[str, dict[str, list[ArmOutcome]]] = {}
     for objective in settings.objectives:
         found[objective] = {name: [] for name in names}
         for name, outcomes in found[objective].items():
@@ -142,19 +146,19 @@ def _compare(job: adapt.Job) -> Report:
                 )  # fmt: skip
     best = min(found, key=lambda one: found[one]["merge"][0].dev[-1][1])
     missing = [one for one in ("shrink", "noise") if one not in applicable]
-    missing = [one for one in missing if why_not(job.found.start, one) is None]
-    comparison = reporting.facts(
+    missing = [one for one in missing if inapplicable_reason(job.found.start, one) is None]
+    comparison = reporting.summary(
         found, seed=settings.seed, rates=settings.grid, best=best, missing=missing,
         not_applicable={name: why for name, why in applicable.items() if why is not None},
     )  # fmt: skip
     chosen = found[best]["merge"][0]
     stage = _name(best, "merge", settings.seed)
     trained = _trained(job.run.folder / "state" / stage, trainable)
-    plan = training.plan_of(job.found.problem)
-    whole = adapt.Trained(
-        parts._replace(base=training.base_of(trained, constants, plan=plan)),
-        training.params_of(trained, constants, plan=plan),
-        Course(None, chosen.losses, (), chosen.dev),  # pyright: ignore[reportArgumentType]
+    plan = training.step_config(job.found.problem)
+    whole = adapt.TrainedModel(
+        parts._replace(base=training.base_of(trained, frozen, plan=plan)),
+        training.params_of(trained, frozen, plan=plan),
+        TrainHistory(None, chosen.losses, (), chosen.dev),  # pyright: ignore[reportArgumentType]
         _events(found),
     )
     return adapt.finish(job, whole, before, needs=[stage], more=comparison._asdict())
@@ -187,7 +191,7 @@ def _arm(
     parts: Parts,
     source: Params | None,
     rates: Sequence[float],
-) -> Outcome:
+) -> ArmOutcome:
     """Trains one arm with one seed, and scores it.
 
     A rate that was best with the first seed and diverges with a later one is no end of the run:
@@ -200,9 +204,9 @@ def _arm(
 
     def make(folder: Path) -> None:
         added = starting(name, job.found.start, parts, seed=seed)
-        trainable, constants = training.begin(problem, parts.base, added, parts.factor, teacher)
+        trainable, frozen = training.begin(problem, parts.base, added, parts.factor, teacher)
         tune = functools.partial(
-            tuning.tune, problem, trainable, constants, name=f"{objective} from {name}"
+            tuning.tune, problem, trainable, frozen, name=f"{objective} from {name}"
         )
         try:
             arm = tune(rates)
@@ -214,7 +218,7 @@ def _arm(
                 objective, name, *rates, seed,
             )  # fmt: skip
             arm = tune(grid)
-        params = training.params_of(arm.trained, constants, plan=training.plan_of(problem))
+        params = training.params_of(arm.trained, frozen, plan=training.step_config(problem))
         scores = adapt.score(
             job.found, trial.as_stored(params, hf.stored_dtypes(job.found.start.folder))
         )
@@ -225,12 +229,12 @@ def _arm(
         arrays.save_json(folder / "arm.json", best)
         arrays.save_arrays(folder / "scores", scores._asdict())
 
-    def load(folder: Path) -> Outcome:
+    def load(folder: Path) -> ArmOutcome:
         kept = arrays.load_json(folder / "arm.json")
         scores = nll.Scores(**arrays.load_arrays(folder / "scores"))  # pyright: ignore[reportArgumentType]
         dev = [(step, loss) for step, loss in kept["dev"]]
         tried = [(rate, loss) for rate, loss in kept["tried"]]
-        return Outcome(seed, kept["rate"], tried, kept["losses"], dev, scores)
+        return ArmOutcome(seed, kept["rate"], tried, kept["losses"], dev, scores)
 
     return stages.stage(job.run, _name(objective, name, seed), make, load)
 
@@ -253,7 +257,7 @@ def _trained(folder: Path, like: Any) -> Any:
     )
 
 
-def _events(found: dict[str, dict[str, list[Outcome]]]) -> list[str]:
+def _events(found: dict[str, dict[str, list[ArmOutcome]]]) -> list[str]:
     """Lines of ``events.jsonl``: every step of every arm at its chosen rate."""
     lines = []
     for objective, of_name in found.items():

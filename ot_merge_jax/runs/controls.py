@@ -10,15 +10,15 @@ from ot_merge_jax.evaluation import nll
 from ot_merge_jax.experiments import trial
 from ot_merge_jax.runs import inputs as preflight
 from ot_merge_jax.runs import stages, stages_merge
-from ot_merge_jax.runs.inputs import Inputs
+from ot_merge_jax.runs.inputs import MergeInputs
 from ot_merge_jax.types import AlignedBatches, Merged
 
 _LOG = logging.getLogger(__name__)
 
 
 def every_seed(
-    run: stages.Run,
-    inputs: Inputs,
+    run: stages.RunFolder,
+    inputs: MergeInputs,
     context: trial.TrialContext,
     merged: Merged,
     arm: trial.Arm,
@@ -46,9 +46,9 @@ def every_seed(
     return every_trial
 
 
-def split(inputs: Inputs) -> trial.Split:
+def split(inputs: MergeInputs) -> trial.CalibrationSplit:
     """The calibration text of a seed, ready to be used."""
-    return trial.Split(
+    return trial.CalibrationSplit(
         inputs.recipe.seed,
         AlignedBatches(inputs.data.target, inputs.data.source),
         inputs.vocabulary,
@@ -57,7 +57,7 @@ def split(inputs: Inputs) -> trial.Split:
     )
 
 
-def target_windows(inputs: Inputs, documents: Sequence[Document]) -> nll.Windows:
+def target_windows(inputs: MergeInputs, documents: Sequence[Document]) -> nll.Windows:
     """Documents ready to be scored by the target, or by any merge of it."""
     longest = inputs.folders["target"].cfg.max_positions
     return nll.windows(documents, inputs.tokenizers["target"], max_positions=longest)

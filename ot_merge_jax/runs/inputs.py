@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 _HELD_OUT_ROWS = 1024
 
 
-class Inputs(NamedTuple):
+class MergeInputs(NamedTuple):
     """Everything that was checked before weights are read.
 
     Attributes:
@@ -62,7 +62,9 @@ class Inputs(NamedTuple):
     vocabulary: VocabularyMatch | None
 
 
-def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = False) -> Inputs:
+def check(
+    recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = False
+) -> MergeInputs:
     """Checks folders, tokenizers and texts, and tokenises; reads no weights.
 
     What is named by a hub id is fetched first, weights too; this is all that uses the network.
@@ -88,7 +90,7 @@ def check(recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool = 
     return _calibrated(recipe, folders, tokenizers, sources, held_out)
 
 
-def reseeded(inputs: Inputs, seed: int) -> Inputs:
+def reseeded(inputs: MergeInputs, seed: int) -> MergeInputs:
     """The same inputs with another sample, split and choice of rows; what was fetched stays."""
     return _again(inputs, seed=seed)
 
@@ -110,7 +112,7 @@ def _calibrated(
     tokenizers: dict[str, Any],
     sources: dict[str, records.Source],
     held_out: list[Document] | None,
-) -> Inputs:
+) -> MergeInputs:
     """Everything that follows from the calibration text and the seed."""
     documents = sampled(
         recipe.calibration,
@@ -152,7 +154,7 @@ def _calibrated(
         unseen = None  # too few dev documents for held-out diagnostics
     matched = None
     if set(recipe.weights) & set(VOCABULARY):
-        matched = spelling.matched(
+        matched = spelling.matched_vocabulary(
             *both,
             target_size=folders["target"].cfg.vocab_size,
             source_size=folders["source"].cfg.vocab_size,
@@ -160,7 +162,7 @@ def _calibrated(
         )
         if recipe.vocabulary_weights == "frequency":
             matched = _by_frequency(matched, both[0], train, max_length=recipe.max_length)
-    return Inputs(
+    return MergeInputs(
         recipe, folders, tokenizers, train, dev, held_out, sources, data, unseen, is_one, matched
     )
 
@@ -181,7 +183,7 @@ def _by_frequency(
     return matched._replace(weights=jnp.asarray(weights))
 
 
-def log_matches(inputs: Inputs) -> None:
+def log_matches(inputs: MergeInputs) -> None:
     """How much of the two models' texts and vocabularies corresponds."""
     data, vocabulary = inputs.data, inputs.vocabulary
     if data.target_matched is not None and data.source_matched is not None:
@@ -193,7 +195,7 @@ def log_matches(inputs: Inputs) -> None:
         _LOG.info("vocabulary: %d tokens matched", len(vocabulary.target_ids))
 
 
-def calibration_facts(inputs: Inputs) -> dict[str, Any]:
+def calibration_summary(inputs: MergeInputs) -> dict[str, Any]:
     """What the rows were made from."""
     return {
         "documents": inputs.data.documents,

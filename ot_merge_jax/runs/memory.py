@@ -40,16 +40,16 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-class Plan(NamedTuple):
+class MemoryPlan(NamedTuple):
     """What a run will hold.
 
     Attributes:
-        on_disk: Roles whose weights are read layer by layer and never held whole.
+        offloaded: Roles whose weights are read layer by layer and never held whole.
         stages: Stage -> bytes at its peak.
         budget: How much each stage takes up at a time.
     """
 
-    on_disk: frozenset[str]
+    offloaded: frozenset[str]
     stages: dict[str, int]
     budget: Budget = BUDGET
 
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         """One line for the log."""
-        held = f", {' and '.join(sorted(self.on_disk))} layer by layer" if self.on_disk else ""
+        held = f", {' and '.join(sorted(self.offloaded))} layer by layer" if self.offloaded else ""
         stage = max(self.stages, key=self.stages.__getitem__)
         return f"about {gib(self.peak)} at most (to {stage}){held}"
 
@@ -112,7 +112,7 @@ def choose(
     scored: Sequence[int],
     limit: int | None,
     controls: Sequence[str] = (),
-) -> Plan:
+) -> MemoryPlan:
     """Whole models if they fit, in smaller blocks if need be; otherwise source and base by layer.
 
     Args:
@@ -131,9 +131,9 @@ def choose(
     """
     most = of_machine() if limit is None else limit
     plan = None
-    for on_disk in (frozenset(), frozenset(cfgs) - {"target"}):
+    for offloaded in (frozenset(), frozenset(cfgs) - {"target"}):
         of_budget = functools.partial(
-            needed, cfgs, data, spec=spec, scored=scored, on_disk=on_disk, controls=controls
+            needed, cfgs, data, spec=spec, scored=scored, offloaded=offloaded, controls=controls
         )
         plan = of_budget(budget=BUDGET)
         if plan.peak > most:
@@ -152,7 +152,9 @@ def choose(
     )
 
 
-def _in_smaller_blocks(plan: Plan, of_budget: Callable[..., Plan], most: int, pairs: int) -> Plan:
+def _in_smaller_blocks(
+    plan: MemoryPlan, of_budget: Callable[..., MemoryPlan], most: int, pairs: int
+) -> MemoryPlan:
     """Halves the blocks of the stages that need more than ``most``, until all fit or nothing helps.
 
     Args:
@@ -178,8 +180,8 @@ def _in_smaller_blocks(plan: Plan, of_budget: Callable[..., Plan], most: int, pa
 
 
 def _halved(
-    plan: Plan, of_budget: Callable[..., Plan], most: int, field: str, pairs: int
-) -> Plan | None:
+    plan: MemoryPlan, of_budget: Callable[..., MemoryPlan], most: int, field: str, pairs: int
+) -> MemoryPlan | None:
     """A plan with one field halved as often as it takes to lower a stage that is too large."""
     too_large = [name for name, size in plan.stages.items() if size > most]
     value = getattr(plan.budget, field) or pairs
@@ -210,10 +212,10 @@ def needed(
     *,
     spec: MergeSpec,
     scored: Sequence[int],
-    on_disk: frozenset[str] = frozenset(),
+    offloaded: frozenset[str] = frozenset(),
     controls: Sequence[str] = (),
     budget: Budget = BUDGET,
-) -> Plan:
+) -> MemoryPlan:
     """Bytes of every stage.
 
     Args:
@@ -221,7 +223,7 @@ def needed(
         data: The calibration batches.
         spec: What moves.
         scored: Tokens, at most, of each document that is scored.
-        on_disk: Roles that are read layer by layer.
+        offloaded: Roles that are read layer by layer.
         controls: Kinds of control that the merge is compared with.
         budget: How much each stage takes up at a time.
 
@@ -229,7 +231,9 @@ def needed(
         The sums, by stage.
     """
     target, source = cfgs["target"], cfgs["source"]
-    held = {role: 0 if role in on_disk else _FLOAT * specs.count(cfg) for role, cfg in cfgs.items()}
+    held = {
+        role: 0 if role in offloaded else _FLOAT * specs.count(cfg) for role, cfg in cfgs.items()
+    }
     models, moved = sum(held.values()), weight_transport.result_bytes(target, spec)
     rows, problems = data.rows, _problems(cfgs, spec)
     plan_block, logits = budget.plan_block, budget.logits
@@ -238,7 +242,7 @@ def needed(
         for role, cfg in cfgs.items():
             batches = data.target if role == "target" else data.source
             stages[f"gather the {role}"] = models + gather.peak_bytes(
-                cfg, batches, is_resident=role not in on_disk, hidden_at_once=budget.hidden
+                cfg, batches, is_resident=role not in offloaded, hidden_at_once=budget.hidden
             )
         stages["couple"] = models + couplings.peak_bytes(
             problems, rows=rows, source_layers=source.num_layers,
@@ -270,9 +274,9 @@ def needed(
     stages["score the target"] = merged + scores
     stages["score the source"] = merged + nll.peak_bytes(
         source, scored,
-        is_resident="source" not in on_disk, hidden_at_once=budget.hidden, logits_at_once=logits,
+        is_resident="source" not in offloaded, hidden_at_once=budget.hidden, logits_at_once=logits,
     )  # fmt: skip
     # the merge beside the target and what moved; of the file one piece at a time
     pieces = 3 * _FLOAT * specs.largest_piece(target)
     stages["check what was written"] = models + 2 * moved + pieces
-    return Plan(on_disk, {name: PROCESS + size for name, size in stages.items()}, budget)
+    return MemoryPlan(offloaded, {name: PROCESS + size for name, size in stages.items()}, budget)

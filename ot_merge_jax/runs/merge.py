@@ -27,7 +27,7 @@ from ot_merge_jax.experiments import controls as controls_module
 from ot_merge_jax.experiments import summary, sweep, trial
 from ot_merge_jax.experiments import verdict as verdicts
 from ot_merge_jax.io import arrays, atomic, hf, lazy, safetensors
-from ot_merge_jax.io.folder import ModelFolder, open_folder, stop_ids
+from ot_merge_jax.io.folder import ModelFolder, eos_token_ids, open_folder
 from ot_merge_jax.merging.merge import Stage, gather_rows, merge
 from ot_merge_jax.models import decoder, offload, specs
 from ot_merge_jax.models.config import ModelConfig
@@ -38,7 +38,7 @@ from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Report
 from ot_merge_jax.runs import artifacts, controls, memory, plan, provenance, stages, stages_merge
 from ot_merge_jax.runs import inputs as preflight
-from ot_merge_jax.runs.inputs import Inputs
+from ot_merge_jax.runs.inputs import MergeInputs
 from ot_merge_jax.transport import cost, site_diagnostics
 from ot_merge_jax.types import BUDGET, Alignment, Budget, MergeReport, MergeSpec, Params
 
@@ -120,7 +120,7 @@ def run(
         _LOG.info("memory: in smaller blocks, at a time %s", held.budget)
     side = artifacts.inputs(inputs.folders, inputs.sources)
     # reading layer by layer, or in other blocks, rounds differently, so it is another run
-    decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(held.on_disk)}
+    decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(held.offloaded)}
     if held.budget != BUDGET:
         decided["budget"] = held.budget._asdict()
     key = stages.key({"recipe": recipe.to_yaml(), **decided, **side})
@@ -140,12 +140,12 @@ def run(
 
 
 def _merge(
-    state: stages.Run,
-    inputs: Inputs,
+    state: stages.RunFolder,
+    inputs: MergeInputs,
     out: Path,
     side: dict[str, Any],
     known: Mapping[str, nll.Scores],
-    held: memory.Plan,
+    held: memory.MemoryPlan,
     *,
     strict: bool,
     mesh: jax.sharding.Mesh | None,
@@ -155,7 +155,7 @@ def _merge(
     recipe, seed = inputs.recipe, inputs.recipe.seed
     spec, hparams, budget = recipe.spec(), recipe.hparams(), held.budget
     is_chosen = recipe.strength == "auto"
-    deferred = _deferred(inputs.folders, held.on_disk, mesh)
+    deferred = _deferred(inputs.folders, held.offloaded, mesh)
     models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
     split, stage = controls.split(inputs), stages_merge.keeping(state)
     _LOG.info("transport: %s", ", ".join(spec.weights))
@@ -233,7 +233,7 @@ def _merge(
         samples=_samples(stage, inputs, models, model),
         weights=summary.weights(merged.report),
         sites=sites,
-        calibration=arrays.plain(preflight.calibration_facts(inputs)),
+        calibration=arrays.plain(preflight.calibration_summary(inputs)),
         settings=yaml.safe_load(provenance.public(recipe.to_yaml())),
         **shown,
     )
@@ -258,14 +258,14 @@ def _merge(
 
 
 def _deferred(
-    folders: Mapping[str, ModelFolder], on_disk: Collection[str], mesh: jax.sharding.Mesh | None
+    folders: Mapping[str, ModelFolder], offloaded: Collection[str], mesh: jax.sharding.Mesh | None
 ) -> dict[str, DeferredModel]:
     """Role -> model, each loaded in float32 when a stage asks for it."""
     return {
         role: DeferredModel(
             folder.cfg,
             functools.partial(_open, folder)
-            if role in on_disk
+            if role in offloaded
             else functools.partial(_load, folder, mesh),
         )
         for role, folder in folders.items()
@@ -322,7 +322,7 @@ def _load(folder: ModelFolder, mesh: jax.sharding.Mesh | None) -> Params:
 def _open(folder: ModelFolder) -> Params:
     """Parameters that stay on disk, in float32 when they are read."""
     _LOG.info("read layer by layer, on one device: %s", folder.where)
-    return lazy.stored(folder, dtype=jnp.float32).params
+    return lazy.lazy_model(folder, dtype=jnp.float32).params
 
 
 def _write_model(
@@ -350,7 +350,7 @@ def _silent(alignment: Alignment | None, spec: MergeSpec) -> list[str]:
     if alignment is None:
         return []
     layers = {
-        site: np.flatnonzero(~cost.has_signal(alignment.target.values[site]))
+        site: np.flatnonzero(~cost.is_nonconstant(alignment.target.values[site]))
         for site in sites_of(spec.weights)
     }
     return [
@@ -368,7 +368,7 @@ _head = jax.jit(decoder.head, static_argnames="cfg")
 def _self_check(folder: Path, fused: Params) -> None:
     """Reads the written folder back, one piece at a time: parameters, tokenizer, a forward pass."""
     opened = open_folder(folder)
-    cfg, written = lazy.stored(opened)
+    cfg, written = lazy.lazy_model(opened)
     for spec in specs.param_specs(cfg):
         ours, theirs = np.asarray(specs.get(fused, spec.path)), specs.get(written, spec.path)
         pieces = zip(ours, theirs, strict=True) if spec.is_stacked else [(ours, theirs)]
@@ -379,8 +379,8 @@ def _self_check(folder: Path, fused: Params) -> None:
                 raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
     tokenizers.load_tokenizer(folder)
     batch = batching.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
-    cfg, written = lazy.stored(opened, dtype=jnp.float32)
-    [x] = offload.residuals(written, [batch], cfg=cfg, what="check what was written")
+    cfg, written = lazy.lazy_model(opened, dtype=jnp.float32)
+    [x] = offload.hidden_states(written, [batch], cfg=cfg, what="check what was written")
     logits = _head(offload.of_head(written, cfg=cfg), x[:1, :2], cfg=cfg)
     if not np.isfinite(np.asarray(logits)).all():
         raise OSError(f"{folder} was written, but its logits are not finite; report this as a bug.")
@@ -388,7 +388,7 @@ def _self_check(folder: Path, fused: Params) -> None:
 
 def _evaluate(
     stage: Stage,
-    inputs: Inputs,
+    inputs: MergeInputs,
     models: Models,
     merged: Path,
     known: Mapping[str, nll.Scores],
@@ -424,7 +424,7 @@ def _evaluate(
 
 
 def _divergence(
-    stage: Stage, inputs: Inputs, models: Models, merged: Path, logits_at_once: int
+    stage: Stage, inputs: MergeInputs, models: Models, merged: Path, logits_at_once: int
 ) -> float:
     """KL(target || merge) on the held-out text, nats per token."""
 
@@ -437,7 +437,9 @@ def _divergence(
     return stage("divergence", compute, *arrays.JSON, needs=["model"])
 
 
-def _samples(stage: Stage, inputs: Inputs, models: Models, merged: Path) -> list[schema.Sample]:
+def _samples(
+    stage: Stage, inputs: MergeInputs, models: Models, merged: Path
+) -> list[schema.Sample]:
     """What target and merge make of the beginnings of a few held-out documents."""
     count = inputs.recipe.continuations
     if inputs.held_out is None or not count:
@@ -450,9 +452,9 @@ def _samples(stage: Stage, inputs: Inputs, models: Models, merged: Path) -> list
         for role in ("target", "merge"):
             model = _scored_model(role, models, merged)
             found[role] = samples.sample(
-                model.params, model.cfg, tokenizer, prompts, stop=stop_ids(folder)
+                model.params, model.cfg, tokenizer, prompts, stop=eos_token_ids(folder)
             )
-        return samples.facts(prompts, found)
+        return samples.summary(prompts, found)
 
     written = stage("samples", compute, *arrays.JSON, needs=["model"])
     return [schema.Sample.model_validate(sample) for sample in written]

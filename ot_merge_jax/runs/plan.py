@@ -21,7 +21,7 @@ from ot_merge_jax.models.sites import site_width, sites_of
 from ot_merge_jax.recipes.recipe import Recipe
 from ot_merge_jax.runs import flops, memory
 from ot_merge_jax.runs import inputs as preflight
-from ot_merge_jax.runs.inputs import Inputs
+from ot_merge_jax.runs.inputs import MergeInputs
 from ot_merge_jax.transport import coupling
 
 _LOG = logging.getLogger(__name__)
@@ -41,8 +41,8 @@ class Needs(NamedTuple):
         work: Transport problems and arithmetic of one calibration seed.
     """
 
-    inputs: Inputs
-    memory: memory.Plan
+    inputs: MergeInputs
+    memory: memory.MemoryPlan
     limit: int
     disk: dict[str, int]
     free: int
@@ -103,7 +103,7 @@ def needs(
 
 def checked(
     recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool, limit: int | None
-) -> tuple[Inputs, memory.Plan]:
+) -> tuple[MergeInputs, memory.MemoryPlan]:
     """The checked inputs, and what the run will hold; with fewer rows if it would be too much.
 
     Args:
@@ -130,7 +130,7 @@ def checked(
         _LOG.info("memory: max_rows is lowered to %d", inputs.recipe.max_rows)
 
 
-def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
+def _memory(inputs: MergeInputs, limit: int | None) -> memory.MemoryPlan:
     """What the run will hold."""
     cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
     documents = [*inputs.dev, *(inputs.held_out or [])]
@@ -146,7 +146,7 @@ def _memory(inputs: Inputs, limit: int | None) -> memory.Plan:
     )  # fmt: skip
 
 
-def disk(inputs: Inputs) -> dict[str, int]:
+def disk(inputs: MergeInputs) -> dict[str, int]:
     """Bytes that lie beside the output, and in it, when a run has made everything.
 
     Stages are kept until the output is published, since a run that dies goes on from them. The

@@ -39,7 +39,7 @@ class File(pydantic.BaseModel):
     bytes: int
 
 
-class Entry(pydantic.BaseModel):
+class StageEntry(pydantic.BaseModel):
     """A finished stage: the stages it was made from, and its files, relative to the run folder."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
@@ -55,10 +55,10 @@ class Manifest(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
 
     sha256: str
-    stages: list[Entry]
+    stages: list[StageEntry]
 
 
-class Run(NamedTuple):
+class RunFolder(NamedTuple):
     """A run folder that is being worked in.
 
     Attributes:
@@ -80,13 +80,13 @@ def key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def finished(run: Run) -> dict[str, Entry]:
+def finished(run: RunFolder) -> dict[str, StageEntry]:
     """The finished stages by their names, in order, as the manifest has them."""
     return {entry.stage: entry for entry in _read_manifest(run.folder)}
 
 
 def stage(
-    run: Run,
+    run: RunFolder,
     name: str,
     make: Callable[[Path], object],
     load: Callable[[Path], T],
@@ -110,7 +110,7 @@ def stage(
 
     Example:
         >>> import tempfile
-        >>> run = Run(Path(tempfile.mkdtemp()))
+        >>> run = RunFolder(Path(tempfile.mkdtemp()))
         >>> made = []
         >>> def make(folder):
         ...     made.append("once")
@@ -131,21 +131,21 @@ def stage(
             for file in _files(run.folder, place)
             if file not in known
         }
-        entry = Entry(stage=name, needs=[run.part + one for one in needs], files=files)
+        entry = StageEntry(stage=name, needs=[run.part + one for one in needs], files=files)
         _commit_point(f"before {name}")
         _write_manifest(run.folder, [*entries.values(), entry])
         _commit_point(f"after {name}")
     return load(place)
 
 
-def drop(run: Run, names: Sequence[str]) -> None:
+def drop(run: RunFolder, names: Sequence[str]) -> None:
     """Takes finished stages back and deletes their files; the manifest forgets them first.
 
     For stages that newer ones replace, as a training's checkpoints do.
 
     Example:
         >>> import tempfile
-        >>> run = Run(Path(tempfile.mkdtemp()))
+        >>> run = RunFolder(Path(tempfile.mkdtemp()))
         >>> write = lambda folder: (folder / "a.txt").write_text("one")
         >>> place = stage(run, "a", write, lambda folder: folder)
         >>> drop(run, ["a"])
@@ -170,7 +170,7 @@ def run_folder(
     resume: bool = False,
     overwrite: bool = False,
     keep: bool = True,
-) -> Iterator[Run]:
+) -> Iterator[RunFolder]:
     """The folder of a run, whose ``model`` becomes ``out`` when the block ends well.
 
     A run that is killed or interrupted, that finds the disk or the memory full, or whose training
@@ -198,7 +198,7 @@ def run_folder(
     if aside.exists() and not out.exists():  # killed between the two renames of publishing
         aside.rename(out)
     atomic.check_output(out, overwrite=overwrite)
-    run = Run(folder)
+    run = RunFolder(folder)
     try:
         if folder.exists() and not resume:
             shutil.rmtree(folder)
@@ -214,7 +214,7 @@ def run_folder(
             _delete_others(run)
         yield run
         _commit_point("before publish")
-        atomic.put(folder / MODEL, out, aside=aside, overwrite=overwrite)
+        atomic.publish(folder / MODEL, out, aside=aside, overwrite=overwrite)
         _commit_point("after publish")
     except BaseException as error:
         is_full = isinstance(error, OSError) and atomic.is_full(error)
@@ -277,9 +277,9 @@ def _mention_others(out: Path, folder: Path) -> None:
         )
 
 
-def _verified(folder: Path) -> list[Entry]:
+def _verified(folder: Path) -> list[StageEntry]:
     """The finished stages whose files, and whose needs' files, are what they were."""
-    kept: dict[str, Entry] = {}
+    kept: dict[str, StageEntry] = {}
     again, damaged = [], []
     for entry in _read_manifest(folder):
         bad = [file for file, was in entry.files.items() if not _is_intact(folder / file, was)]
@@ -305,7 +305,7 @@ def _is_intact(path: Path, was: File) -> bool:
         return False
 
 
-def _read_manifest(folder: Path) -> list[Entry]:
+def _read_manifest(folder: Path) -> list[StageEntry]:
     """The entries of a manifest; none if it is missing or damaged."""
     path = folder / _MANIFEST
     if not path.exists():
@@ -320,7 +320,7 @@ def _read_manifest(folder: Path) -> list[Entry]:
     return manifest.stages
 
 
-def _write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
+def _write_manifest(folder: Path, entries: Sequence[StageEntry]) -> None:
     """Replaces the manifest; at every moment the old or the new one is there, whole.
 
     The files it names are not flushed: one that a power cut takes away no longer has its hash.
@@ -333,12 +333,12 @@ def _write_manifest(folder: Path, entries: Sequence[Entry]) -> None:
     atomic.flush(folder)
 
 
-def _digest(entries: Sequence[Entry]) -> str:
+def _digest(entries: Sequence[StageEntry]) -> str:
     """SHA-256 of the list of stages."""
     return hashlib.sha256("\n".join(one.model_dump_json() for one in entries).encode()).hexdigest()
 
 
-def _delete_others(run: Run) -> None:
+def _delete_others(run: RunFolder) -> None:
     """Deletes what belongs to no finished stage: the files and folders a dying run was making."""
     known = {_MANIFEST} | {file for entry in finished(run).values() for file in entry.files}
     for file in _files(run.folder, run.folder):
@@ -347,7 +347,7 @@ def _delete_others(run: Run) -> None:
     _delete_empty(run)
 
 
-def _delete_empty(run: Run) -> None:
+def _delete_empty(run: RunFolder) -> None:
     """Deletes the empty folders of a run."""
     for parent, _, _ in os.walk(run.folder, topdown=False):
         with contextlib.suppress(OSError):  # not empty

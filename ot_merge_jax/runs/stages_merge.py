@@ -9,7 +9,7 @@ from ot_merge_jax.merging.merge import Stage
 from ot_merge_jax.runs import stages
 
 
-def keeping(run: stages.Run) -> Stage:
+def keeping(run: stages.RunFolder) -> Stage:
     """The stage of `ot_merge_jax.merging.merge.merge` that keeps results in a run folder.
 
     Args:

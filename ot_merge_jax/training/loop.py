@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     step: Any
 
 
-class Seen(NamedTuple):
+class StepMetrics(NamedTuple):
     """What one step saw.
 
     Attributes:
@@ -43,7 +43,7 @@ class Seen(NamedTuple):
     norm: Any
 
 
-class Course(NamedTuple):
+class TrainHistory(NamedTuple):
     """A training run so far; all of it is kept in a checkpoint.
 
     Attributes:
@@ -61,21 +61,21 @@ class Course(NamedTuple):
     best: Any = None
 
 
-class CourseError(DivergedError):
+class TrainingDivergedError(DivergedError):
     """Training diverged.
 
     Attributes:
-        course: How far it came; its parameters may be broken already.
+        history: How far it came; its parameters may be broken already.
     """
 
-    def __init__(self, message: str, course: Course) -> None:
-        """The sentence for the user, and the course."""
+    def __init__(self, message: str, history: TrainHistory) -> None:
+        """The sentence for the user, and the history."""
         super().__init__(message)
-        self.course = course
+        self.history = history
 
 
 Loss = Callable[[Any, Any, Any], jax.Array]
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, Seen]]
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, StepMetrics]]
 
 
 def start(params: Any, transform: optax.GradientTransformation) -> TrainState:
@@ -90,13 +90,13 @@ def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int 
     A step whose loss or gradient is not finite changes nothing, so the last good state survives.
 
     Args:
-        loss: ``(what trains, constants, batch) -> scalar``; over the parts of a batch it adds up.
+        loss: ``(what trains, frozen, batch) -> scalar``; over the parts of a batch it adds up.
         transform: An optax transformation.
         parts: Parts a batch is computed in, one after the other, their gradients added up
             (gradient accumulation); if more than 1, batches have a leading axis of that size.
 
     Returns:
-        ``(state, constants, batch) -> (state, seen)``.
+        ``(state, frozen, batch) -> (state, seen)``.
 
     Example:
         >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
@@ -106,15 +106,15 @@ def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int 
         (0.5, 1.0)
     """
 
-    def step(state: TrainState, constants: Any, batch: Any) -> tuple[TrainState, Seen]:
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, StepMetrics]:
         value_and_gradient = jax.value_and_grad(loss)
         if parts == 1:
-            value, gradient = value_and_gradient(state.params, constants, batch)
+            value, gradient = value_and_gradient(state.params, frozen, batch)
         else:
             nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
             value, gradient = jax.lax.scan(
                 lambda total, part: (
-                    jax.tree.map(jnp.add, total, value_and_gradient(state.params, constants, part)),
+                    jax.tree.map(jnp.add, total, value_and_gradient(state.params, frozen, part)),
                     None,
                 ),
                 nothing,
@@ -127,7 +127,7 @@ def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int 
             return TrainState(optax.apply_updates(state.params, updates), moved, state.step + 1)
 
         is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        return jax.lax.cond(is_finite, move, lambda state: state, state), Seen(value, norm)
+        return jax.lax.cond(is_finite, move, lambda state: state, state), StepMetrics(value, norm)
 
     return step
 
@@ -138,39 +138,39 @@ def compiled(step: Step) -> Step:
 
 
 def fit(
-    course: Course,
+    history: TrainHistory,
     step: Step,
-    constants: Any,
+    frozen: Any,
     batch_at: Callable[[int], Any],
     *,
     steps: int,
     dev_loss: Callable[[Any], float],
     eval_every: int,
     patience: int | None = None,
-    after: Callable[[Course], None] = lambda course: None,
-    rescue: Callable[[Course], None] = lambda course: None,
-    counted: Callable[[range], Any] = lambda steps: steps,
-) -> Course:
-    """Trains from where a course stands to its end.
+    on_step: Callable[[TrainHistory], None] = lambda history: None,
+    on_divergence: Callable[[TrainHistory], None] = lambda history: None,
+    progress_of: Callable[[range], Any] = lambda steps: steps,
+) -> TrainHistory:
+    """Trains from where a history stands to its end.
 
     Args:
-        course: A new one holds `start` of the parameters; its state is taken over.
+        history: A new one holds `start` of the parameters; its state is taken over.
         step: From `compiled`.
-        constants: What the loss needs beside what trains.
+        frozen: What the loss needs beside what trains.
         batch_at: The batch of a step by its number: the position in the data is that number.
         steps: Optimiser steps in all.
         dev_loss: Of what trains, on the dev split.
         eval_every: Steps between evaluations; the start and the end are always evaluated.
         patience: Evaluations without a new best after which training stops and the best parameters
             are kept; None: never.
-        after: Called with the course after every step and evaluation: events, checkpoints. What it
-            raises ends the training.
-        rescue: Called with the course before a step that diverged, before the error. What it holds
-            may be broken already, by the update before.
-        counted: Wraps the numbers of the steps to come, to show progress.
+        on_step: Called with the history after every step and evaluation: events, checkpoints. What
+            it raises ends the training.
+        on_divergence: Called with the history before a step that diverged, before the error. What
+            it holds may be broken already, by the update before.
+        progress_of: Wraps the numbers of the steps to come, to show progress.
 
     Returns:
-        The finished course; `result` takes the parameters out of it.
+        The finished history; `result` takes the parameters out of it.
 
     Raises:
         CourseError: naming the step, if a loss, also on dev, or a gradient is not finite.
@@ -178,58 +178,60 @@ def fit(
     Example:
         >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
         >>> halve = compiled(one_step(square, optax.sgd(0.25)))
-        >>> new = Course(start(jnp.ones(()), optax.sgd(0.25)))
+        >>> new = TrainHistory(start(jnp.ones(()), optax.sgd(0.25)))
         >>> done = fit(new, halve, 0.0, lambda step: jnp.ones(()), steps=4, eval_every=2,
         ...            dev_loss=lambda x: float(x))
         >>> done.dev, done.losses[-1]
         (((0, 1.0), (2, 0.25), (4, 0.0625)), 0.015625)
     """
 
-    def evaluated(course: Course) -> Course:
-        done = len(course.losses)
-        if course.dev and course.dev[-1][0] == done:
-            return course  # before the checkpoint that was taken up
-        found = dev_loss(course.state.params)
-        is_best = all(found < loss for _, loss in course.dev)
-        course = course._replace(dev=(*course.dev, (done, found)))
+    def evaluated(history: TrainHistory) -> TrainHistory:
+        done = len(history.losses)
+        if history.dev and history.dev[-1][0] == done:
+            return history  # before the checkpoint that was taken up
+        found = dev_loss(history.state.params)
+        is_best = all(found < loss for _, loss in history.dev)
+        history = history._replace(dev=(*history.dev, (done, found)))
         if not np.isfinite(found):
             when, rest = "before training", "use --dtype float32"
             if done:
                 when, rest = f"after training step {done}", "lower the learning rate"
-            raise CourseError(f"The dev loss is {found} {when}; {rest}.", course)
+            raise TrainingDivergedError(f"The dev loss is {found} {when}; {rest}.", history)
         if patience is None or not is_best:
-            return course
+            return history
         # a copy: the next step takes the state over
-        best = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), course.state.params)
-        return course._replace(best=best)
+        best = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), history.state.params)
+        return history._replace(best=best)
 
-    if not course.losses:
-        course = evaluated(course)
-    for index in counted(range(len(course.losses), steps)):
-        if is_spent(course.dev, patience):
+    if not history.losses:
+        history = evaluated(history)
+    for index in progress_of(range(len(history.losses), steps)):
+        if should_stop_early(history.dev, patience):
             break
-        state, seen = step(course.state, constants, batch_at(index))
-        course = course._replace(state=state)
+        state, seen = step(history.state, frozen, batch_at(index))
+        history = history._replace(state=state)
         loss, norm = float(seen.loss), float(seen.norm)
         if not np.isfinite(loss) or not np.isfinite(norm):
             what = f"loss is {loss}" if not np.isfinite(loss) else f"gradient's norm is {norm}"
-            rescue(course)
-            raise CourseError(
-                f"The {what} at training step {index + 1}; lower the learning rate.", course
+            on_divergence(history)
+            raise TrainingDivergedError(
+                f"The {what} at training step {index + 1}; lower the learning rate.", history
             )
-        course = course._replace(losses=(*course.losses, loss), norms=(*course.norms, norm))
+        history = history._replace(losses=(*history.losses, loss), norms=(*history.norms, norm))
         if (index + 1) % eval_every == 0 or index + 1 == steps:
-            course = evaluated(course)
-        after(course)
-    return course
+            history = evaluated(history)
+        on_step(history)
+    return history
 
 
-def is_spent(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
+def should_stop_early(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
     """Whether as many evaluations as ``patience`` have brought no new best.
 
     Example:
-        >>> is_spent([(0, 3.0), (2, 2.0), (4, 2.1)], 1), is_spent([(0, 3.0), (2, 2.0)], 1)
-        (True, False)
+        >>> should_stop_early([(0, 3.0), (2, 2.0), (4, 2.1)], 1)
+        True
+        >>> should_stop_early([(0, 3.0), (2, 2.0)], 1)
+        False
     """
     if patience is None or not dev:
         return False
@@ -237,6 +239,6 @@ def is_spent(dev: Sequence[tuple[int, float]], patience: int | None) -> bool:
     return len(dev) - 1 - best >= patience
 
 
-def result(course: Course) -> Any:
-    """The parameters a course ends with: the best on the dev split where that stops it."""
-    return course.state.params if course.best is None else course.best
+def result(history: TrainHistory) -> Any:
+    """The parameters a history ends with: the best on the dev split where that stops it."""
+    return history.state.params if history.best is None else history.best

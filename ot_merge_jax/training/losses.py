@@ -184,7 +184,7 @@ def loss(
         distance that has no unit. That distance says nothing of WHICH token is likely, so it never
         stands alone.
 
-    Source: SPEC section 8; for different vocabularies Boizard et al. 2024 (arXiv 2402.12030).
+    Source: for different vocabularies Boizard et al. 2024 (arXiv 2402.12030).
     """
     plain, distilled = objective.shares
     x = _residual(params, examples.tokens, examples.mask, objective.cfg, objective.remat)
@@ -224,4 +224,4 @@ def _residual(
     params: Params, tokens: jax.Array, mask: jax.Array, cfg: ModelConfig, remat: bool
 ) -> jax.Array:
     """The residual stream behind the last layer."""
-    return decoder.residual(params, _batch(tokens, mask), cfg=cfg, remat=remat)[0]
+    return decoder.hidden_states(params, _batch(tokens, mask), cfg=cfg, remat=remat)[0]

@@ -23,20 +23,20 @@ RESPONDER = "assistant"
 FEWEST_ALIGNED = 0.3
 
 
-class Marked(NamedTuple):
+class TrainingTokens(NamedTuple):
     """A tokenised document.
 
     Attributes:
         ids: Token ids, after the prefix that evaluation puts before a document too.
-        counted: Whether the prediction of each token counts.
+        loss_mask: Whether the prediction of each token counts.
         is_special: Which of them are special.
         ends: Where tokens end (`rows.ends`); empty unless asked for.
     """
 
     ids: list[int]
-    counted: list[bool]
+    loss_mask: list[bool]
     is_special: list[bool]
-    ends: dict[alignment.Place, int]
+    ends: dict[alignment.TokenEnd, int]
 
 
 class PairBlocks(NamedTuple):
@@ -65,13 +65,13 @@ class Blocks(NamedTuple):
     Attributes:
         tokens: ``[n, s]`` int32.
         mask: ``[n, s]`` which are real.
-        counted: ``[n, s]`` the prediction of which counts.
+        loss_mask: ``[n, s]`` the prediction of which counts.
         pairs: For a teacher with another vocabulary; else None.
     """
 
     tokens: np.ndarray
     mask: np.ndarray
-    counted: np.ndarray
+    loss_mask: np.ndarray
     pairs: PairBlocks | None = None
 
     @property
@@ -80,9 +80,9 @@ class Blocks(NamedTuple):
         return int(_predicted(self).sum())
 
 
-def mark(
+def tokenize_for_training(
     document: Document, tokenizer: Any, *, responses_only: bool = True, has_ends: bool = False
-) -> Marked:
+) -> TrainingTokens:
     """Tokenises a document and says which tokens count.
 
     The prefix (BOS, else EOS) is written before it if the tokenizer or the template does not, as in
@@ -123,51 +123,51 @@ def mark(
         bool(added) or token in special
         for token, added in zip(ids, one["special_tokens_mask"], strict=True)
     ]
-    counted = [True] * len(ids)
-    ends: dict[alignment.Place, int] = {}
+    loss_mask = [True] * len(ids)
+    ends: dict[alignment.TokenEnd, int] = {}
     if is_masked and isinstance(document, Chat):
         said = [
             span
             for turn, span in zip(document.turns, rendered.contents, strict=True)
             if turn.role == RESPONDER
         ]
-        counted = _responses(one["offset_mapping"], is_special, said)
+        loss_mask = _responses(one["offset_mapping"], is_special, said)
     if has_ends:
-        ends = alignment.ends(
+        ends = alignment.token_ends(
             rendered.text, one["offset_mapping"], is_special=is_special, contents=rendered.contents
         )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prefix = eos if bos is None else bos
     if prefix is None or not ids:
-        return Marked(ids, counted, is_special, ends)
+        return TrainingTokens(ids, loss_mask, is_special, ends)
     if ids[0] != prefix:
-        ids, counted, is_special = [prefix, *ids], [True, *counted], [True, *is_special]
+        ids, loss_mask, is_special = [prefix, *ids], [True, *loss_mask], [True, *is_special]
         ends = {place: token + 1 for place, token in ends.items()}
-    counted[0] = prefix == eos and not is_masked
-    return Marked(ids, counted, is_special, ends)
+    loss_mask[0] = prefix == eos and not is_masked
+    return TrainingTokens(ids, loss_mask, is_special, ends)
 
 
 def _responses(
     offsets: Sequence[alignment.Span], is_special: Sequence[bool], said: Sequence[alignment.Span]
 ) -> list[bool]:
     """Tokens that touch what the assistant says, and the special token right behind."""
-    counted = [
+    loss_mask = [
         start < stop and any(start < end and begin < stop for begin, end in said)
         for start, stop in offsets
     ]
     behind = [
         index
-        for index in range(1, len(counted))
-        if counted[index - 1] and not counted[index] and is_special[index]
+        for index in range(1, len(loss_mask))
+        if loss_mask[index - 1] and not loss_mask[index] and is_special[index]
     ]
-    return [one or index in set(behind) for index, one in enumerate(counted)]
+    return [one or index in set(behind) for index, one in enumerate(loss_mask)]
 
 
-def pack(documents: Sequence[Marked], length: int, *, has_tail: bool = False) -> Blocks:
+def pack(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool = False) -> Blocks:
     """Concatenates documents and cuts them into blocks; attention sees the documents before.
 
     Args:
-        documents: From `mark`.
+        documents: From `tokenize_for_training`.
         length: Tokens of a block.
         has_tail: Whether the incomplete last block is kept, filled up with masked tokens.
 
@@ -178,23 +178,23 @@ def pack(documents: Sequence[Marked], length: int, *, has_tail: bool = False) ->
         InputError: if the text is too short for one block, or nothing in it counts.
 
     Example:
-        >>> one = Marked([5, 6, 7], [True] * 3, [False] * 3, {})
+        >>> one = TrainingTokens([5, 6, 7], [True] * 3, [False] * 3, {})
         >>> pack([one, one], 2).tokens.tolist()
         [[5, 6], [7, 5], [6, 7]]
     """
     return _with_predictions(_cut(documents, length, has_tail=has_tail))
 
 
-def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
+def _cut(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool) -> Blocks:
     """All blocks of a stream of documents."""
     ids = [token for one in documents for token in one.ids]
-    counted = [flag for one in documents for flag in one.counted]
+    loss_mask = [flag for one in documents for flag in one.loss_mask]
     mask = [True] * len(ids)
     if has_tail and ids:
         missing = -len(ids) % length
-        ids, counted, mask = (
+        ids, loss_mask, mask = (
             [*stream, *[nothing] * missing]
-            for stream, nothing in ((ids, 0), (counted, False), (mask, False))
+            for stream, nothing in ((ids, 0), (loss_mask, False), (mask, False))
         )
     if len(ids) < length:
         raise InputError(
@@ -205,7 +205,7 @@ def _cut(documents: Sequence[Marked], length: int, *, has_tail: bool) -> Blocks:
     def blocks(stream: list[Any], kind: Any) -> np.ndarray:
         return np.array(stream[: len(stream) // length * length], kind).reshape(-1, length)
 
-    return Blocks(blocks(ids, np.int32), blocks(mask, bool), blocks(counted, bool))
+    return Blocks(blocks(ids, np.int32), blocks(mask, bool), blocks(loss_mask, bool))
 
 
 def pair(
@@ -227,7 +227,7 @@ def pair(
         tokenizer: Of the student.
         source_tokenizer: Of the teacher.
         length: Tokens of a block, for both.
-        responses_only: As in `mark`.
+        responses_only: As in `tokenize_for_training`.
 
     Returns:
         Blocks with ``pairs``.
@@ -236,9 +236,9 @@ def pair(
         InputError: if too few tokens of either model end at a common place (`FEWEST_ALIGNED`), or
             nothing counts.
 
-    Source: SPEC section 2, rows ``span``.
+    Source: method: Activations, rows ``span``.
     """
-    bins: list[tuple[list[Marked], list[Marked]]] = []
+    bins: list[tuple[list[TrainingTokens], list[TrainingTokens]]] = []
     filled = [length, length]
     ordinary, found = np.zeros(2, int), 0
     for document in documents:
@@ -251,7 +251,7 @@ def pair(
                 one.append(part)
             filled = [size + more for size, more in zip(filled, sizes, strict=True)]
             ordinary += [one.is_special.count(False) for one in both]
-            found += len(alignment.shared(both[0].ends, both[1].ends))
+            found += len(alignment.common_boundaries(both[0].ends, both[1].ends))
     matched = [float(found / max(1, one)) for one in ordinary]
     if min(matched, default=0) < FEWEST_ALIGNED:
         raise InputError(
@@ -272,10 +272,10 @@ def pair(
 
 def _fitting(
     document: Document, tokenizers: tuple[Any, Any], length: int, responses_only: bool
-) -> Iterator[tuple[Marked, Marked]]:
+) -> Iterator[tuple[TrainingTokens, TrainingTokens]]:
     """A document, or its parts, in the tokens of both models."""
     options = {"responses_only": responses_only, "has_ends": True}
-    student, teacher = (mark(document, one, **options) for one in tokenizers)
+    student, teacher = (tokenize_for_training(document, one, **options) for one in tokenizers)
     if max(len(student.ids), len(teacher.ids)) > length and isinstance(document, str):
         middle = len(document) // 2
         space = document.rfind(" ", 1, middle + 1)
@@ -287,26 +287,28 @@ def _fitting(
     yield _shortened(student, length), _shortened(teacher, length)
 
 
-def _shortened(one: Marked, length: int) -> Marked:
+def _shortened(one: TrainingTokens, length: int) -> TrainingTokens:
     """A document without what is beyond the length."""
     ends = {place: token for place, token in one.ends.items() if token < length}
-    return Marked(one.ids[:length], one.counted[:length], one.is_special[:length], ends)
+    return TrainingTokens(one.ids[:length], one.loss_mask[:length], one.is_special[:length], ends)
 
 
-def _filled(bins: Sequence[Sequence[Marked]], length: int) -> Blocks:
+def _filled(bins: Sequence[Sequence[TrainingTokens]], length: int) -> Blocks:
     """Each bin as one block, filled up."""
     parts = [_cut(one, length, has_tail=True) for one in bins]
-    tokens, mask, counted = map(np.concatenate, zip(*(one[:3] for one in parts), strict=True))
-    return Blocks(tokens, mask, counted)
+    tokens, mask, loss_mask = map(np.concatenate, zip(*(one[:3] for one in parts), strict=True))
+    return Blocks(tokens, mask, loss_mask)
 
 
-def _places(student: Sequence[Marked], teacher: Sequence[Marked]) -> list[tuple[int, int]]:
+def _places(
+    student: Sequence[TrainingTokens], teacher: Sequence[TrainingTokens]
+) -> list[tuple[int, int]]:
     """Common places of the documents of one bin whose next token counts."""
     places, begun = [], (0, 0)
     for mine, other in zip(student, teacher, strict=True):
-        for here, there in alignment.shared(mine.ends, other.ends):
+        for here, there in alignment.common_boundaries(mine.ends, other.ends):
             is_last = here + 1 >= len(mine.ids) or there + 1 >= len(other.ids)
-            if not is_last and mine.counted[here + 1]:
+            if not is_last and mine.loss_mask[here + 1]:
                 places.append((begun[0] + here, begun[1] + there))
         begun = begun[0] + len(mine.ids), begun[1] + len(other.ids)
     return places
@@ -314,9 +316,9 @@ def _places(student: Sequence[Marked], teacher: Sequence[Marked]) -> list[tuple[
 
 def _predicted(blocks: Blocks) -> np.ndarray:
     """``[n, s]`` tokens whose prediction counts; the first of a block has nothing before it."""
-    counted = blocks.counted & blocks.mask
-    counted[:, 0] = False
-    return counted
+    loss_mask = blocks.loss_mask & blocks.mask
+    loss_mask[:, 0] = False
+    return loss_mask
 
 
 def _with_predictions(blocks: Blocks) -> Blocks:
@@ -338,7 +340,7 @@ def _rows(blocks: Blocks, chosen: np.ndarray) -> Blocks:
         pairs = pairs._replace(
             tokens=tokens, mask=mask, position=position, source_position=source_position
         )
-    return Blocks(blocks.tokens[chosen], blocks.mask[chosen], blocks.counted[chosen], pairs)
+    return Blocks(blocks.tokens[chosen], blocks.mask[chosen], blocks.loss_mask[chosen], pairs)
 
 
 def per_epoch(blocks: Blocks, batch_size: int) -> int:

@@ -1,4 +1,4 @@
-"""A training problem without disks: what trains, what is constant, the step, the course.
+"""A training problem without disks: what trains, what is constant, the step, the history.
 
 `train` is what the command, and every arm of a comparison, calls: arms that share a `Problem` see
 the same data in the same order. Imports the rest of adapt.
@@ -20,7 +20,7 @@ from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.training import loop, lora, losses, optimizer, packing
 from ot_merge_jax.training import residual as residuals
-from ot_merge_jax.training.loop import Course, Seen, TrainState
+from ot_merge_jax.training.loop import StepMetrics, TrainHistory, TrainState
 from ot_merge_jax.training.losses import Examples, Objective
 from ot_merge_jax.types import Params
 
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
     dev: packing.Blocks
 
 
-class Rates(NamedTuple):
+class OptimizerHParams(NamedTuple):
     """Numbers of the optimiser that trace: they sweep under ``vmap`` without a new compilation.
 
     Attributes:
@@ -55,7 +55,7 @@ class Rates(NamedTuple):
     clip: Any
 
 
-class Constants(NamedTuple):
+class Frozen(NamedTuple):
     """What the loss needs beside what trains.
 
     Attributes:
@@ -70,10 +70,10 @@ class Constants(NamedTuple):
     residual: dict[str, jax.Array]
     factor: dict[str, Any]
     source: Params | None
-    rates: Rates
+    rates: OptimizerHParams
 
 
-class Plan(NamedTuple):
+class StepConfig(NamedTuple):
     """What fixes the program of a step; hashable, so static in jit.
 
     Attributes:
@@ -95,11 +95,13 @@ class Plan(NamedTuple):
     warmup: float
 
 
-def plan_of(problem: Problem) -> Plan:
+def step_config(problem: Problem) -> StepConfig:
     """The static part of a problem."""
     s = problem.settings
     scale = 1.0 if s.lora is None or s.lora_alpha is None else s.lora_alpha / s.lora
-    return Plan(problem.objective, s.dtype, s.accumulate, scale, s.steps or 0, s.schedule, s.warmup)
+    return StepConfig(
+        problem.objective, s.dtype, s.accumulate, scale, s.steps or 0, s.schedule, s.warmup
+    )
 
 
 def begin(
@@ -108,7 +110,7 @@ def begin(
     residual: dict[str, jax.Array],
     factor: dict[str, Any],
     source: Params | None = None,
-) -> tuple[Any, Constants]:
+) -> tuple[Any, Frozen]:
     """What trains, before the first step, and what stays.
 
     Args:
@@ -119,50 +121,50 @@ def begin(
         source: The teacher's parameters.
 
     Returns:
-        (what trains, constants).
+        (what trains, frozen).
     """
-    rates = rates_of(problem)
+    rates = optimizer_hparams(problem)
     if problem.settings.lora is None:
-        return base, Constants(None, residual, factor, source, rates)
+        return base, Frozen(None, residual, factor, source, rates)
     key = jax.random.key(problem.settings.seed)
     rank, targets = problem.settings.lora, problem.settings.lora_targets
     factors = lora.init(key, problem.objective.cfg, rank=rank, targets=targets)
     if (mesh := sharding.mesh_of(base)) is not None:
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         factors = jax.device_put(factors, whole)
-    return factors, Constants(base, residual, factor, source, rates)
+    return factors, Frozen(base, residual, factor, source, rates)
 
 
-def base_of(trainable: Any, constants: Constants, *, plan: Plan) -> Params:
+def base_of(trainable: Any, frozen: Frozen, *, plan: StepConfig) -> Params:
     """The trained part as plain weights: adapters folded, the residual not yet."""
-    if constants.base is None:
+    if frozen.base is None:
         return trainable
-    return lora.fold(constants.base, trainable, plan.lora_scale)
+    return lora.fold(frozen.base, trainable, plan.lora_scale)
 
 
-def params_of(trainable: Any, constants: Constants, *, plan: Plan) -> Params:
+def params_of(trainable: Any, frozen: Frozen, *, plan: StepConfig) -> Params:
     """The plain parameters, float32: everything folded."""
-    base = base_of(trainable, constants, plan=plan)
-    return residuals.fold(base, constants.residual, constants.factor)
+    base = base_of(trainable, frozen, plan=plan)
+    return residuals.fold(base, frozen.residual, frozen.factor)
 
 
-def loss_of(plan: Plan) -> loop.Loss:
-    """``(what trains, constants, examples) -> loss``, a pure function."""
+def loss_of(plan: StepConfig) -> loop.Loss:
+    """``(what trains, frozen, examples) -> loss``, a pure function."""
 
-    def loss(trainable: Any, constants: Constants, examples: Examples) -> jax.Array:
-        params = _cast(params_of(trainable, constants, plan=plan), plan.dtype)
-        return losses.loss(params, constants.source, examples, objective=plan.objective)
+    def loss(trainable: Any, frozen: Frozen, examples: Examples) -> jax.Array:
+        params = _cast(params_of(trainable, frozen, plan=plan), plan.dtype)
+        return losses.loss(params, frozen.source, examples, objective=plan.objective)
 
     return loss
 
 
-def rates_of(problem: Problem) -> Rates:
+def optimizer_hparams(problem: Problem) -> OptimizerHParams:
     """The numbers of the optimiser that the settings say."""
     s = problem.settings
-    return Rates(s.learning_rate, s.weight_decay, s.clip)
+    return OptimizerHParams(s.learning_rate, s.weight_decay, s.clip)
 
 
-def transform_of(plan: Plan, rates: Rates) -> optax.GradientTransformation:
+def transform_of(plan: StepConfig, rates: OptimizerHParams) -> optax.GradientTransformation:
     """The optimiser of a plan; its state does not depend on the rates."""
     return optimizer.optimizer(
         steps=plan.steps, warmup=plan.warmup, schedule=plan.schedule, **rates._asdict()
@@ -170,8 +172,8 @@ def transform_of(plan: Plan, rates: Rates) -> optax.GradientTransformation:
 
 
 def step(
-    state: TrainState, constants: Constants, examples: Examples, *, plan: Plan
-) -> tuple[TrainState, Seen]:
+    state: TrainState, frozen: Frozen, examples: Examples, *, plan: StepConfig
+) -> tuple[TrainState, StepMetrics]:
     """One step of training, a pure function.
 
     Of its arguments only ``plan`` is static: arms that differ in their start, their teacher's
@@ -179,15 +181,15 @@ def step(
 
     Args:
         state: What trains; of a jitted step it is taken over.
-        constants: What does not.
+        frozen: What does not.
         examples: From `packing.batch_at`.
         plan: What fixes the program.
 
     Returns:
         The next state, and what was seen.
     """
-    transform = transform_of(plan, constants.rates)
-    return loop.one_step(loss_of(plan), transform, parts=plan.parts)(state, constants, examples)
+    transform = transform_of(plan, frozen.rates)
+    return loop.one_step(loss_of(plan), transform, parts=plan.parts)(state, frozen, examples)
 
 
 _step = jax.jit(step, static_argnames="plan", donate_argnums=0)
@@ -212,7 +214,7 @@ def next_token_loss(params: Params, problem: Problem) -> float:
 
     Whatever the objective of a problem, so that arms compare.
     """
-    plan = plan_of(problem)
+    plan = step_config(problem)
     objective = Objective("sft", plan.objective.cfg, remat=plan.objective.remat)
     size = max(1, problem.settings.batch_size // plan.parts)
     mesh = sharding.mesh_of(params)
@@ -222,9 +224,9 @@ def next_token_loss(params: Params, problem: Problem) -> float:
     )
 
 
-def dev_loss(trainable: Any, constants: Constants, problem: Problem) -> float:
+def dev_loss(trainable: Any, frozen: Frozen, problem: Problem) -> float:
     """`next_token_loss` of what trains, folded."""
-    return next_token_loss(_folded(trainable, constants, plan=plan_of(problem)), problem)
+    return next_token_loss(_folded(trainable, frozen, plan=step_config(problem)), problem)
 
 
 def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = None) -> Examples:
@@ -236,51 +238,51 @@ def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = N
     return _placed(made, mesh, int(s.accumulate > 1))
 
 
-def new_course(problem: Problem, trainable: Any) -> Course:
-    """A course before its first step; the caller keeps what it gave."""
-    transform = transform_of(plan_of(problem), rates_of(problem))
-    return Course(loop.start(trainable, transform))
+def new_history(problem: Problem, trainable: Any) -> TrainHistory:
+    """A history before its first step; the caller keeps what it gave."""
+    transform = transform_of(step_config(problem), optimizer_hparams(problem))
+    return TrainHistory(loop.start(trainable, transform))
 
 
 def train(
     problem: Problem,
-    course: Course,
-    constants: Constants,
+    history: TrainHistory,
+    frozen: Frozen,
     *,
-    after: Callable[[Course], None] = lambda course: None,
-    rescue: Callable[[Course], None] = lambda course: None,
-    counted: Callable[[range], Any] = lambda steps: steps,
-) -> Course:
+    on_step: Callable[[TrainHistory], None] = lambda history: None,
+    on_divergence: Callable[[TrainHistory], None] = lambda history: None,
+    progress_of: Callable[[range], Any] = lambda steps: steps,
+) -> TrainHistory:
     """Trains to the end, or until early stopping.
 
     Args:
         problem: What is to be learned.
-        course: From `new_course`, or taken up again; its arrays are taken over.
-        constants: From `begin`.
-        after: As in `loop.fit`.
-        rescue: As in `loop.fit`.
-        counted: As in `loop.fit`.
+        history: From `new_history`, or taken up again; its arrays are taken over.
+        frozen: From `begin`.
+        on_step: As in `loop.fit`.
+        on_divergence: As in `loop.fit`.
+        progress_of: As in `loop.fit`.
 
     Returns:
-        The course; `loop.result` of it is what trained.
+        The history; `loop.result` of it is what trained.
 
     Raises:
         DivergedError: naming the step.
     """
-    s, plan = problem.settings, plan_of(problem)
-    mesh = sharding.mesh_of(course.state.params)
+    s, plan = problem.settings, step_config(problem)
+    mesh = sharding.mesh_of(history.state.params)
     return loop.fit(
-        course,
+        history,
         functools.partial(_step, plan=plan),
-        constants,
+        frozen,
         lambda index: batch_of(problem, index, mesh=mesh),
         steps=plan.steps,
-        dev_loss=lambda trainable: dev_loss(trainable, constants, problem),
+        dev_loss=lambda trainable: dev_loss(trainable, frozen, problem),
         eval_every=s.eval_every or 1,
         patience=s.patience,
-        after=after,
-        rescue=rescue,
-        counted=counted,
+        on_step=on_step,
+        on_divergence=on_divergence,
+        progress_of=progress_of,
     )
 
 

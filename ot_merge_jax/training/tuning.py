@@ -19,9 +19,9 @@ from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.training import loop
 from ot_merge_jax.training import step as training
-from ot_merge_jax.training.loop import CourseError, Seen, TrainState
+from ot_merge_jax.training.loop import StepMetrics, TrainingDivergedError, TrainState
 from ot_merge_jax.training.losses import Examples
-from ot_merge_jax.training.step import Constants, Plan, Problem, Rates
+from ot_merge_jax.training.step import Frozen, OptimizerHParams, Problem, StepConfig
 
 #: Bytes that rates which train together may hold on an accelerator; none on CPU, where products in
 #: a batch, each with its own weights, are no faster (the demo's sibling, 3 rates: 1.2 times the CPU
@@ -29,7 +29,7 @@ from ot_merge_jax.training.step import Constants, Plan, Problem, Rates
 TOGETHER = 1 << 30
 
 
-class Tried(NamedTuple):
+class TriedRate(NamedTuple):
     """One learning rate.
 
     Attributes:
@@ -45,7 +45,7 @@ class Tried(NamedTuple):
     loss: float
 
 
-class Arm(NamedTuple):
+class TunedStart(NamedTuple):
     """A trained start.
 
     Attributes:
@@ -54,8 +54,8 @@ class Arm(NamedTuple):
         trained: What trains, after training at the best rate.
     """
 
-    tried: list[Tried]
-    best: Tried
+    tried: list[TriedRate]
+    best: TriedRate
     trained: Any
 
 
@@ -67,12 +67,12 @@ def budget() -> int:
 def tune(
     problem: Problem,
     trainable: Any,
-    constants: Constants,
+    frozen: Frozen,
     rates: Sequence[float],
     *,
     name: str = "arm",
     is_together: bool | None = None,
-) -> Arm:
+) -> TunedStart:
     """Trains one start at every rate and takes the best on the dev split.
 
     A rate that diverges is a bad rate, not the end of the run.
@@ -80,7 +80,7 @@ def tune(
     Args:
         problem: What is to be learned; its own rate is not used.
         trainable: What trains, from `training.begin`; kept.
-        constants: Likewise.
+        frozen: Likewise.
         rates: Peak learning rates.
         name: Shown with the progress.
         is_together: Whether the rates train under one ``vmap``; None: if there are several, on one
@@ -99,59 +99,62 @@ def tune(
             and len(rates) * training.lane_bytes(problem, trainable) <= budget()
         )
     train = _together if is_together else _one_by_one
-    tried, trained = train(problem, trainable, constants, rates, name)
+    tried, trained = train(problem, trainable, frozen, rates, name)
     best = _best(tried)
     if not math.isfinite(best.loss):
         raise DivergedError(
             f"Every learning rate of {name} ({', '.join(f'{one:g}' for one in rates)}) diverged; "
             "lower --rates or --learning-rate."
         )
-    return Arm(tried, best, trained)
+    return TunedStart(tried, best, trained)
 
 
-def _best(tried: Sequence[Tried]) -> Tried:
+def _best(tried: Sequence[TriedRate]) -> TriedRate:
     """The lowest dev loss at the end."""
     return min(tried, key=lambda one: one.loss)
 
 
 def _one_by_one(
-    problem: Problem, trainable: Any, constants: Constants, rates: Sequence[float], name: str
-) -> tuple[list[Tried], Any]:
+    problem: Problem, trainable: Any, frozen: Frozen, rates: Sequence[float], name: str
+) -> tuple[list[TriedRate], Any]:
     """Every rate with the loop that `ot-merge adapt` has; only the best is held."""
     tried, trained = [], None
     for rate in rates:
-        given = constants._replace(rates=constants.rates._replace(learning_rate=rate))
-        course = training.new_course(problem, trainable)
+        given = frozen._replace(rates=frozen.rates._replace(learning_rate=rate))
+        history = training.new_history(problem, trainable)
         loss, result = math.inf, None
         try:
-            course = training.train(
-                problem, course, given, counted=lambda steps, rate=rate: _shown(steps, name, [rate])
+            history = training.train(
+                problem,
+                history,
+                given,
+                progress_of=lambda steps, rate=rate: _shown(steps, name, [rate]),
             )
-            loss, result = _finite(course.dev[-1][1]), loop.result(course)
-        except CourseError as error:
-            course = error.course
-        tried.append(Tried(rate, course.losses, course.dev, loss))
+            loss, result = _finite(history.dev[-1][1]), loop.result(history)
+        except TrainingDivergedError as error:
+            history = error.history
+        tried.append(TriedRate(rate, history.losses, history.dev, loss))
         if _best(tried) is tried[-1]:
             trained = result
     return tried, trained
 
 
 def _together(
-    problem: Problem, trainable: Any, constants: Constants, rates: Sequence[float], name: str
-) -> tuple[list[Tried], Any]:
+    problem: Problem, trainable: Any, frozen: Frozen, rates: Sequence[float], name: str
+) -> tuple[list[TriedRate], Any]:
     """All rates in one program, a lane for each."""
-    s, plan, lanes = problem.settings, training.plan_of(problem), range(len(rates))
+    s, plan, lanes = problem.settings, training.step_config(problem), range(len(rates))
     states = jax.tree.map(
-        lambda leaf: jnp.stack([leaf] * len(rates)), training.new_course(problem, trainable).state
+        lambda leaf: jnp.stack([leaf] * len(rates)), training.new_history(problem, trainable).state
     )
-    swept = constants._replace(rates=constants.rates._replace(learning_rate=jnp.array(rates)))
+    swept = frozen._replace(rates=frozen.rates._replace(learning_rate=jnp.array(rates)))
     losses: list[list[float]] = [[] for _ in lanes]
     dev: list[list[tuple[int, float]]] = [[] for _ in lanes]
     alive = set(lanes)
 
     def evaluate(done: int) -> None:
         for lane in sorted(alive):
-            found = training.dev_loss(_lane(states.params, lane), constants, problem)
+            found = training.dev_loss(_lane(states.params, lane), frozen, problem)
             dev[lane].append((done, found))
 
     evaluate(0)
@@ -167,7 +170,7 @@ def _together(
         if done % (s.eval_every or 1) == 0 or done == plan.steps:
             evaluate(done)
     tried = [
-        Tried(
+        TriedRate(
             rate,
             tuple(losses[lane]),
             tuple(dev[lane]),
@@ -180,12 +183,12 @@ def _together(
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnums=0)
 def _steps(
-    states: TrainState, constants: Constants, examples: Examples, *, plan: Plan
-) -> tuple[TrainState, Seen]:
+    states: TrainState, frozen: Frozen, examples: Examples, *, plan: StepConfig
+) -> tuple[TrainState, StepMetrics]:
     """One step of every lane; only states and learning rates have lanes."""
-    axes = Constants(None, None, None, None, Rates(0, None, None))  # pyright: ignore[reportArgumentType]
+    axes = Frozen(None, None, None, None, OptimizerHParams(0, None, None))  # pyright: ignore[reportArgumentType]
     step = functools.partial(training.step, plan=plan)
-    return jax.vmap(step, in_axes=(0, axes, None))(states, constants, examples)
+    return jax.vmap(step, in_axes=(0, axes, None))(states, frozen, examples)
 
 
 def _lane(tree: Any, lane: int) -> Any:

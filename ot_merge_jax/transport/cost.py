@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 _CONSTANT_ULPS = 8
 
 
-def centred(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:
+def center(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:
     """Columns minus their mean, and their standard deviations.
 
     Args:
@@ -38,7 +38,7 @@ def _is_constant(low: Any, high: Any) -> Any:
     return high - low <= _CONSTANT_ULPS * ulp
 
 
-def has_signal(values: Any) -> np.ndarray:
+def is_nonconstant(values: Any) -> np.ndarray:
     """Whether any neuron of a site ever changes, for each layer.
 
     Args:
@@ -48,13 +48,13 @@ def has_signal(values: Any) -> np.ndarray:
         ``[layers]`` of booleans.
 
     Example:
-        >>> has_signal(np.array([[[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 2.0]]])).tolist()
+        >>> is_nonconstant(np.array([[[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 2.0]]])).tolist()
         [True, False]
     """
     return np.array([not _is_constant(one.min(0), one.max(0)).all() for one in values])
 
 
-def standardise(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:
+def standardize(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:
     """Columns of mean 0 and norm 1, and their standard deviations.
 
     Args:
@@ -62,28 +62,30 @@ def standardise(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Arra
 
     Returns:
         Unit columns, zero where a column is constant, and the population standard deviations
-        ``[n]``, where a constant column counts as 1 (SPEC section 2).
+        ``[n]``, where a constant column counts as 1 (method: Activations).
 
     Example:
-        >>> unit, std = standardise(jnp.array([[1.0, 5.0], [3.0, 5.0]]))
+        >>> unit, std = standardize(jnp.array([[1.0, 5.0], [3.0, 5.0]]))
         >>> unit.round(3).tolist(), std.tolist()
         ([[-0.7070000171661377, 0.0], [0.7070000171661377, 0.0]], [1.0, 1.0])
     """
-    centre, deviation = centred(x)
+    centre, deviation = center(x)
     deviation = jnp.where(deviation > 0, deviation, 1.0)
     return centre / (deviation[None] * x.shape[0] ** 0.5), deviation
 
 
-def of_units(
+def cost_from_standardized(
     x: Float[Array, "t n"], y: Float[Array, "t m"], *, signed: bool = False
 ) -> Float[Array, "n m"]:
-    """The cost of columns that `standardise` has made; see `correlation_cost`."""
-    rho = correlation_of_units(x, y)
+    """The cost of columns that `standardize` has made; see `correlation_cost`."""
+    rho = correlation_from_standardized(x, y)
     return 1.0 - (jnp.abs(rho) if signed else rho)
 
 
-def correlation_of_units(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, "n m"]:
-    """Correlation of columns that `standardise` has made."""
+def correlation_from_standardized(
+    x: Float[Array, "t n"], y: Float[Array, "t m"]
+) -> Float[Array, "n m"]:
+    """Correlation of columns that `standardize` has made."""
     # really transposed: on CPU a product over the leading axes of both takes 1.2 times as long
     rows = jax.lax.optimization_barrier(x.T)
     return jnp.clip(jnp.matmul(rows, y, precision=jax.lax.Precision.HIGHEST), -1.0, 1.0)
@@ -107,7 +109,7 @@ def correlation(x: Float[Array, "t n"], y: Float[Array, "t m"]) -> Float[Array, 
             f"Rows of the two models must correspond one to one and be at least 2, "
             f"not {x.shape[0]} and {y.shape[0]}."
         )
-    return correlation_of_units(standardise(x)[0], standardise(y)[0])
+    return correlation_from_standardized(standardize(x)[0], standardize(y)[0])
 
 
 def correlation_cost(

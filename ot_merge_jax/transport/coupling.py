@@ -62,7 +62,7 @@ def couple(
         >>> target = Activations({"mlp_in": x, "up_out": x}, rows)
         >>> source = Activations({"mlp_in": x[::-1], "up_out": x[::-1]}, rows)
         >>> coupling = couple(target, source, HParams(1.0), spec=MergeSpec(weights=("up",)))
-        >>> coupling.layer["up_out"].argmax(1).tolist()  # the layers were swapped
+        >>> coupling.layer_plan["up_out"].argmax(1).tolist()  # the layers were swapped
         [1, 0]
 
     Source: Transport and Merge, arXiv 2602.05495, eq. 7-13. Differs: all layer pairs are solved;
@@ -223,12 +223,14 @@ def _one_layer(
     standardised again for each target layer, which costs little beside the solve and keeps no
     second copy of them.
     """
-    units, std = cost.standardise(x)
+    units, std = cost.standardize(x)
     size = size or sinkhorn.pairs_at_once(x.shape[1], ys.shape[2])
 
     def pairs(chosen: jax.Array) -> tuple[Potentials, jax.Array, jax.Array]:
-        others, stds = jax.vmap(cost.standardise)(chosen)
-        costs = jax.vmap(lambda other: cost.of_units(units, other, signed=signed))(others)
+        others, stds = jax.vmap(cost.standardize)(chosen)
+        costs = jax.vmap(lambda other: cost.cost_from_standardized(units, other, signed=signed))(
+            others
+        )
         potentials, is_too_wide = sinkhorn.solve_batch(
             costs, epsilon, threshold, max_iterations=max_iterations, solver=solver, size=size
         )
@@ -332,7 +334,7 @@ def plan(
     Returns:
         ``[n_t, n_s]``; non-negative and summing to 1 unless ``signed``.
     """
-    potentials = jax.tree.map(lambda leaf: leaf[l, m], coupling.feature[site])
+    potentials = jax.tree.map(lambda leaf: leaf[l, m], coupling.neuron_potentials[site])
     x, y = jnp.asarray(target.values[site][l]), jnp.asarray(source.values[site][m])
     return rebuild(x, y, potentials, signed=signed, plan_at_once=plan_at_once)
 
@@ -363,11 +365,11 @@ def rebuild(
     f = potentials.f
     if rows is not None:
         x, f = x[:, rows], f[rows]
-    units, others = cost.standardise(x)[0], cost.standardise(y)[0]
+    units, others = cost.standardize(x)[0], cost.standardize(y)[0]
     at_once = max(1, plan_at_once // y.shape[1])
 
     def block(chosen: jax.Array) -> jax.Array:
-        rho = cost.correlation_of_units(units[:, chosen], others)
+        rho = cost.correlation_from_standardized(units[:, chosen], others)
         found = sinkhorn.plan(
             1.0 - (jnp.abs(rho) if signed else rho), potentials._replace(f=f[chosen])
         )

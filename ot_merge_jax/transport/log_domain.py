@@ -62,5 +62,5 @@ def solve(cost: jax.Array, epsilon: Any, threshold: Any, *, max_iterations: int)
         error=error,
         iterations=jnp.asarray(output.n_iters, jnp.int32),
         converged=jnp.asarray(output.converged) & jnp.isfinite(error) & jnp.isfinite(total),
-        is_log=jnp.ones((), bool),
+        used_log_domain=jnp.ones((), bool),
     )

@@ -1,4 +1,4 @@
-"""Sinkhorn in kernel form, near the memory's bandwidth: one blocked pass an iteration. JAX only.
+"""Sinkhorn in scaling form, near the memory's bandwidth: one blocked pass an iteration. JAX only.
 
 The textbook update reads the kernel twice, once for the rows and once for the columns. Here a block
 of rows is read, its row scalings follow, and its share of the column sums is added while it is
@@ -147,7 +147,7 @@ def solve(
         error=state.error,
         iterations=state.iterations,
         converged=(state.error <= threshold) & is_finite,
-        is_log=jnp.zeros((b,), bool),
+        used_log_domain=jnp.zeros((b,), bool),
     )
 
 

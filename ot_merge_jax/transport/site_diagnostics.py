@@ -1,4 +1,4 @@
-"""Diagnostics of a coupling, site by site (SPEC 13): how sharp its plans are, what they predict."""
+"""Diagnostics of a coupling, site by site: how sharp its plans are, what they predict."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SiteDiagnostics(NamedTuple):
         largest_error: Largest marginal error of all plans.
         most_iterations: Of all plans.
         converged: Share of the plans that converged.
-        in_log_form: Share of the plans that were solved in log form.
+        in_log_form: Share of the plans that were solved in log domain.
     """
 
     layer_cost: jax.Array
@@ -80,8 +80,8 @@ def sites(
     """
     coupling, x, y = alignment
     result = {}
-    for site, layer_plan in coupling.layer.items():
-        potentials = coupling.feature[site]
+    for site, layer_plan in coupling.layer_plan.items():
+        potentials = coupling.neuron_potentials[site]
         n, m = potentials.f.shape[-1], potentials.g.shape[-1]
         seen = diagnostics.sample(n)
         ks = tuple(max(1, round(share * len(seen) * m)) for share in _CURVE_SHARES)
@@ -110,7 +110,7 @@ def sites(
             largest_error=float(np.max(potentials.error)),
             most_iterations=int(np.max(potentials.iterations)),
             converged=float(np.mean(potentials.converged)),
-            in_log_form=float(np.mean(potentials.is_log)),
+            in_log_form=float(np.mean(potentials.used_log_domain)),
         )
     return result
 

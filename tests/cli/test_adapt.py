@@ -17,7 +17,7 @@ from ot_merge_jax.io import arrays as checkpoint
 from ot_merge_jax.models import specs
 from ot_merge_jax.runs import adapt
 from ot_merge_jax.training import initial, residual
-from ot_merge_jax.training.loop import Course
+from ot_merge_jax.training.loop import TrainHistory
 
 COMMON = ("--block", 24, "--batch-size", 4, "--steps", 4, "--learning-rate", 0.01)
 
@@ -175,9 +175,9 @@ def test_a_finished_training_of_a_later_version_is_not_taken_for_this_one(
 
 
 def test_the_progress_says_losses_and_the_rate():
-    course = Course(None, (2.5,), (1.0,), ((0, 3.0),))
-    assert adapt._note(course, 12.4) == "loss 2.5000, dev 3.0000, 12 tokens/s"
-    assert adapt._note(Course(None), 0.0) == ""
+    history = TrainHistory(None, (2.5,), (1.0,), ((0, 3.0),))
+    assert adapt._note(history, 12.4) == "loss 2.5000, dev 3.0000, 12 tokens/s"
+    assert adapt._note(TrainHistory(None), 0.0) == ""
 
 
 def test_held_out_losses_are_those_of_eval(of_a_merge, merge, text_files, cli):

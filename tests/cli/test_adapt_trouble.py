@@ -254,10 +254,10 @@ def test_a_signal_waits_for_the_step_saves_and_says_how_to_resume(
     """Between checkpoints, inside of a step."""
     real = adapt._event
 
-    def event(course, rate, *, is_dev):
-        if len(course.losses) == 3:
+    def event(history, rate, *, is_dev):
+        if len(history.losses) == 3:
             signal.raise_signal(number)
-        return real(course, rate, is_dev=is_dev)
+        return real(history, rate, is_dev=is_dev)
 
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
@@ -281,11 +281,11 @@ def test_a_signal_while_saving_waits_a_step_and_is_heeded_at_the_end(
 ):
     given, saved, sent = words("--save-every", 1), adapt_checkpoint.save, []
 
-    def save(folder, course, events):
-        if len(course.losses) == step and not sent:
+    def save(folder, history, events):
+        if len(history.losses) == step and not sent:
             sent.append(step)
             signal.raise_signal(signal.SIGTERM)
-        saved(folder, course, events)
+        saved(folder, history, events)
 
     with monkeypatch.context() as patch:
         patch.setattr(adapt_checkpoint, "save", save)
@@ -303,9 +303,9 @@ def interrupt(monkeypatch, step):
     """Lets training be interrupted behind a step, in this process."""
     saved = adapt_checkpoint.save
 
-    def save(folder, course, events):
-        saved(folder, course, events)
-        if len(course.losses) >= step:
+    def save(folder, history, events):
+        saved(folder, history, events)
+        if len(history.losses) >= step:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(adapt_checkpoint, "save", save)
@@ -404,11 +404,11 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     """The second checkpoint does not fit; the run goes on from the first when there is room."""
     saved, unlimited = adapt_checkpoint.save, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
 
-    def save(folder, course, events):
-        if len(course.losses) == 2:
+    def save(folder, history, events):
+        if len(history.losses) == 2:
             full_disk(3000)
         try:
-            saved(folder, course, events)
+            saved(folder, history, events)
         finally:
             full_disk(unlimited)
 

@@ -129,7 +129,7 @@ def test_noise_has_the_norm_of_every_matrix_and_the_place_of_the_merge(merge):
         axes = tuple(range(path.startswith("layers/"), leaf.ndim))
         norms = [np.sqrt(np.sum(np.square(one), axes)) for one in (leaf, noise[path])]
         np.testing.assert_allclose(*norms, rtol=1e-3)
-        assert not np.any(noise[path] * (1 - baselines.moved_by(path, leaf)))
+        assert not np.any(noise[path] * (1 - baselines.update_of(path, leaf)))
     other = baselines.starting("noise", begun, parts, seed=1)
     assert all(np.any(noise[path] != other[path]) for path in noise)
 
@@ -307,10 +307,10 @@ def test_a_rate_that_diverges_with_a_later_seed_is_not_the_end(
 ):
     real = tuning.tune
 
-    def tune(problem, trainable, constants, rates, **given):
+    def tune(problem, trainable, frozen, rates, **given):
         if problem.settings.seed == 1 and len(rates) == 1:
             raise DivergedError("The loss is nan at training step 1; lower the learning rate.")
-        return real(problem, trainable, constants, rates, **given)
+        return real(problem, trainable, frozen, rates, **given)
 
     monkeypatch.setattr(tuning, "tune", tune)
     more = ("--baselines", "base", "--seeds", 2, "--steps", 1, "--eval-text", text_files[1])

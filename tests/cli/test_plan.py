@@ -47,7 +47,8 @@ def test_disk_is_what_a_run_has_made(desk, cli, monkeypatch):
     assert cli(*words).err.endswith("error: Seen.\n")
     said = planned.json["disk"]["parts"]
     assert said["activations"] == made["activations"] > 0
-    # converged and is_log of each problem are bytes and not words; and it is published once more
+    # converged and used_log_domain of each problem are bytes and not words; and it is published
+    # once more
     spare = 6 * planned.json["transport"]["neuron_problems"]
     assert said["coupling"] == 2 * (made["coupling"] + spare)
     assert 0 <= made["moved"] - said["transported weights"] < 2000

@@ -67,7 +67,7 @@ def test_matched_rows_move_and_no_others(merge, cli, tmp_path):
         json.loads((path / "config.json").read_text())["vocab_size"]
         for path in (merge.target, merge.source)
     ]
-    matched = vocabulary.matched(
+    matched = vocabulary.matched_vocabulary(
         *tokenizers, target_size=sizes[0], source_size=sizes[1], is_one=False
     )
     expected = np.asarray(matched.target_ids).tolist()

@@ -251,7 +251,7 @@ def test_ranges_of_differently_rendered_texts_correspond(readers):
             text += message + after
         one = readers[name](text, return_offsets_mapping=True)
         is_special = [token == 0 for token in range(len(one["input_ids"]))]
-        found = alignment.ends(
+        found = alignment.token_ends(
             text, one["offset_mapping"], is_special=is_special, contents=contents
         )
         for (content, count), token in found.items():
@@ -260,13 +260,15 @@ def test_ranges_of_differently_rendered_texts_correspond(readers):
             assert 0 < count <= len(messages[content])
         assert {(0, len(messages[0])), (1, len(messages[1]))} <= found.keys()
         places.append(found)
-    both = alignment.shared(*places)
+    both = alignment.common_boundaries(*places)
     assert len(both) == len(places[0].keys() & places[1].keys()) > 8
 
 
 def test_a_token_that_reaches_out_of_a_range_gives_no_row():
     spans = [(0, 3), (3, 6), (6, 9)]
-    found = alignment.ends("abcdefghi", spans, is_special=[False] * 3, contents=[(1, 5), (6, 9)])
+    found = alignment.token_ends(
+        "abcdefghi", spans, is_special=[False] * 3, contents=[(1, 5), (6, 9)]
+    )
     assert found == {(0, 2): 0, (1, 3): 2}
 
 

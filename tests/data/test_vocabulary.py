@@ -51,7 +51,7 @@ def marked(words, *, where="normalizer", byte_fallback=True, mark="▁", added=(
 
 
 def spelled(tokenizer, size=10_000):
-    return spelling.spelled(tokenizer, size=size)
+    return spelling.token_bytes(tokenizer, size=size)
 
 
 # ------------------------------------------------------------------------ one tokenizer
@@ -143,7 +143,7 @@ def test_special_tokens_and_padded_rows_are_left_out():
 
 
 def pairs(target, source, *, is_one=False, sizes=(10_000, 10_000)):
-    found = spelling.matched(
+    found = spelling.matched_vocabulary(
         target, source, target_size=sizes[0], source_size=sizes[1], is_one=is_one
     )
     assert found.weights is None

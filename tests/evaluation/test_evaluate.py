@@ -5,7 +5,7 @@ import pytest
 
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluation import evaluate
-from ot_merge_jax.evaluation.evaluate import Ask
+from ot_merge_jax.evaluation.evaluate import EvalRequest
 from ot_merge_jax.recipes import recipe
 
 
@@ -24,7 +24,7 @@ def folders(tiny_checkpoint):
 
 
 def test_evaluate_is_what_the_command_prints(folders, text_file):
-    found = evaluate.evaluate(folders, Ask(text=recipe.Text(path=str(text_file)), limit=5))
+    found = evaluate.evaluate(folders, EvalRequest(text=recipe.Text(path=str(text_file)), limit=5))
     metrics = {(one["a"], one["b"]): one for one in found["pairs"]}
     assert list(metrics) == [(folders[0], folders[1]), (folders[0], folders[2]),
                              (folders[1], folders[2])]  # fmt: skip
@@ -39,7 +39,7 @@ def test_evaluate_is_what_the_command_prints(folders, text_file):
 
 def test_divergence_is_of_the_shorter_context(folders, text_file, tmp_path, tiny_checkpoint):
     """A model with a longer context than its base: the same windows for both, each token once."""
-    ask = Ask(text=recipe.Text(path=str(text_file)), limit=4)
+    ask = EvalRequest(text=recipe.Text(path=str(text_file)), limit=4)
     short = str(tiny_checkpoint("llama", hidden=24, layers=2, max_position_embeddings=24))
     found = evaluate.evaluate([short, folders[1]], ask)["models"]
     back = evaluate.evaluate([folders[1], short], ask)["models"]
@@ -51,4 +51,4 @@ def test_divergence_is_of_the_shorter_context(folders, text_file, tmp_path, tiny
 
 def test_nothing_to_ask(folders):
     with pytest.raises(RecipeError, match="nothing to ask"):
-        evaluate.evaluate(folders, Ask())
+        evaluate.evaluate(folders, EvalRequest())

@@ -10,7 +10,7 @@ import yaml
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.evaluation import lm_eval_model, lm_eval_tasks
-from ot_merge_jax.io.folder import open_folder, stop_ids
+from ot_merge_jax.io.folder import eos_token_ids, open_folder
 from ot_merge_jax.io.hf import load_hf
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -78,7 +78,7 @@ def folder(tmp_path_factory, texts):
 def read(checkpoint):
     cfg, params = load_hf(checkpoint, dtype="float32")
     tokenizer = tokenizers.load_tokenizer(checkpoint)
-    return lm_eval_model.Model(params, cfg, tokenizer, stop_ids(open_folder(checkpoint)))
+    return lm_eval_model.Scorer(params, cfg, tokenizer, eos_token_ids(open_folder(checkpoint)))
 
 
 def ours(checkpoint):
@@ -300,14 +300,14 @@ def outcome(**documents):
         name: (np.asarray(values, float), np.ones(len(values)))
         for name, values in documents.items()
     }
-    return lm_eval_tasks.Outcome(
+    return lm_eval_tasks.TaskOutcome(
         {name: s.sum() / n.sum() for name, (s, n) in arrays.items()}, arrays, 20
     )
 
 
 def test_facts_compare_and_adjust_over_tasks():
     right, wrong = [1] * 18 + [0] * 2, [1] * 9 + [0] * 11
-    found = lm_eval_tasks.facts(
+    found = lm_eval_tasks.summary(
         {
             "one": {"a": outcome(acc=right), "b": outcome(acc=wrong)},
             "two": {"a": outcome(acc=right), "b": outcome(acc=right)},

@@ -253,7 +253,7 @@ def test_facts():
         "one.jsonl": {"a": answers([0] * 12), "b": answers([0] * 3 + [1] * 9)},
         "two.jsonl": {"a": answers([0] * 12), "b": answers([0] * 11 + [1])},
     }
-    found = multiple_choice.facts(asked, said)
+    found = multiple_choice.summary(asked, said)
     one = found["one.jsonl"]
     assert one["questions"] == 12
     assert one["models"]["b"]["plain"]["accuracy"] == 0.25

@@ -10,7 +10,7 @@ from ot_merge_jax.data import tokenizers
 from ot_merge_jax.data.chat import Chat, Turn
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluation import samples
-from ot_merge_jax.io.folder import open_folder, stop_ids
+from ot_merge_jax.io.folder import eos_token_ids, open_folder
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models.generation import generate
 
@@ -127,7 +127,7 @@ def test_stop_ids(generation, config, expected, tiny_checkpoint, writable_copy):
     (folder / "generation_config.json").unlink()
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    assert stop_ids(open_folder(folder)) == expected
+    assert eos_token_ids(open_folder(folder)) == expected
 
 
 @pytest.mark.parametrize("value", ["2", True, [1.5]])
@@ -135,13 +135,13 @@ def test_stop_ids_that_are_none(value, tiny_checkpoint, writable_copy):
     folder = writable_copy(tiny_checkpoint("llama"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(InputError, match="not a token id"):
-        stop_ids(open_folder(folder))
+        eos_token_ids(open_folder(folder))
 
 
 def test_facts(model):
-    one = samples.Sample("text", [1, 2], True)
+    one = samples.SampledText("text", [1, 2], True)
     chat = Chat((Turn("user", "x"),))
-    found = samples.facts(["p", chat], {"a": [one, one], "b": [one, one._replace(text="other")]})
+    found = samples.summary(["p", chat], {"a": [one, one], "b": [one, one._replace(text="other")]})
     assert found[0] == {
         "prompt": "p",
         "continuations": {

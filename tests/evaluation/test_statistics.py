@@ -6,7 +6,7 @@ import scipy.stats
 
 from ot_merge_jax.evaluation import statistics
 from ot_merge_jax.evaluation.nll import Scores
-from ot_merge_jax.evaluation.statistics import Difference, paired_bootstrap
+from ot_merge_jax.evaluation.statistics import MeanDifference, paired_bootstrap
 
 
 def scores(nll, tokens=None, sizes=None):
@@ -87,7 +87,7 @@ def test_pairing_matters(rng):
 
 
 def test_equal_models_differ_by_exactly_nothing(pair):
-    assert paired_bootstrap(pair[0], pair[0]) == Difference(0.0, 0.0, 0.0)
+    assert paired_bootstrap(pair[0], pair[0]) == MeanDifference(0.0, 0.0, 0.0)
 
 
 def test_swapping_the_models_mirrors(pair):
@@ -116,7 +116,7 @@ def test_any_number_of_draws(pair, draws):
 
 
 def test_one_document_has_no_spread():
-    assert paired_bootstrap(scores([20.0]), scores([30.0])) == Difference(-1.0, -1.0, -1.0)
+    assert paired_bootstrap(scores([20.0]), scores([30.0])) == MeanDifference(-1.0, -1.0, -1.0)
 
 
 def studies(rng, *, effect, documents=200, count=2000):

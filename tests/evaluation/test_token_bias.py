@@ -74,6 +74,6 @@ def test_the_share_is_chosen_on_the_dev_split(model):
     cfg, params, cut = model
     bias = token_bias.fit(params, cut, cfg=cfg)
     found = token_bias.chosen(params, bias, cut, cfg=cfg)
-    assert found.gamma == 1.0  # on the text it was fitted to
+    assert found.scale == 1.0  # on the text it was fitted to
     np.testing.assert_array_equal(found.bias, bias)
-    assert token_bias.chosen(params, 50 * bias[::-1], cut, cfg=cfg).gamma == 0.0
+    assert token_bias.chosen(params, 50 * bias[::-1], cut, cfg=cfg).scale == 0.0

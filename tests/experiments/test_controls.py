@@ -69,7 +69,7 @@ def test_wrong_layers_lose_the_planted_map(seed, planted):
     assert layers_of(coupling) == [0, 2]
     broken = controls.wrong_layers(coupling, seed=seed)
     assert all(a != b for a, b in zip(layers_of(broken), [0, 2], strict=True))
-    for before, after in zip(coupling.layer.values(), broken.layer.values(), strict=True):
+    for before, after in zip(coupling.layer_plan.values(), broken.layer_plan.values(), strict=True):
         assert sorted(before.sum(0).tolist()) == sorted(after.sum(0).tolist())
 
 
@@ -132,11 +132,11 @@ def test_random_source_is_a_fresh_model_whether_held_or_read(family, config_dict
 def test_what_does_not_apply_says_why():
     vocabulary = MergeSpec(weights=("embed",), rule="delta")
     said = {
-        name: controls.why_not(name, spec=vocabulary, source_layers=4, has_dev=False)
+        name: controls.inapplicable_reason(name, spec=vocabulary, source_layers=4, has_dev=False)
         for name in controls.arms(["shrink", "permuted", "wrong-layer", "unigram"])
     }
     assert said["permuted"] is None
     assert all(said[name] for name in ("shrink", "wrong-layer", "unigram"))
     interpolated = UP._replace(rule="interpolate")
-    assert controls.why_not("shrink", spec=interpolated, source_layers=4) is None
-    assert controls.why_not("wrong-layer", spec=UP, source_layers=1)
+    assert controls.inapplicable_reason("shrink", spec=interpolated, source_layers=4) is None
+    assert controls.inapplicable_reason("wrong-layer", spec=UP, source_layers=1)

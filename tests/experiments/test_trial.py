@@ -60,7 +60,7 @@ def sources(target, tmp_path_factory):
     identity = {**params, "lm_head": {"kernel": jnp.eye(cfg.hidden_size)}}
     x, following = [], []
     for batch, scored in zip(cut.batches, cut.scored, strict=True):
-        residual = decoder.residual(params, jax.device_put(batch), cfg=cfg)[0]
+        residual = decoder.hidden_states(params, jax.device_put(batch), cfg=cfg)[0]
         seen = decoder.head(identity, residual, cfg=cfg)
         x.append(np.asarray(seen)[:, :-1][scored > 0])
         following.append(np.asarray(batch.tokens)[:, 1:][scored > 0])
@@ -144,7 +144,7 @@ def test_every_control_is_there_with_its_interval(reports):
         tried = [point.strength for point in one.strength.tried]
         assert tried == [point.strength for point in reports["knows"].strength.tried]
         assert one.documents == reports["knows"].evaluation["target"].documents
-    assert 0 < found["unigram"].gamma <= 1
+    assert 0 < found["unigram"].scale <= 1
 
 
 def test_the_split_and_the_continuations_are_in_the_report(reports):

@@ -1,20 +1,20 @@
-"""The rule of SPEC section 10, case by case."""
+"""The rule of method: Controls, case by case."""
 
 import numpy as np
 import pytest
 
 from ot_merge_jax.evaluation.nll import Scores
-from ot_merge_jax.evaluation.statistics import Difference
+from ot_merge_jax.evaluation.statistics import MeanDifference
 from ot_merge_jax.experiments import controls, summary
-from ot_merge_jax.experiments.trial import Arm, Biased, Trial
+from ot_merge_jax.experiments.trial import Arm, Trial, WithTokenBias
 from ot_merge_jax.experiments.verdict import Compared, judge, of_merge, of_training
 from ot_merge_jax.recipes.recipe import CONTROLS
 from ot_merge_jax.types import HParams, MergeReport, MergeSpec, WeightReport
 
 LESS, MORE, UNCLEAR = (
-    Difference(-0.2, -0.3, -0.1),
-    Difference(0.2, 0.1, 0.3),
-    Difference(-0.2, -0.5, 0.1),
+    MeanDifference(-0.2, -0.3, -0.1),
+    MeanDifference(0.2, 0.1, 0.3),
+    MeanDifference(-0.2, -0.5, 0.1),
 )
 
 
@@ -78,7 +78,7 @@ def test_without_a_dev_split_nothing_is_known_beyond_unigram():
 
     def outcome(trial, *, has_dev):
         reasons = {
-            name: controls.why_not(name, spec=spec, source_layers=3, has_dev=has_dev)
+            name: controls.inapplicable_reason(name, spec=spec, source_layers=3, has_dev=has_dev)
             for name in controls.arms(CONTROLS)
         }
         inapplicable = {name: why for name, why in reasons.items() if why is not None}
@@ -91,7 +91,7 @@ def test_without_a_dev_split_nothing_is_known_beyond_unigram():
     assert controlled.controls["unigram"].model_dump(exclude_unset=True) == {
         "not_applicable": "there is no dev split to choose its share on"
     }
-    with_bias = {"target": Biased(1.0, target), "merge": Biased(1.0, merge)}
+    with_bias = {"target": WithTokenBias(1.0, target), "merge": WithTokenBias(1.0, merge)}
     verdict, _, _ = outcome(trial._replace(biased=with_bias), has_dev=True)
     assert verdict.outcome == "improved", verdict.sentence
 
@@ -103,9 +103,9 @@ def test_nothing_was_evaluated():
 # ---- the verdict of a merge ----
 
 BETTER, WORSE, SAME = (
-    Difference(-0.1, -0.2, -0.05),
-    Difference(0.1, 0.05, 0.2),
-    Difference(-0.01, -0.1, 0.08),
+    MeanDifference(-0.1, -0.2, -0.05),
+    MeanDifference(0.1, 0.05, 0.2),
+    MeanDifference(-0.01, -0.1, 0.08),
 )
 
 UNCHANGED = "strength 0: the output is the target, unchanged"
@@ -166,6 +166,6 @@ def test_better_admits_that_no_controls_were_run():
     assert "no controls were run" in say(change=BETTER)
 
 
-@pytest.mark.parametrize("edge", [Difference(-0.1, -0.2, 0.0), Difference(0.1, 0.0, 0.2)])
+@pytest.mark.parametrize("edge", [MeanDifference(-0.1, -0.2, 0.0), MeanDifference(0.1, 0.0, 0.2)])
 def test_interval_that_touches_zero_is_no_difference(edge):
     assert say(change=edge).startswith("no measurable difference")

@@ -26,7 +26,7 @@ def coupling(rng):
         error=draw(L, M),
         iterations=jnp.arange(L * M).reshape(L, M),
         converged=draw(L, M) > 0,
-        is_log=draw(L, M) > 0,
+        used_log_domain=draw(L, M) > 0,
     )
     sites = ("mlp_in", "up_out")
     return Coupling(
@@ -72,13 +72,13 @@ def test_it_is_read_under_another_mesh(coupling, tmp_path):
         for size in (8, 2)
     )  # fmt: skip
     split = coupling._replace(
-        layer=jax.device_put(coupling.layer, jax.sharding.NamedSharding(eight, spec))
+        layer_plan=jax.device_put(coupling.layer_plan, jax.sharding.NamedSharding(eight, spec))
     )
-    assert len(split.layer["mlp_in"].sharding.device_set) == 8
+    assert len(split.layer_plan["mlp_in"].sharding.device_set) == 8
     arrays.save_coupling(tmp_path / "coupling", split)
     found = arrays.load_coupling(tmp_path / "coupling", mesh=two)
     same(found, coupling)
-    assert found.feature["mlp_in"].f.sharding.device_set == set(jax.devices()[:2])
+    assert found.neuron_potentials["mlp_in"].f.sharding.device_set == set(jax.devices()[:2])
 
 
 def test_what_a_killed_run_left_is_cleared(coupling, tmp_path):

@@ -9,7 +9,7 @@ from ot_merge_jax.data import tokenizers
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.io.lazy import open_stored
+from ot_merge_jax.io.lazy import open_lazy
 from ot_merge_jax.merging import merge
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.families import FAMILIES
@@ -32,7 +32,7 @@ def batches_of(cfg, random_batch):
 def test_every_leaf_and_layer_is_the_loaded_one(family, tiny_checkpoint):
     folder = tiny_checkpoint(family, max_shard_bytes=12_000)
     cfg, loaded = load_hf(folder)
-    same, stored = open_stored(folder)
+    same, stored = open_lazy(folder)
     assert same == cfg
     for spec in specs.param_specs(cfg):
         leaf = specs.get(stored, spec.path)
@@ -52,7 +52,7 @@ def test_layer_by_layer_gathers_the_same(family, tiny_checkpoint, random_batch):
     cfg, loaded = load_hf(folder)
     batches = batches_of(cfg, random_batch)
     whole = gather(loaded, batches, cfg=cfg, sites=SITES)
-    layered = gather(open_stored(folder)[1], batches, cfg=cfg, sites=SITES)
+    layered = gather(open_lazy(folder)[1], batches, cfg=cfg, sites=SITES)
     np.testing.assert_array_equal(layered.row_id, whole.row_id)
     for site in SITES:
         assert np.abs(whole.values[site]).max() > 0.1
@@ -70,7 +70,7 @@ def test_layer_by_layer_scores_the_same(tied, tiny_checkpoint, texts):
     tokenizer = tokenizers.load_tokenizer(folder)
     cut = nll.windows(texts[:6], tokenizer, max_positions=32)
     whole = nll.score(loaded, cut, cfg=cfg)
-    layered = nll.score(open_stored(folder).params, cut, cfg=cfg)
+    layered = nll.score(open_lazy(folder).params, cut, cfg=cfg)
     np.testing.assert_allclose(layered.nll, whole.nll, rtol=1e-6)
 
 
@@ -80,7 +80,7 @@ def test_merging_from_disk_is_merging_from_memory(rule, tiny_checkpoint, random_
     spec = MergeSpec(weights=(*PROJECTIONS, *VOCABULARY), rule=rule)
     folders = [tiny_checkpoint("qwen2", seed=s, drift=d) for s, d in ((1, 0), (2, 0.3), (2, 0))]
     target, source, base = (load_hf(folder) for folder in folders)
-    stored = [open_stored(folder) for folder in folders[1:]]
+    stored = [open_lazy(folder) for folder in folders[1:]]
     batches = batches_of(target.cfg, random_batch)
     ids = jnp.arange(50)
     given = {"spec": spec, "vocabulary": VocabularyMatch(ids, ids)}
@@ -100,7 +100,7 @@ def test_a_leaf_is_read_when_it_is_asked_for_and_not_before(tiny_checkpoint, mon
     monkeypatch.setattr(
         hf, "read_leaf", lambda f, o, spec, *a: reads.append(spec.path) or was(f, o, spec, *a)
     )
-    cfg, stored = open_stored(tiny_checkpoint())
+    cfg, stored = open_lazy(tiny_checkpoint())
     kernels = specs.get(stored, "layers/mlp/up_proj/kernel")
     assert (len(kernels), reads) == (cfg.num_layers, [])
     _ = kernels[1]
@@ -114,7 +114,7 @@ def test_weights_that_are_not_finite_are_refused_when_read(tiny_checkpoint, writ
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _, stored = open_stored(folder)
+    _, stored = open_lazy(folder)
     stored.layer(0)
     with pytest.raises(InputError, match="NaN or infinite"):
         stored.layer(1)

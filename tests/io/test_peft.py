@@ -16,7 +16,7 @@ from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.folder import open_folder
 from ot_merge_jax.io.hf import load_hf, save_hf
-from ot_merge_jax.io.lazy import open_stored
+from ot_merge_jax.io.lazy import open_lazy
 from ot_merge_jax.io.resolve import split
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.families import FAMILIES
@@ -66,7 +66,7 @@ def test_every_linear_layer_of_every_family(family, tiny_checkpoint, tmp_path):
     for spec in specs.param_specs(cfg):
         was_moved = bool((specs.get(ours, spec.path) != specs.get(before, spec.path)).any())
         assert was_moved == (spec.path.endswith("kernel")), spec.path
-    _, stored = open_stored(named)
+    _, stored = open_lazy(named)
     for l in range(cfg.num_layers):
         jax.tree.map(np.testing.assert_array_equal, stored.layer(l), specs.layer(ours, l))
     np.testing.assert_array_equal(stored.leaf("norm/scale"), ours["norm"]["scale"])
@@ -273,7 +273,7 @@ def test_tensors_that_do_not_fit(change, words, pair):
     change_tensors(adapter, change)
     with pytest.raises(InputError) as caught:
         open_folder(f"{base}+{adapter}")
-    for word in (*words, str(adapter), "download it again or mend it"):
+    for word in (*words, str(adapter), "download it again or fix it"):
         assert word in str(caught.value)
 
 
@@ -302,7 +302,7 @@ def test_values_that_are_not_finite(pair):
     for word in (named, f"{A} (2 values)", q):
         assert word in str(caught.value)
     assert f" {UP1}.weight" not in str(caught.value)
-    _, stored = open_stored(named)
+    _, stored = open_lazy(named)
     stored.layer(2)
     with pytest.raises(InputError, match="lora_A"):
         stored.layer(1)

@@ -186,7 +186,9 @@ def test_report_of_the_plans(merged):
                 np.testing.assert_allclose(found[l], expected, rtol=1e-3)
         used = np.asarray(share) > 0
         assert used.sum() == (used.size if spec.layers == "soft" else cfg.num_layers)
-        potentials = [alignment.coupling.feature[s] for s in (wiring.in_site, wiring.out_site)]
+        potentials = [
+            alignment.coupling.neuron_potentials[s] for s in (wiring.in_site, wiring.out_site)
+        ]
         for fact, field in ((facts.error, "error"), (facts.iterations, "iterations")):
             worst = np.max([np.where(used, getattr(p, field), 0) for p in potentials], 0).max(1)
             np.testing.assert_allclose(fact, worst, rtol=1e-6)
@@ -435,7 +437,7 @@ def test_a_model_merged_with_itself_finds_itself(model, batches):
             wiring = PROJECTIONS[name]
             for site in (wiring.in_site, wiring.out_site):
                 np.testing.assert_array_equal(
-                    alignment.coupling.layer[site].argmax(1), np.arange(target.cfg.num_layers)
+                    alignment.coupling.layer_plan[site].argmax(1), np.arange(target.cfg.num_layers)
                 )
                 for l in range(target.cfg.num_layers):
                     plan = couplings.plan(*alignment, site=site, l=l, m=l)

@@ -92,10 +92,11 @@ def plans(coupled, site):
 
 
 def oracle(coupled, form, layers):
-    """``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]`` of SPEC section 5."""
+    """``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]``."""
     target, source, coupling, *_ = coupled
     effective = np.sqrt(
-        np.asarray(coupling.layer["mlp_in"], np.float64) * np.asarray(coupling.layer["up_out"])
+        np.asarray(coupling.layer_plan["mlp_in"], np.float64)
+        * np.asarray(coupling.layer_plan["up_out"])
     )
     best = np.eye(M)[effective.argmax(1)]
     q_in, q_out = plans(coupled, "mlp_in"), plans(coupled, "up_out")
@@ -193,7 +194,7 @@ def test_rows_of_the_in_map_sum_to_one_before_the_units(coupled, layers):
 
 @pytest.mark.parametrize("layers", ["soft", "top1"])
 def test_the_joint_form_vanishes(coupled, layers):
-    """The bound of SPEC section 5; ``sum_m P_eff <= 1/L`` makes it L times smaller still."""
+    """The bound of the plan-weighted sum; ``sum_m P_eff <= 1/L`` makes it L times smaller still."""
     kernels = np.abs(coupled[4]).max()
     bound = kernels / (WIDTHS["mlp_in"][0] * WIDTHS["up_out"][0] * L)
     assert np.abs(transported(coupled, "joint", layers)).max() <= bound * (1 + 1e-4)
@@ -381,8 +382,8 @@ def test_selected_neurons_are_those_of_the_whole(coupled, site):
     )
     width = target.values[site].shape[-1]
     chosen = np.stack([np.arange(l % 2, width, 2)[: width // 2] for l in range(len(whole[0]))])
-    kinds = [projections.Kind(ENDS["out_site"], kernels=kernels, biases=biases)]
-    kernel, bias = projections.carry(
+    kinds = [projections.ProjectionWeights(ENDS["out_site"], kernels=kernels, biases=biases)]
+    kernel, bias = projections.transport_projections(
         kinds, coupling, target, source, in_site=ENDS["in_site"],
         spec=spec_of(layers="soft"), selected={site: chosen},
     )[0]  # fmt: skip
@@ -396,10 +397,10 @@ def test_selected_neurons_are_those_of_the_whole(coupled, site):
 def test_kinds_that_read_one_site_are_carried_as_each_alone(coupled):
     target, source, coupling, _, kernels, biases = coupled
     kinds = [
-        projections.Kind(ENDS["out_site"], kernels=kernels),
-        projections.Kind(ENDS["out_site"], kernels=-2 * kernels, biases=biases),
+        projections.ProjectionWeights(ENDS["out_site"], kernels=kernels),
+        projections.ProjectionWeights(ENDS["out_site"], kernels=-2 * kernels, biases=biases),
     ]
-    first, second = projections.carry(
+    first, second = projections.transport_projections(
         kinds, coupling, target, source, in_site=ENDS["in_site"], spec=spec_of(layers="soft")
     )
     close(first[0], transported(coupled, "barycentric", "soft"))
@@ -433,7 +434,7 @@ def test_a_plan_in_blocks_is_the_plan(coupled):
     where = {"site": ENDS["out_site"], "l": 0, "m": 1}
     expected = couplings.plan(coupling, target, source, **where)
     x, y = (np.asarray(one.values[where["site"]][i]) for one, i in ((target, 0), (source, 1)))
-    solved = jax.tree.map(lambda leaf: leaf[0, 1], coupling.feature[where["site"]])
+    solved = jax.tree.map(lambda leaf: leaf[0, 1], coupling.neuron_potentials[where["site"]])
     for rows in (1, 3, 1000):
         plan_at_once = rows * y.shape[1]
         close(couplings.rebuild(x, y, solved, plan_at_once=plan_at_once), expected)
@@ -446,11 +447,11 @@ def test_a_plan_in_blocks_is_the_plan(coupled):
 
 def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
     target, source, coupling, *_ = coupled
-    for site in coupling.feature:
+    for site in coupling.neuron_potentials:
         x, y = target.values[site][1], source.values[site][0]
         costs = cost.correlation_cost(jnp.asarray(x), jnp.asarray(y))
-        solved = sinkhorn.plan(costs, sinkhorn.solve(costs, epsilon=coupling.feature[site].epsilon[1, 0],
-                                               max_iterations=5000))  # fmt: skip
+        epsilon = coupling.neuron_potentials[site].epsilon[1, 0]
+        solved = sinkhorn.plan(costs, sinkhorn.solve(costs, epsilon=epsilon, max_iterations=5000))
         rebuilt = couplings.plan(coupling, target, source, site=site, l=1, m=0)
         np.testing.assert_allclose(rebuilt, solved, rtol=0, atol=1e-6)
 
@@ -459,7 +460,7 @@ def test_a_plan_rebuilt_is_the_plan_that_was_solved(coupled):
 def test_the_cheaper_order_of_the_triple_product_is_taken(into, out, flops):
     sizes = ((64, 32), (into, 64), (out, 32))  # 2 FLOPs for each term of both products
     shapes = [jax.ShapeDtypeStruct(one, jnp.float32) for one in sizes]
-    program = jax.jit(projections.triple).lower(*shapes)
+    program = jax.jit(projections.apply_maps).lower(*shapes)
     assert program.cost_analysis()["flops"] == pytest.approx(flops, rel=0.1)
 
 

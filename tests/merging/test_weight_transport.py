@@ -7,7 +7,7 @@ import pytest
 
 from ot_merge_jax import source_delta
 from ot_merge_jax.io.hf import load_hf
-from ot_merge_jax.io.lazy import open_stored
+from ot_merge_jax.io.lazy import open_lazy
 from ot_merge_jax.models import specs
 
 
@@ -19,7 +19,7 @@ def folders(tiny_checkpoint):
 @pytest.mark.parametrize("is_on_disk", [False, True])
 def test_the_delta_is_the_difference_leaf_by_leaf_and_layer_by_layer(is_on_disk, folders):
     source, base = (load_hf(folder) for folder in folders)
-    sides = [open_stored(folder) for folder in folders] if is_on_disk else [source, base]
+    sides = [open_lazy(folder) for folder in folders] if is_on_disk else [source, base]
     delta = source_delta(*(side.params for side in sides))
     assert not specs.is_resident(delta)
     change = 0.0

@@ -12,7 +12,7 @@ import pytest
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io.hf import load_hf, save_hf
 from ot_merge_jax.models import decoder
-from ot_merge_jax.models.config import LayerKind
+from ot_merge_jax.models.config import LayerType
 from ot_merge_jax.models.families import FAMILIES, read
 
 pytestmark = pytest.mark.torch
@@ -158,7 +158,7 @@ def test_patterns_of_layers(config_dict):
     cfg, found = kinds(config_dict, "gemma3_text")
     assert found == [(5, True), (None, True), (5, True)]
     assert (cfg.pattern[0].rope.theta, cfg.pattern[1].rope.theta) == (1e4, 1e6)
-    assert cfg.pattern[1] == LayerKind(None, cfg.rope)
+    assert cfg.pattern[1] == LayerType(None, cfg.rope)
     assert kinds(config_dict, "smollm3")[1] == [(None, True), (None, False), (None, True)]
     assert kinds(config_dict, "smollm3", no_rope_layers=[1, 1, 1])[0].pattern == ()
 

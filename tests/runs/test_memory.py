@@ -37,7 +37,7 @@ def data():
 
 def test_whole_models_are_held_if_they_fit(cfgs, data):
     plan = memory.choose(cfgs, data, spec=SPEC, scored=[100], limit=1 << 40)
-    assert plan.on_disk == frozenset()
+    assert plan.offloaded == frozenset()
     assert str(plan).startswith("about 0.7 GiB at most (to ")
 
 
@@ -53,7 +53,7 @@ def test_smaller_blocks_come_before_the_disk(large, data):
     whole = memory.needed(large, data, spec=SPEC, scored=[100])
     assert whole.peak == whole.stages["score the source"]
     plan = memory.choose(large, data, spec=SPEC, scored=[100], limit=whole.peak - 1)
-    assert plan.on_disk == frozenset()
+    assert plan.offloaded == frozenset()
     assert plan.peak < whole.peak
     assert plan.budget == BUDGET._replace(logits=plan.budget.logits)
     twice = plan.budget._replace(logits=2 * plan.budget.logits)
@@ -70,13 +70,13 @@ def deep(large):
 def test_source_stays_on_disk_if_it_does_not_fit(deep, data):
     """First in the blocks of today, then in smaller ones."""
     choose = functools.partial(memory.choose, deep, data, spec=SPEC, scored=[100])
-    on_disk = frozenset({"source"})
-    layered = memory.needed(deep, data, spec=SPEC, scored=[100], on_disk=on_disk)
+    offloaded = frozenset({"source"})
+    layered = memory.needed(deep, data, spec=SPEC, scored=[100], offloaded=offloaded)
     plan = choose(limit=layered.peak)
     assert plan == layered
     assert str(plan).endswith("source layer by layer")
     smaller = choose(limit=layered.peak - 1)
-    assert smaller.on_disk == {"source"}
+    assert smaller.offloaded == {"source"}
     assert smaller.peak < layered.peak
     assert smaller.budget.logits < BUDGET.logits
 
@@ -117,7 +117,7 @@ def test_what_the_smallest_blocks_fit_is_never_refused(cfgs, data):
     }
     asked = wide, data._replace(rows=2000)
     smallest = memory.needed(
-        *asked, on_disk=frozenset({"source"}), budget=Budget(None, 1, 1, 1, 1), **given
+        *asked, offloaded=frozenset({"source"}), budget=Budget(None, 1, 1, 1, 1), **given
     )
     assert memory.choose(*asked, limit=smallest.peak, **given).peak <= smallest.peak
     with pytest.raises(ResourceError, match="smallest blocks"):
@@ -167,7 +167,7 @@ def test_weights_of_a_model_are_counted_from_its_shapes(tiny_checkpoint, data):
     count = sum(np.size(leaf) for leaf in jax.tree.leaves(params))
     cfgs = {"target": cfg, "source": cfg}
     held = memory.needed(cfgs, data, spec=SPEC, scored=[10]).stages["choose the strength"]
-    streamed = memory.needed(cfgs, data, spec=SPEC, scored=[10], on_disk=frozenset({"source"}))
+    streamed = memory.needed(cfgs, data, spec=SPEC, scored=[10], offloaded=frozenset({"source"}))
     assert held - streamed.stages["choose the strength"] == 4 * count
 
 
@@ -236,7 +236,7 @@ def test_a_coupling_takes_the_disk_that_was_said(cfgs, tmp_path, rng):
         site: Potentials(
             draw(*pairs, width), draw(*pairs, width), *(draw(*pairs) for _ in range(3)),
             iterations=np.zeros(pairs, np.int32), converged=np.ones(pairs, bool),
-            is_log=np.zeros(pairs, bool),
+            used_log_domain=np.zeros(pairs, bool),
         )
         for site in sites
     }  # fmt: skip

@@ -15,7 +15,7 @@ from ot_merge_jax import errors
 from ot_merge_jax.data import calibration
 from ot_merge_jax.data import documents as texts
 from ot_merge_jax.distributed import sharding
-from ot_merge_jax.evaluation.statistics import Difference
+from ot_merge_jax.evaluation.statistics import MeanDifference
 from ot_merge_jax.experiments import summary, verdict
 from ot_merge_jax.io import hf
 from ot_merge_jax.recipes import loading
@@ -169,14 +169,14 @@ def test_verdict_of_a_run_is_in_report_and_result(resolved, out, text_file):
     assert result.report == report
     assert result.out == out
     change = report.evaluation["merge"].against_target
-    said = verdict.said(Difference(change.difference, change.low, change.high))
+    said = verdict.sentence_of(MeanDifference(change.difference, change.low, change.high))
     assert said in report.verdict
 
 
 @pytest.mark.parametrize("is_nothing", [False, True], ids=["moved", "nothing-moved"])
 def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_file, monkeypatch):
     """Also of a merge that only shrinks the target."""
-    worse = Difference(0.1, 0.05, 0.2)
+    worse = MeanDifference(0.1, 0.05, 0.2)
     against = verdict.Compared(worse, [worse])
     controlled = summary.Controlled([0], schema.Difference(**worse._asdict()), [], {})
     found = verdict.judge(against, {}, missing=[]), against, controlled
@@ -423,7 +423,7 @@ def test_run_within_less_memory_gives_the_same_weights(
 
     def choose(cfgs, data, *, limit, **more):
         assert limit == 12345
-        return memory.needed(cfgs, data, on_disk=frozenset(cfgs) - {"target"}, **more)
+        return memory.needed(cfgs, data, offloaded=frozenset(cfgs) - {"target"}, **more)
 
     monkeypatch.setattr(memory, "choose", choose)
     within = tmp_path / "within"
@@ -445,7 +445,7 @@ def test_rows_are_lowered_before_a_run_is_refused(resolved, out, monkeypatch, ca
         asked.append(data.rows)
         if data.rows > 50:
             raise errors.ResourceError("Too much.")
-        return memory.Plan(frozenset(), {"all": 1})
+        return memory.MemoryPlan(frozenset(), {"all": 1})
 
     monkeypatch.setattr(memory, "choose", choose)
     shown = []

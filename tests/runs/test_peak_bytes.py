@@ -159,7 +159,7 @@ def test_maps_and_parts_of_plans(n, m, rows, at_once, side):
     whole, is_true = shape(dtype=jnp.int32), shape(dtype=jnp.bool_)
     potentials = Potentials(shape(n), shape(m), number, number, number, whole, is_true, is_true)  # pyright: ignore[reportArgumentType]
     x, y = shape(rows, n), shape(rows, m)
-    pair = projections.Pair(x, y, potentials, shape(n), shape(m))
+    pair = projections.LayerPair(x, y, potentials, shape(n), shape(m))
     took = counted(projections._map, pair, None, side=side, spec=MergeSpec(), plan_at_once=at_once)
     arguments = 4 * rows * (n + m)
     check(coupling.plan_bytes(n, m, rows=rows, plan_at_once=at_once) - arguments, took)

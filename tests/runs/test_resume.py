@@ -187,7 +187,7 @@ def test_resume_of_a_finished_run_returns_its_result(until, out, uninterrupted, 
         for a, b in zip(one, again.merge.weights[name], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
     np.testing.assert_array_equal(
-        again.merge.coupling.layer["up_out"], first.merge.coupling.layer["up_out"]
+        again.merge.coupling.layer_plan["up_out"], first.merge.coupling.layer_plan["up_out"]
     )
 
 

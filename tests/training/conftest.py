@@ -46,9 +46,9 @@ def blocks_of(cfg, *, seed=0, count=BLOCKS):
     """Random blocks, of each of which something does not count."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, cfg.vocab_size, (count, LENGTH)).astype(np.int32)
-    counted = rng.random(tokens.shape) < 0.7
-    counted[:, 1] = True
-    return packing.Blocks(tokens, np.ones_like(counted), counted)
+    loss_mask = rng.random(tokens.shape) < 0.7
+    loss_mask[:, 1] = True
+    return packing.Blocks(tokens, np.ones_like(loss_mask), loss_mask)
 
 
 @pytest.fixture(scope="session")
@@ -72,13 +72,13 @@ def problem(student, teacher):
 
 @pytest.fixture(scope="session")
 def trained():
-    """``trained(problem, base, residual, factor, source)`` -> (course, constants)."""
+    """``trained(problem, base, residual, factor, source)`` -> (course, frozen)."""
 
     def run(problem, base, residual=None, factor=None, source=None, **hooks):
         given = residual or {}, factor or {}
-        trainable, constants = step.begin(problem, base, *given, source)
-        course = step.new_course(problem, trainable)
-        return step.train(problem, course, constants, **hooks), constants
+        trainable, frozen = step.begin(problem, base, *given, source)
+        course = step.new_history(problem, trainable)
+        return step.train(problem, course, frozen, **hooks), frozen
 
     return run
 

@@ -111,20 +111,20 @@ class Run:
         def loss(params, _, blocks):
             return next_token_loss(params, blocks, cfg=self.cfg)
 
-        def after(course):
-            self.calls.append((len(course.losses), course.losses[-1]))
+        def on_step(history):
+            self.calls.append((len(history.losses), history.losses[-1]))
 
-        course = loop.fit(
-            loop.Course(loop.start(self.start, transform)),
+        history = loop.fit(
+            loop.TrainHistory(loop.start(self.start, transform)),
             loop.compiled(loop.one_step(loss, transform)),
             None,
             lambda index: batch_at(tokens, index),
             steps=steps,
             dev_loss=lambda params: 0.0,
             eval_every=steps,
-            after=after,
+            on_step=on_step,
         )
-        self.params, self.losses = course.state.params, np.array(course.losses)
+        self.params, self.losses = history.state.params, np.array(history.losses)
 
 
 def batch_at(tokens, index):

@@ -25,17 +25,17 @@ def readers(tokenizer_folder):
 
 
 def test_a_text_counts_behind_its_prefix(readers, texts):
-    one = packing.mark(texts[0], readers["bpe"])
+    one = packing.tokenize_for_training(texts[0], readers["bpe"])
     assert one.ids == readers["bpe"](texts[0])["input_ids"]
-    assert one.counted == [False] + [True] * (len(one.ids) - 1)
+    assert one.loss_mask == [False] + [True] * (len(one.ids) - 1)
 
 
 def test_an_eos_that_stands_for_a_bos_ends_the_document_before(readers, texts):
     """Tokenizers without BOS: the prefix is the one that evaluation uses, and it is learned."""
     qwen = readers["qwen"]
-    one = packing.mark(texts[0], qwen)
+    one = packing.tokenize_for_training(texts[0], qwen)
     assert one.ids == [qwen.eos_token_id, *qwen(texts[0])["input_ids"]]
-    assert all(one.counted)
+    assert all(one.loss_mask)
 
 
 CHAT = Chat((
@@ -46,18 +46,20 @@ CHAT = Chat((
 
 def test_of_a_chat_the_answers_count_with_their_ends(readers):
     reader = readers["bpe"]
-    one = packing.mark(CHAT, reader)
-    said = [token for token, counts in zip(one.ids, one.counted, strict=True) if counts]
+    one = packing.tokenize_for_training(CHAT, reader)
+    said = [token for token, counts in zip(one.ids, one.loss_mask, strict=True) if counts]
     assert reader.decode(said) == " the river is old<|end|> songs<|end|>"
 
 
 def test_all_of_a_chat_counts_if_asked(readers):
-    one = packing.mark(CHAT, readers["bpe"], responses_only=False)
-    assert one.counted == [False] + [True] * (len(one.ids) - 1)
+    one = packing.tokenize_for_training(CHAT, readers["bpe"], responses_only=False)
+    assert one.loss_mask == [False] + [True] * (len(one.ids) - 1)
 
 
 def test_chats_without_an_answer_are_refused(readers):
-    marked = [packing.mark(Chat((Turn("user", "the river " * 9),)), readers["bpe"])]
+    marked = [
+        packing.tokenize_for_training(Chat((Turn("user", "the river " * 9),)), readers["bpe"])
+    ]
     with pytest.raises(InputError, match="no words of an assistant to learn from"):
         packing.pack(marked, 4)
 
@@ -70,7 +72,7 @@ def marked(lengths):
     start, made = 1, []
     for n in lengths:
         ids = list(range(start, start + n))
-        made.append(packing.Marked(ids, [False] + [True] * (n - 1), [False] * n, {}))
+        made.append(packing.TrainingTokens(ids, [False] + [True] * (n - 1), [False] * n, {}))
         start += n
     return made
 
@@ -84,7 +86,7 @@ def test_blocks_hold_the_stream(length, has_tail):
     real = blocks.tokens[blocks.mask]
     assert real.tolist() == list(range(1, (19 if has_tail else whole * length) + 1))
     first = {1, 6, 13}
-    assert {int(x) for x in blocks.tokens[blocks.mask & ~blocks.counted]} == first & set(real)
+    assert {int(x) for x in blocks.tokens[blocks.mask & ~blocks.loss_mask]} == first & set(real)
 
 
 @pytest.mark.parametrize("lengths", [[], [3]])
@@ -94,7 +96,7 @@ def test_too_little_text_is_refused(lengths):
 
 
 def test_blocks_without_anything_to_learn_go():
-    silent = packing.Marked([1] * 8, [False] * 8, [False] * 8, {})
+    silent = packing.TrainingTokens([1] * 8, [False] * 8, [False] * 8, {})
     blocks = packing.pack([silent, *marked([8])], 4)
     assert len(blocks.tokens) == 2
     assert blocks.count == 3 + 3  # the first of a block has nothing before it

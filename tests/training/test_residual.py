@@ -78,11 +78,11 @@ def test_a_difference_that_no_merge_makes_is_refused(student):
 
 def test_the_gradient_of_the_residual_is_exactly_zero(student, residual, problem):
     task = problem()
-    _, constants = step.begin(task, student[1], residual, BOTH)
+    _, frozen = step.begin(task, student[1], residual, BOTH)
     batch = jax.tree.map(jnp.asarray, packing.batch_at(task.train, 0, batch_size=4, seed=0))
 
     def loss(base, leaves):
-        return step.loss_of(step.plan_of(task))(base, constants._replace(residual=leaves), batch)
+        return step.loss_of(step.step_config(task))(base, frozen._replace(residual=leaves), batch)
 
     base, leaves = jax.jit(jax.grad(loss, argnums=(0, 1)))(student[1], residual)
     assert leaves.keys() == residual.keys()
@@ -114,12 +114,12 @@ def test_after_training_the_fold_runs_as_the_unfolded_model(
     cfg = student[0]
     parts = {path: leaf for path, leaf in residual.items() if path.startswith("layers/")}
     task = problem()
-    course, constants = trained(task, student[1], parts, BOTH)
+    course, frozen = trained(task, student[1], parts, BOTH)
     base = loop.result(course)
     tokens = jnp.asarray(task.dev.tokens)
     none = jnp.full((len(tokens), 1), -1, jnp.int32)
     batch = Batch(tokens, jnp.ones(tokens.shape, bool), none, none)
-    folded = step.params_of(base, constants, plan=step.plan_of(task))
+    folded = step.params_of(base, frozen, plan=step.step_config(task))
     run = jax.jit(lambda p: decoder.forward(p, batch, cfg=cfg)[0])
     ours, without = run(folded), run(base)
     with monkeypatch.context() as patch:
@@ -138,9 +138,9 @@ def test_without_decay_it_is_training_of_the_folded_weights(
     student, residual, problem, trained, close
 ):
     task = problem()
-    apart, constants = trained(task, student[1], residual, BOTH)
+    apart, frozen = trained(task, student[1], residual, BOTH)
     whole, _ = trained(task, residuals.fold(student[1], residual, BOTH))
-    folded = step.params_of(loop.result(apart), constants, plan=step.plan_of(task))
+    folded = step.params_of(loop.result(apart), frozen, plan=step.step_config(task))
     close(folded, loop.result(whole), 1e-5)
     np.testing.assert_allclose(apart.losses, whole.losses, rtol=0, atol=1e-5)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), loop.result(apart), student[1])
@@ -150,9 +150,9 @@ def test_without_decay_it_is_training_of_the_folded_weights(
 def test_with_decay_only_the_base_shrinks(student, residual, problem, trained):
     """So it is another training: what was merged stays."""
     task = problem(weight_decay=5.0)
-    apart, constants = trained(task, student[1], residual, BOTH)
+    apart, frozen = trained(task, student[1], residual, BOTH)
     whole, _ = trained(task, residuals.fold(student[1], residual, BOTH))
-    folded = step.params_of(loop.result(apart), constants, plan=step.plan_of(task))
+    folded = step.params_of(loop.result(apart), frozen, plan=step.step_config(task))
     name = "embedding"
     one, other = folded["embed_tokens"][name], loop.result(whole)["embed_tokens"][name]
     assert np.abs(one - other).max() > 1e-3

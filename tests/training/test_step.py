@@ -17,21 +17,21 @@ KINDS = ["sft", "kd", "mix"]
 
 @pytest.fixture(scope="module")
 def straight(student, teacher, problem, trained):
-    """Kind -> the course of plain training."""
+    """Kind -> the history of plain training."""
     return {kind: trained(problem(kind), student[1], source=teacher[1])[0] for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_what_it_minimises(kind, straight, student, teacher, problem):
     task = problem(kind)
-    _, constants = training.begin(task, student[1], {}, {}, teacher[1])
+    _, frozen = training.begin(task, student[1], {}, {}, teacher[1])
     batch = packing.batch_at(task.train, 3, batch_size=4, seed=0)
     batch = jax.tree.map(jnp.asarray, batch)
     losses = []
     for params in (student[1], straight[kind].state.params):
-        state = training.new_course(task, params).state
+        state = training.new_history(task, params).state
         losses.append(
-            float(training._step(state, constants, batch, plan=training.plan_of(task))[1].loss)
+            float(training._step(state, frozen, batch, plan=training.step_config(task))[1].loss)
         )
     assert losses[1] < losses[0]
 
@@ -44,9 +44,9 @@ def test_mix_is_between(straight):
 def test_parts_and_remat_change_memory_alone(straight, student, teacher, problem, trained, close):
     """A batch in two parts, layers and logits computed twice: one program for both."""
     task = problem("mix", accumulate=2, remat=True)
-    course, _ = trained(task, student[1], source=teacher[1])
-    np.testing.assert_allclose(course.losses, straight["mix"].losses, rtol=0, atol=1e-5)
-    close(course.state.params, straight["mix"].state.params, 1e-4)
+    history, _ = trained(task, student[1], source=teacher[1])
+    np.testing.assert_allclose(history.losses, straight["mix"].losses, rtol=0, atol=1e-5)
+    close(history.state.params, straight["mix"].state.params, 1e-4)
 
 
 def test_remat_computes_layers_twice(student, problem):
@@ -55,11 +55,11 @@ def test_remat_computes_layers_twice(student, problem):
     texts = []
     for remat in (False, True):
         task = problem(remat=remat)
-        _, constants = training.begin(task, student[1], {}, {})
+        _, frozen = training.begin(task, student[1], {}, {})
         texts.append(
             str(
-                jax.make_jaxpr(jax.grad(training.loss_of(training.plan_of(task))))(
-                    student[1], constants, batch
+                jax.make_jaxpr(jax.grad(training.loss_of(training.step_config(task))))(
+                    student[1], frozen, batch
                 )
             )
         )
@@ -67,10 +67,10 @@ def test_remat_computes_layers_twice(student, problem):
 
 
 def test_bfloat16_keeps_masters_in_float32(straight, student, problem, trained):
-    course, _ = trained(problem(dtype="bfloat16"), student[1])
-    assert {leaf.dtype for leaf in jax.tree.leaves(course.state.params)} == {np.dtype("float32")}
-    np.testing.assert_allclose(course.losses, straight["sft"].losses, rtol=0.02)
-    assert course.losses != straight["sft"].losses
+    history, _ = trained(problem(dtype="bfloat16"), student[1])
+    assert {leaf.dtype for leaf in jax.tree.leaves(history.state.params)} == {np.dtype("float32")}
+    np.testing.assert_allclose(history.losses, straight["sft"].losses, rtol=0.02)
+    assert history.losses != straight["sft"].losses
 
 
 def test_eight_devices_train_as_one(straight, student, problem, trained, close):
@@ -82,25 +82,25 @@ def test_eight_devices_train_as_one(straight, student, problem, trained, close):
         )
         for spec in specs.param_specs(cfg)
     })  # fmt: skip
-    course, _ = trained(problem(), placed)
-    np.testing.assert_allclose(course.losses, straight["sft"].losses, rtol=0, atol=1e-5)
+    history, _ = trained(problem(), placed)
+    np.testing.assert_allclose(history.losses, straight["sft"].losses, rtol=0, atol=1e-5)
     np.testing.assert_allclose(
-        [loss for _, loss in course.dev], [loss for _, loss in straight["sft"].dev], atol=1e-5
+        [loss for _, loss in history.dev], [loss for _, loss in straight["sft"].dev], atol=1e-5
     )
-    close(course.state.params, straight["sft"].state.params, 1e-4)
+    close(history.state.params, straight["sft"].state.params, 1e-4)
 
 
 def test_rates_sweep_under_vmap(straight, student, problem, close):
     """The arms of a comparison: one program, a rate for each."""
     task = problem()
-    _, constants = training.begin(task, student[1], {}, {})
+    _, frozen = training.begin(task, student[1], {}, {})
     batch = jax.tree.map(jnp.asarray, packing.batch_at(task.train, 0, batch_size=4, seed=0))
 
-    plan = training.plan_of(task)
+    plan = training.step_config(task)
 
     def two(rate, batch):
-        given = constants._replace(rates=constants.rates._replace(learning_rate=rate))
-        first = training.new_course(task, student[1]).state
+        given = frozen._replace(rates=frozen.rates._replace(learning_rate=rate))
+        first = training.new_history(task, student[1]).state
         return jax.lax.scan(
             lambda state, _: training.step(state, given, batch, plan=plan), first, length=2
         )[0].params
@@ -110,10 +110,10 @@ def test_rates_sweep_under_vmap(straight, student, problem, close):
     jax.tree.map(
         lambda leaf, start: np.testing.assert_array_equal(leaf[0], start), both, student[1]
     )
-    course = training.new_course(task, student[1])
-    state = course.state
+    history = training.new_history(task, student[1])
+    state = history.state
     for _ in range(2):
-        state, _ = training._step(state, constants, batch, plan=plan)
+        state, _ = training._step(state, frozen, batch, plan=plan)
     close(jax.tree.map(lambda leaf: leaf[1], both), state.params, 1e-5)
 
 
@@ -131,22 +131,22 @@ def test_adapters_begin_at_the_base(adapted, straight):
 
 
 def test_adapters_alone_train(adapted, student):
-    task, course, constants = adapted
-    folded = training.params_of(loop.result(course), constants, plan=training.plan_of(task))
+    task, history, frozen = adapted
+    folded = training.params_of(loop.result(history), frozen, plan=training.step_config(task))
     changed = {
         spec.path
         for spec in specs.param_specs(student[0])
         if np.any(specs.get(folded, spec.path) != specs.get(student[1], spec.path))
     }
     assert changed == {"layers/self_attn/q_proj/kernel", "layers/mlp/down_proj/kernel"}
-    assert course.losses[-1] != course.losses[0]
+    assert history.losses[-1] != history.losses[0]
 
 
 def test_adapters_fold_as_in_the_formula(adapted, student):
-    task, course, constants = adapted
+    task, history, frozen = adapted
     path = "layers/mlp/down_proj/kernel"
-    pair = loop.result(course)[path]
-    folded = training.params_of(loop.result(course), constants, plan=training.plan_of(task))
+    pair = loop.result(history)[path]
+    folded = training.params_of(loop.result(history), frozen, plan=training.step_config(task))
     expected = np.asarray(specs.get(student[1], path), np.float64) + 6 / 3 * (
         np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"], np.float64)
     )
@@ -158,7 +158,7 @@ def test_rank_is_at_most_the_weight_s_own(student):
     assert found["layers/self_attn/k_proj/kernel"]["a"].shape[-1] == 16
 
 
-# ---- the course ----
+# ---- the history ----
 
 
 def _forward(model, tokens):
@@ -181,7 +181,7 @@ def test_the_dev_loss_is_the_mean_over_counted_tokens(student, straight, problem
     one = whole[0]
     losses = -np.log(softmax(_forward(student, one.tokens)))[:, :-1]
     chosen = np.take_along_axis(losses, one.tokens[:, 1:, None].astype(int), -1)[..., 0]
-    counts = task.dev.counted[:, 1:]
+    counts = task.dev.loss_mask[:, 1:]
     expected = chosen[counts].mean()
     assert straight["sft"].dev[0] == (0, pytest.approx(expected, abs=1e-5))
 
@@ -193,11 +193,11 @@ def test_evaluations_come_when_asked_and_at_both_ends(straight):
 def test_early_stopping_keeps_the_best(student, problem, trained):
     """A rate that only does harm: the first evaluation stays the best."""
     task = problem(learning_rate=3.0, eval_every=1, patience=2, clip=1e6)
-    course, _ = trained(task, student[1])
-    losses = [loss for _, loss in course.dev]
+    history, _ = trained(task, student[1])
+    losses = [loss for _, loss in history.dev]
     best = int(np.argmin(losses))
-    assert (best, len(course.losses)) == (0, 2)
-    again = training.next_token_loss(loop.result(course), task)
+    assert (best, len(history.losses)) == (0, 2)
+    again = training.next_token_loss(loop.result(history), task)
     assert again == pytest.approx(losses[best], abs=1e-6)
     assert losses[-1] > losses[best]
 
@@ -207,10 +207,10 @@ def test_what_diverges_keeps_the_state_before(student, problem, trained):
     task = problem(learning_rate=1e38, clip=1e30, eval_every=4)
     seen = []
     with pytest.raises(DivergedError, match=r"at training step 3; lower the learning rate"):
-        trained(task, student[1], rescue=seen.append)
-    [course] = seen
-    assert len(course.losses) == 2
-    assert int(course.state.step) == 2
+        trained(task, student[1], on_divergence=seen.append)
+    [history] = seen
+    assert len(history.losses) == 2
+    assert int(history.state.step) == 2
 
 
 def test_what_diverges_at_the_last_step_is_noticed(student, problem, trained):
@@ -218,7 +218,7 @@ def test_what_diverges_at_the_last_step_is_noticed(student, problem, trained):
     task = problem(learning_rate=1e38, clip=1e30, steps=2)
     seen = []
     with pytest.raises(DivergedError, match=r"dev loss is \w+ after training step 2; lower the le"):
-        trained(task, student[1], after=lambda course: seen.append(len(course.losses)))
+        trained(task, student[1], on_step=lambda history: seen.append(len(history.losses)))
     assert seen == [1]
 
 

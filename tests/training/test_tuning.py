@@ -63,7 +63,7 @@ def test_rates_train_together_where_they_fit(student, problem, monkeypatch):
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(student[1]))
     assert need > 6 * weights + 4 * 9 * student[0].vocab_size * 4  # batch, length
     for name in ("_together", "_one_by_one"):
-        found = [tuning.Tried(0.1, [], [], 1.0)], None
+        found = [tuning.TriedRate(0.1, [], [], 1.0)], None
         monkeypatch.setattr(
             tuning, name, lambda *_, name=name, found=found: seen.append(name) or found
         )

@@ -58,11 +58,11 @@ def rows(rng, side, change):
 def test_coupled_and_carried_finite(rng, change, argument, form):
     target, source = (rows(rng, side, lambda x: change(x, argument)) for side in (0, 1))
     coupling = couplings.couple(target, source, HParams(1.0, 0.05), spec=SPEC)
-    for site, found in coupling.feature.items():
+    for site, found in coupling.neuron_potentials.items():
         assert np.asarray(found.converged).all(), site
         assert np.asarray(found.error).max() < 3e-6, site
-        assert not np.asarray(found.is_log).any(), site
-        np.testing.assert_allclose(np.asarray(coupling.layer[site]).sum(), 1, rtol=1e-5)
+        assert not np.asarray(found.used_log_domain).any(), site
+        np.testing.assert_allclose(np.asarray(coupling.layer_plan[site]).sum(), 1, rtol=1e-5)
     kernels = rng.normal(size=(M, 7, 6)).astype(np.float32)
     moved = projections.transported(
         kernels, coupling, target, source, **ENDS, spec=SPEC._replace(form=form)
@@ -80,8 +80,10 @@ def test_a_scale_of_the_rows_changes_no_plan(rng, power):
     plain, scaled = (
         couplings.couple(one, source, HParams(1.0, 0.05), spec=SPEC) for one in (target, other)
     )
-    for site in plain.feature:
-        np.testing.assert_allclose(plain.feature[site].f, scaled.feature[site].f, atol=1e-6)
+    for site in plain.neuron_potentials:
+        np.testing.assert_allclose(
+            plain.neuron_potentials[site].f, scaled.neuron_potentials[site].f, atol=1e-6
+        )
 
 
 def test_neurons_that_are_one_another_share_their_mass(rng):

@@ -10,7 +10,7 @@ from ot_merge_jax.transport import cost
 #: (rows, target width, source width): never square by accident.
 SIZES = [(2, 1, 1), (3, 2, 1), (5, 2, 3), (50, 5, 11), (257, 64, 33)]
 _jitted = jax.jit(cost.correlation_cost, static_argnames=("signed",))
-_std = jax.jit(lambda x: cost.standardise(x)[1])
+_std = jax.jit(lambda x: cost.standardize(x)[1])
 
 
 def correlation_cost(x, y, *, signed=False):
@@ -55,7 +55,7 @@ def test_promotes_nothing_implicitly(rng, strict):
     x, y = (jnp.asarray(draw(rng, 50, width)) for width in (5, 11))
     with strict():
         ours = cost.correlation_cost(x, y)
-        deviations = cost.standardise(x)[1]
+        deviations = cost.standardize(x)[1]
     np.testing.assert_allclose(ours, correlation_cost(x, y), rtol=0, atol=1e-6)
     np.testing.assert_allclose(deviations, _std(x), rtol=1e-6)
 
@@ -194,7 +194,7 @@ def test_std_of_a_constant_counts_as_one(rng, value):
 def test_centred_columns_have_mean_zero_and_constants_vanish(rng):
     x = draw(rng, 50, 5)
     x[:, 1] = -12345.678
-    centre, deviation = jax.jit(cost.centred)(jnp.asarray(x))
+    centre, deviation = jax.jit(cost.center)(jnp.asarray(x))
     np.testing.assert_allclose(np.asarray(centre).mean(0), 0, atol=5e-6)
     np.testing.assert_array_equal(centre[:, 1], 0)
     assert deviation[1] == 0

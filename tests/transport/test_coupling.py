@@ -57,11 +57,11 @@ def test_shapes(coupled):
     L, M = len(target.values["mlp_in"]), len(source.values["mlp_in"])
     for site in SITES:
         n, m = WIDTHS[site]
-        assert coupling.layer[site].shape == (L, M)
-        assert coupling.feature[site].f.shape == (L, M, n)
-        assert coupling.feature[site].g.shape == (L, M, m)
-        assert coupling.feature[site].cost.shape == (L, M)
-        assert coupling.feature[site].converged.all()
+        assert coupling.layer_plan[site].shape == (L, M)
+        assert coupling.neuron_potentials[site].f.shape == (L, M, n)
+        assert coupling.neuron_potentials[site].g.shape == (L, M, m)
+        assert coupling.neuron_potentials[site].cost.shape == (L, M)
+        assert coupling.neuron_potentials[site].converged.all()
         assert coupling.std_target[site].shape == (L, n)
         assert coupling.std_source[site].shape == (M, m)
 
@@ -79,7 +79,7 @@ def test_every_pair_is_solved(coupled):
     for site, l, m in pairs(coupled):
         alone, expected = solve_alone(target.values[site][l], source.values[site][m])
         ours = couplings.plan(coupling, target, source, site=site, l=l, m=m)
-        np.testing.assert_allclose(coupling.feature[site].cost[l, m], alone, rtol=1e-5)
+        np.testing.assert_allclose(coupling.neuron_potentials[site].cost[l, m], alone, rtol=1e-5)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -97,8 +97,8 @@ def test_every_plan_has_uniform_marginals(coupled):
 def test_layer_plan_is_that_of_the_costs(coupled):
     _, _, coupling = coupled
     for site in SITES:
-        plan = couplings.layer_plan(coupling.feature[site].cost, epsilon=0.1)
-        np.testing.assert_allclose(coupling.layer[site], plan, atol=1e-6)
+        plan = couplings.layer_plan(coupling.neuron_potentials[site].cost, epsilon=0.1)
+        np.testing.assert_allclose(coupling.layer_plan[site], plan, atol=1e-6)
 
 
 def test_standard_deviations(coupled):
@@ -136,16 +136,16 @@ def test_blocks_of_source_layers_do_not_matter(rng, layers_at_once):
     parts = run(rows_at_once=rows_at_once)
     jax.tree.map(
         lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5),
-        parts._replace(feature=_numbers(parts)),
-        whole._replace(feature=_numbers(whole)),
+        parts._replace(neuron_potentials=_numbers(parts)),
+        whole._replace(neuron_potentials=_numbers(whole)),
     )
     for site in SITES:
-        assert parts.feature[site].converged.all()
+        assert parts.neuron_potentials[site].converged.all()
 
 
 def _numbers(coupling):
     """Potentials without the counts of iterations, which rounding decides."""
-    return {site: (one.f, one.g, one.cost) for site, one in coupling.feature.items()}
+    return {site: (one.f, one.g, one.cost) for site, one in coupling.neuron_potentials.items()}
 
 
 @pytest.mark.parametrize(
@@ -163,12 +163,17 @@ def test_blocks_of_source_layers_have_one_size(layers, at_once, expected):
     assert [(one.start, one.stop) for one in found] == expected
 
 
-def test_only_the_sites_of_the_weights_are_solved(rng):
+def test_only_the_sites_that_are_asked_for_are_solved(rng):
     target, source = draw(rng, 2, 0), draw(rng, 3, 1)
     extra = {"o_in": target.values["mlp_in"]}
     target = target._replace(values=target.values | extra)
-    coupling = couplings.couple(target, source, HParams(1.0, EPSILON), spec=spec_of())
-    for leaf in (coupling.layer, coupling.feature, coupling.std_target, coupling.std_source):
+    coupling = couplings.couple(target, source, HParams(1.0, EPSILON), spec=spec_of(), sites=SITES)
+    for leaf in (
+        coupling.layer_plan,
+        coupling.neuron_potentials,
+        coupling.std_target,
+        coupling.std_source,
+    ):
         assert set(leaf) == set(SITES)
 
 
@@ -180,8 +185,12 @@ def test_reordering_layers_reorders_the_coupling(rng):
         couplings.couple(target, s, HParams(1.0, EPSILON), spec=spec_of()) for s in (source, moved)
     )
     for site in SITES:
-        np.testing.assert_allclose(other.layer[site], one.layer[site][:, order], atol=1e-5)
-        np.testing.assert_allclose(other.feature[site].f, one.feature[site].f[:, order], atol=1e-5)
+        np.testing.assert_allclose(
+            other.layer_plan[site], one.layer_plan[site][:, order], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            other.neuron_potentials[site].f, one.neuron_potentials[site].f[:, order], atol=1e-5
+        )
 
 
 def test_a_constant_neuron_counts_as_one_and_matches_nothing(rng):
@@ -189,7 +198,7 @@ def test_a_constant_neuron_counts_as_one_and_matches_nothing(rng):
     source.values["up_out"][1, :, 2] = 0.1
     coupling = couplings.couple(target, source, HParams(1.0, EPSILON), spec=spec_of())
     assert coupling.std_source["up_out"][1, 2] == 1
-    assert np.isfinite(coupling.feature["up_out"].f).all()
+    assert np.isfinite(coupling.neuron_potentials["up_out"].f).all()
 
 
 # ------------------------------------------------------------------------ layer problem
@@ -341,7 +350,7 @@ def test_planted_layers_are_recovered(rng, layer_cost):
         target, source, HParams(1.0, 0.02), spec=spec_of(layer_cost=layer_cost)
     )
     for site in SITES:
-        np.testing.assert_array_equal(coupling.layer[site].argmax(1), PLANTED_LAYERS)
+        np.testing.assert_array_equal(coupling.layer_plan[site].argmax(1), PLANTED_LAYERS)
 
 
 @pytest.mark.parametrize("signed", [False, True])

@@ -75,7 +75,7 @@ def test_plans_and_costs(golden, activations, coupled, end):
     for l, row in enumerate(oracle):
         for m, expected in enumerate(row):
             close(couplings.plan(coupling, *activations, site=SITES[end], l=l, m=m), expected)
-    close(coupling.feature[SITES[end]].cost, golden[f"eps{epsilon}/cost_{end}"])
+    close(coupling.neuron_potentials[SITES[end]].cost, golden[f"eps{epsilon}/cost_{end}"])
 
 
 def test_the_constant_neuron_correlates_with_nothing(golden, activations, coupled):
@@ -88,7 +88,7 @@ def test_the_constant_neuron_correlates_with_nothing(golden, activations, couple
 @pytest.mark.parametrize("end", SITES)
 def test_layer_plans(golden, coupled, end):
     epsilon, kind, coupling = coupled
-    close(coupling.layer[SITES[end]], golden[f"eps{epsilon}/p_{end}_{kind}"])
+    close(coupling.layer_plan[SITES[end]], golden[f"eps{epsilon}/p_{end}_{kind}"])
 
 
 def test_effective_layer_weights(golden, coupled):

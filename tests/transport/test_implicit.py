@@ -211,7 +211,7 @@ def test_through_couple(rng):
         sides = [Activations(dict.fromkeys(("mlp_in", "up_out"), x), rows) for x in
                  (target, source)]  # fmt: skip
         coupling = couplings.couple(*sides, HParams(1.0, 0.1), spec=MergeSpec(weights=("up",)))
-        return (coupling.feature["up_out"].cost * jnp.array([1.0, -2.0])).sum()
+        return (coupling.neuron_potentials["up_out"].cost * jnp.array([1.0, -2.0])).sum()
 
     found = (jax.grad(value)(jnp.asarray(source)) * direction).sum()
     up, down = (value(jnp.asarray(source + step * direction)) for step in (0.01, -0.01))

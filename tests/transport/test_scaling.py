@@ -1,4 +1,4 @@
-"""The kernel form: the log form's solution, whatever the blocks, the batch or the epsilon."""
+"""The scaling form: the log domain's solution, whatever the blocks, the batch or the epsilon."""
 
 import jax
 import jax.numpy as jnp
@@ -211,11 +211,11 @@ def test_nan_ends_at_once_and_alone(rng):
 def test_the_form_follows_the_epsilons_a_cost_spans(rng):
     costs = costs_of(rng, 1)[0]
     span = float(costs.max() - costs.min())
-    for share, is_log in ((0.9, False), (1.1, True)):
+    for share, used_log_domain in ((0.9, False), (1.1, True)):
         found = sinkhorn.solve(
             costs, epsilon=span / sinkhorn.MAX_COST_OVER_EPSILON / share, max_iterations=20
         )
-        assert bool(found.is_log) is is_log
+        assert bool(found.used_log_domain) is used_log_domain
 
 
 def test_both_solvers_agree(rng):
@@ -224,8 +224,8 @@ def test_both_solvers_agree(rng):
         jax.tree.map(np.asarray, sinkhorn.solve(costs, epsilon=0.05, solver=name))
         for name in ("auto", "ott")
     )
-    assert theirs.is_log.all()
-    assert not ours.is_log.any()
+    assert theirs.used_log_domain.all()
+    assert not ours.used_log_domain.any()
     assert ours.converged.all()
     assert theirs.converged.all()
     difference = np.abs(plans(costs, ours, 0.05) - plans(costs, theirs, 0.05))
@@ -238,7 +238,7 @@ def test_log_form_solves_what_the_kernel_form_cannot(rng):
     costs = costs_of(rng, 1)[0]
     costs = jnp.where(jnp.asarray(rng.random(costs.shape) < 0.1), 800.0, costs)
     found = sinkhorn.solve(costs, epsilon=0.2)
-    assert found.is_log
+    assert found.used_log_domain
     assert found.converged
     theirs = pot.sinkhorn(
         np.full(N, 1 / N), np.full(M, 1 / M), np.asarray(costs, np.float64), 0.2,
@@ -250,7 +250,7 @@ def test_log_form_solves_what_the_kernel_form_cannot(rng):
 def test_a_batch_may_hold_both_forms(rng):
     costs = costs_of(rng, 2)
     found = sinkhorn.solve(costs, epsilon=jnp.array([0.05, 0.0005]), max_iterations=50)
-    assert found.is_log.tolist() == [False, True]
+    assert found.used_log_domain.tolist() == [False, True]
     alone = sinkhorn.solve(costs[0], epsilon=0.05, max_iterations=50)
     np.testing.assert_allclose(found.f[0], alone.f, atol=1e-6)
 

@@ -95,7 +95,11 @@ def test_vmapped_couple_has_the_log_domain_only_if_asked(rng, solver, expected):
     @jax.jit
     @jax.vmap
     def run(epsilon):
-        return couplings.couple(*sides, HParams(1.0, epsilon), spec=spec).feature["up_out"].cost
+        return (
+            couplings.couple(*sides, HParams(1.0, epsilon), spec=spec)
+            .neuron_potentials["up_out"]
+            .cost
+        )
 
     assert has_log_domain(run, EPSILONS) is expected
 
@@ -218,18 +222,20 @@ def test_a_lane_that_is_too_wide_is_not_attempted(rng):
     swept = jax.jit(jax.vmap(lambda e: sinkhorn.solve(costs, epsilon=e)))(epsilons)
     assert swept.converged.tolist() == [[True] * 2, [False] * 2, [True] * 2]
     assert (swept.iterations[1] <= 1).all()
-    assert not swept.is_log.any()
+    assert not swept.used_log_domain.any()
     assert_same(swept, sinkhorn.solve(costs, epsilon=0.05), 2)
     eager = sinkhorn.solve(costs, epsilon=1e-4, solver="scaling", max_iterations=30)
     assert not eager.converged.any()
-    assert not eager.is_log.any()
-    assert sinkhorn.solve(costs, epsilon=1e-4, max_iterations=30).is_log.all()  # outside a trace
+    assert not eager.used_log_domain.any()
+    assert sinkhorn.solve(
+        costs, epsilon=1e-4, max_iterations=30
+    ).used_log_domain.all()  # outside a trace
 
 
 def test_ott_under_vmap(rng):
     cost = costs_of(rng, 1)[0]
     swept = jax.jit(jax.vmap(lambda e: sinkhorn.solve(cost, epsilon=e, solver="ott")))(EPSILONS)
-    assert swept.is_log.all()
+    assert swept.used_log_domain.all()
     for index, epsilon in enumerate(EPSILONS):
         assert_same(swept, sinkhorn.solve(cost, epsilon=epsilon, solver="ott"), index)
 
@@ -276,9 +282,11 @@ def test_budgets_of_couple_do_not_matter(rng, budget):
     sides, spec = activations(rng), MergeSpec(weights=("up",))
     expected = couplings.couple(*sides, HParams(1.0, 0.05), spec=spec)
     found = couplings.couple(*sides, HParams(1.0, 0.05), spec=spec, **budget)
-    for site, potentials in expected.feature.items():
-        np.testing.assert_allclose(found.feature[site].f, potentials.f, rtol=0, atol=2e-6)
-        np.testing.assert_allclose(found.layer[site], expected.layer[site], rtol=0, atol=1e-5)
+    for site, potentials in expected.neuron_potentials.items():
+        np.testing.assert_allclose(found.neuron_potentials[site].f, potentials.f, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(
+            found.layer_plan[site], expected.layer_plan[site], rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", ["pairs_at_once", "rows_at_once"])
@@ -304,10 +312,12 @@ def test_vmapped_couple_is_the_loop(rng):
     swept, spent = jax.jit(jax.vmap(run))(EPSILONS), []
     for index, epsilon in enumerate(EPSILONS):
         alone = run(float(epsilon))
-        for site, potentials in alone.feature.items():
+        for site, potentials in alone.neuron_potentials.items():
             # the program that makes the costs is another, and rounds otherwise
-            assert_same(swept.feature[site], potentials, index, is_regrouped=True)
-            np.testing.assert_allclose(swept.layer[site][index], alone.layer[site], atol=1e-5)
+            assert_same(swept.neuron_potentials[site], potentials, index, is_regrouped=True)
+            np.testing.assert_allclose(
+                swept.layer_plan[site][index], alone.layer_plan[site], atol=1e-5
+            )
             spent.append(int(potentials.iterations.max()))
     assert max(spent) > 3 * min(spent)
 
@@ -318,12 +328,15 @@ def test_couple_by_ott_is_couple(rng):
         couplings.couple(*sides, HParams(1.0, 0.05), spec=MergeSpec(weights=("up",), solver=name))
         for name in ("auto", "ott")
     )
-    for site in ours.feature:
-        assert not ours.feature[site].is_log.any()
-        assert theirs.feature[site].is_log.all()
-        assert theirs.feature[site].converged.all()
+    for site in ours.neuron_potentials:
+        assert not ours.neuron_potentials[site].used_log_domain.any()
+        assert theirs.neuron_potentials[site].used_log_domain.all()
+        assert theirs.neuron_potentials[site].converged.all()
         np.testing.assert_allclose(
-            ours.feature[site].cost, theirs.feature[site].cost, rtol=0, atol=1e-5
+            ours.neuron_potentials[site].cost,
+            theirs.neuron_potentials[site].cost,
+            rtol=0,
+            atol=1e-5,
         )
         for l in range(2):
             for m in range(3):
@@ -332,7 +345,7 @@ def test_couple_by_ott_is_couple(rng):
                     for one in (ours, theirs)
                 ]
                 assert np.abs(plans[0] - plans[1]).sum() <= 1e-4
-        assert np.abs(np.subtract(ours.layer[site], theirs.layer[site])).sum() <= 1e-4
+        assert np.abs(np.subtract(ours.layer_plan[site], theirs.layer_plan[site])).sum() <= 1e-4
 
 
 @pytest.mark.parametrize(("solver", "expected"), [("auto", False), ("ott", True)])
