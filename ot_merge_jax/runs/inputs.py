@@ -95,12 +95,12 @@ def reseeded(inputs: MergeInputs, seed: int) -> MergeInputs:
     return _again(inputs, seed=seed)
 
 
-def with_rows(inputs: Inputs, max_rows: int) -> Inputs:
+def with_rows(inputs: MergeInputs, max_rows: int) -> MergeInputs:
     """The same inputs with another number of rows at most; no tokenizer is loaded again."""
     return _again(inputs, max_rows=max_rows)
 
 
-def _again(inputs: Inputs, **settings: int) -> Inputs:
+def _again(inputs: MergeInputs, **settings: int) -> MergeInputs:
     """The calibration once more with other settings."""
     recipe = inputs.recipe.model_copy(update=settings)
     return _calibrated(recipe, inputs.folders, inputs.tokenizers, inputs.sources, inputs.held_out)
