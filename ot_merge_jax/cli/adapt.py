@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from ot_merge_jax.cli import early
+from ot_merge_jax.cli import compile_cache, early
 from ot_merge_jax.cli.console import (
     OUT,
     Encoding,
     Field,
     Json,
+    NoCompileCache,
     Offline,
     Overwrite,
     Quiet,
@@ -118,6 +119,7 @@ def adapt(
         str | None, typer.Option(help="Memory to stay within, e.g. 8GiB [the machine's].")
     ] = None,
     offline: Offline = False,
+    no_compile_cache: NoCompileCache = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -153,6 +155,7 @@ def adapt(
 
     work = run.adapt if settings.baselines is None else comparison.compare
     with session(verbose=verbose, quiet=quiet):
+        compile_cache.enable(is_wanted=not no_compile_cache)
         report = work(
             settings,
             out,

@@ -45,6 +45,10 @@ MemoryLimit = Annotated[
 ]
 Offline = Annotated[bool, typer.Option(help="Never use the network; the hub's cache is used.")]
 
+NoCompileCache = Annotated[
+    bool, typer.Option("--no-compile-cache", help="Compile everything anew, and keep none of it.")
+]
+
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turns errors into one sentence on stderr and an exit code."""

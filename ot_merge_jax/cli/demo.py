@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from ot_merge_jax.cli import compile_cache
 from ot_merge_jax.cli.console import (
     OUT,
     Json,
+    NoCompileCache,
     Offline,
     Overwrite,
     Quiet,
@@ -36,6 +38,7 @@ def demo(
     seed: Seed = 0,
     overwrite: Overwrite = False,
     offline: Offline = False,
+    no_compile_cache: NoCompileCache = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -52,6 +55,7 @@ def demo(
         raise RecipeError("--full and --adapt are two demos; give one of them.")
     if adapt:
         with session(verbose=verbose, quiet=quiet):
+            compile_cache.enable(is_wanted=not no_compile_cache)
             trained = training.run(out, seed=seed, overwrite=overwrite, offline=offline)
         adapted = trained.adapted.report
         if as_json:
@@ -66,6 +70,7 @@ def demo(
             f"({time.monotonic() - started:.0f} s)", OUT)  # fmt: skip
         return
     with session(verbose=verbose, quiet=quiet):
+        compile_cache.enable(is_wanted=not no_compile_cache)
         results = demos.run(out, is_full=full, seed=seed, overwrite=overwrite, offline=offline)
     if as_json:
         print_json({name: result.report.to_dict() for name, result in results.items()})

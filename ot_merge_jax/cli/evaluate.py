@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ot_merge_jax.cli import early
+from ot_merge_jax.cli import compile_cache, early
 from ot_merge_jax.cli.console import (
     OUT,
     Encoding,
     Field,
     Json,
+    NoCompileCache,
     Offline,
     Quiet,
     Seed,
@@ -59,6 +60,7 @@ def evaluate(
     encoding: Encoding = None,
     seed: Seed = 0,
     offline: Offline = False,
+    no_compile_cache: NoCompileCache = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -73,6 +75,7 @@ def evaluate(
     from ot_merge_jax.reports import eval_tables
 
     with session(verbose=verbose, quiet=quiet):
+        compile_cache.enable(is_wanted=not no_compile_cache)
         ask = evaluation.EvalRequest(
             text=None if text is None else loading.text(text, field=field, encoding=encoding),
             questions=choices or (),

@@ -10,10 +10,12 @@ from typing import Annotated
 
 import typer
 
+from ot_merge_jax.cli import compile_cache
 from ot_merge_jax.cli.console import (
     OUT,
     Json,
     MemoryLimit,
+    NoCompileCache,
     Offline,
     Overwrite,
     Quiet,
@@ -41,6 +43,7 @@ def run(
     mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
     memory_limit: MemoryLimit = None,
     offline: Offline = False,
+    no_compile_cache: NoCompileCache = False,
     as_json: Json = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -54,6 +57,7 @@ def run(
     from ot_merge_jax.runs import memory, merge
 
     with session(verbose=verbose, quiet=quiet):
+        compile_cache.enable(is_wanted=not no_compile_cache)
         result = merge.run(
             recipe,
             out,
