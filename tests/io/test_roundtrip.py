@@ -216,6 +216,7 @@ def test_transformers_loads_the_output_with_the_same_logits(
         assert torch.equal(again.eval()(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.catalogue("template-differences")
 @pytest.mark.torch
 @FAMILIES
 def test_transformers_stops_at_the_targets_eos(family, tiny_checkpoint, tmp_path):
@@ -258,6 +259,7 @@ def test_folder_check_reads_no_weights(tiny_checkpoint, writable_copy):
         load_hf(source)
 
 
+@pytest.mark.catalogue("escaping-weight-map")
 def test_hub_snapshot_of_links_into_blobs_loads_and_saves(tiny_checkpoint, tmp_path):
     """The layout of a hub cache: every file of a snapshot is a link to ../../blobs."""
     blobs, snapshot = (
