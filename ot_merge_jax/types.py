@@ -204,8 +204,8 @@ class MergeSpec(NamedTuple):
 
     Attributes:
         weights: What moves: names of `ot_merge_jax.models.sites.PROJECTIONS` and ``VOCABULARY``.
-        form: ``joint`` or ``barycentric`` (SPEC section 5).
-        rule: ``interpolate``, ``residual`` or ``delta`` (SPEC section 7).
+        form: ``joint`` or ``barycentric`` (method: The transported weight).
+        rule: ``interpolate``, ``residual`` or ``delta`` (method: Fusion rules).
         layers: ``soft`` or ``top1``.
         layer_cost: ``plain`` or ``median``.
         k: Neurons kept by the mask in each layer; None: all.
@@ -272,7 +272,7 @@ BUDGET = Budget()
 
 
 class WeightReport(NamedTuple):
-    """Diagnostics of one moved weight (SPEC section 13), an entry for each layer (one for a table).
+    """Diagnostics of one moved weight, an entry for each layer (one for a table).
 
     Attributes:
         ratio_transported: ``|W~| / |W|``, Frobenius over the selected entries.

@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    assets = Path(__file__).resolve().parent.parent / "ot_merge_jax" / "assets"
+    assets = Path(__file__).resolve().parent.parent / "ot_merge_jax" / "demo" / "assets"
     parser.add_argument(
         "--out", type=Path, default=assets, help="folder to write (default: the package's assets)"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from ot_merge_jax.cli import early
 from ot_merge_jax.cli.console import (
     OUT,
     Encoding,
@@ -24,6 +25,7 @@ from ot_merge_jax.cli.console import (
     say,
     session,
 )
+from ot_merge_jax.recipes import training as adaptations
 
 if TYPE_CHECKING:
     from ot_merge_jax.reports.schema import Report
@@ -121,13 +123,6 @@ def adapt(
     quiet: Quiet = False,
 ) -> None:
     """Train a merged model with its residual frozen, or any model, and write a plain folder."""
-    from ot_merge_jax.distributed import sharding
-    from ot_merge_jax.recipes import training as adaptations
-    from ot_merge_jax.reports.numbers import number
-    from ot_merge_jax.runs import adapt as run
-    from ot_merge_jax.runs import baselines as comparison
-    from ot_merge_jax.runs import memory
-
     of_text = {"field": field, "encoding": encoding}
     of_text = {key: value for key, value in of_text.items() if value is not None}
     said: dict[str, Any] = {
@@ -144,6 +139,18 @@ def adapt(
         "baselines": _starts(baselines), "rates": _rates(rates), "seeds": seeds,
     }  # fmt: skip
     settings = adaptations.resolve(said)
+    early.look_for(
+        models=(settings.model, settings.source if settings.is_distilled else None),
+        texts=(text, eval_text),
+        out=out,
+        overwrite=overwrite or resume,
+    )
+    from ot_merge_jax.distributed import sharding
+    from ot_merge_jax.reports.numbers import number
+    from ot_merge_jax.runs import adapt as run
+    from ot_merge_jax.runs import baselines as comparison
+    from ot_merge_jax.runs import memory
+
     work = run.adapt if settings.baselines is None else comparison.compare
     with session(verbose=verbose, quiet=quiet):
         report = work(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ot_merge_jax.cli import early
 from ot_merge_jax.cli.console import (
     OUT,
     Encoding,
@@ -63,6 +64,10 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score models on texts, questions and tasks, with intervals for their differences."""
+    if text is not None or choices or tasks:  # or else there is nothing to ask
+        early.look_for(models=models)
+        early.look_for(models=[base], texts=[text])
+        early.look_for_questions(choices or ())
     from ot_merge_jax.evaluation import evaluate as evaluation
     from ot_merge_jax.recipes import loading
     from ot_merge_jax.reports import eval_tables

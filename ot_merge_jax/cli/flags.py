@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ot_merge_jax.cli import early
 from ot_merge_jax.cli.console import Encoding, Field
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes.recipe import Recipe
@@ -114,6 +115,21 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = inspect.Signature(flags)  # pyright: ignore[reportAttributeAccessIssue]
     wrapped.__annotations__ = {one.name: one.annotation for one in flags}
     return wrapped
+
+
+def look_for_inputs(recipe: Recipe, out: Path | None, *, overwrite: bool) -> None:
+    """Looks for the models and texts of a recipe, before anything heavy is imported.
+
+    Raises:
+        InputError: naming the first that is missing, or what is wrong with the output.
+    """
+    texts = (recipe.calibration, recipe.evaluation)
+    early.look_for(
+        models=(recipe.target, recipe.source, recipe.source_base),
+        texts=[None if text is None else text.path for text in texts],
+        out=out,
+        overwrite=overwrite,
+    )
 
 
 def _listed(text: str) -> list[str]:

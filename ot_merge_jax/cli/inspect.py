@@ -8,6 +8,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
+from ot_merge_jax.cli import early
 from ot_merge_jax.cli.console import OUT, Json, Offline, Verbose, guarded, print_json, say
 
 
@@ -21,6 +22,7 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """What a model folder holds, from its config and headers alone."""
+    early.look_for(models=[model])
     from ot_merge_jax.io.arrays import plain
     from ot_merge_jax.io.folder import open_folder
     from ot_merge_jax.models import specs

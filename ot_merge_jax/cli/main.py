@@ -1,13 +1,14 @@
-"""The command line `ot-merge`: every command of `ot_merge_jax.commands`, by name."""
+"""The command line `ot-merge`: every command by its name."""
 
 from __future__ import annotations
 
 import signal
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ot_merge_jax.cli.adapt import adapt
+from ot_merge_jax.cli.console import OUT, say
 from ot_merge_jax.cli.demo import demo
 from ot_merge_jax.cli.evaluate import evaluate
 from ot_merge_jax.cli.inspect import families, inspect
@@ -23,6 +24,30 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(is_asked: bool) -> bool:
+    """Says the version and ends."""
+    if is_asked:
+        from importlib import metadata
+
+        say(f"ot-merge {metadata.version('ot-merge-jax')}", OUT)
+        raise typer.Exit
+    return is_asked
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say the version and exit.", callback=_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """What stands before the command."""
+
+
 app.command()(run)
 app.command()(plan)
 app.command()(adapt)

@@ -23,7 +23,7 @@ from ot_merge_jax.cli.console import (
     say,
     session,
 )
-from ot_merge_jax.cli.flags import with_recipe
+from ot_merge_jax.cli.flags import look_for_inputs, with_recipe
 from ot_merge_jax.recipes.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what `run` would need: memory, disk, arithmetic. Reads no weights and writes nothing."""
+    look_for_inputs(recipe, out, overwrite=overwrite)
     from ot_merge_jax.runs import memory
     from ot_merge_jax.runs import plan as planning
 

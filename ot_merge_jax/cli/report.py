@@ -24,7 +24,7 @@ def report(
     verbose: Verbose = False,
 ) -> None:
     """Write the report of a run again, from what lies in its folder."""
-    from ot_merge_jax.reports import html, run_folder, schema
+    from ot_merge_jax.reports import run_folder
 
     details = run_folder.details_of(run)
     if out is not None and (out.is_dir() or (out.exists() and not overwrite)):
@@ -32,6 +32,8 @@ def report(
         raise InputError(f"The file {out} exists; {advice}.")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"There is no folder {out.parent} to write {out.name} into; make it.")
+    from ot_merge_jax.reports import html, schema
+
     files = html.write(details, file=out)
     read = schema.read(details / "report.json")
     if as_json:

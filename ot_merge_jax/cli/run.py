@@ -22,7 +22,7 @@ from ot_merge_jax.cli.console import (
     say,
     session,
 )
-from ot_merge_jax.cli.flags import with_recipe
+from ot_merge_jax.cli.flags import look_for_inputs, with_recipe
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.recipes.recipe import Recipe
 
@@ -46,12 +46,13 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Merge a source into a target, by a recipe, by flags, or by both (flags win)."""
+    if out is None:
+        raise RecipeError("There is no --out; name the folder to write.")
+    look_for_inputs(recipe, out, overwrite=overwrite or resume)
     from ot_merge_jax.distributed import sharding
     from ot_merge_jax.reports import tables
     from ot_merge_jax.runs import memory, merge
 
-    if out is None:
-        raise RecipeError("There is no --out; name the folder to write.")
     with session(verbose=verbose, quiet=quiet):
         result = merge.run(
             recipe,

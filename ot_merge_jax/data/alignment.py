@@ -65,7 +65,7 @@ def token_ends(
         >>> token_ends("to 河!", [(0, 2), (2, 3), (3, 4)], is_special=[False] * 3, beyond=[(3, 4)])
         {(0, 2): 0}
 
-    Source: SPEC section 2, rows ``span``.
+    Source: method: Activations, rows ``span``.
     """
     contents = [(0, len(text))] if contents is None else contents
     starts = [start for start, _ in contents]

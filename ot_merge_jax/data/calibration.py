@@ -136,7 +136,7 @@ def align(
         InputError: if fewer than 2 rows remain, tokenizers differ where they must not, or one is
             slow where it must not be.
 
-    Source: SPEC section 2.
+    Source: method: Activations.
     """
     if rows == "token" and not is_same_tokenizer(target_tokenizer, source_tokenizer, documents):
         raise InputError(

@@ -17,7 +17,7 @@ from ot_merge_jax.data.chat import Chat, Document, Turn
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.recipes.recipe import Text
 
-#: Fraction of the documents that choose the strength and are never used for rows (SPEC section 9).
+#: Fraction of the documents that choose the strength and are never used for rows (method: Presets).
 DEV_FRACTION = 0.2
 
 

@@ -71,6 +71,19 @@ def locate(path: str | Path, *, offline: bool = False) -> Source:
     return Source((file,))
 
 
+def questions(path: str | Path) -> Path:
+    """The file of multiple-choice questions at a path.
+
+    Raises:
+        InputError: if there is none, or it is not one of JSON lines.
+    """
+    file = Path(path).expanduser()
+    if file.suffix.lower() not in _JSON_LINES or not file.is_file():
+        what = "is not a .jsonl file" if file.is_file() else "does not exist"
+        raise InputError(f"{file} {what}; give questions as .jsonl, one object a line.")
+    return file
+
+
 def _dataset(wanted: hub.DatasetId, *, offline: bool) -> Source:
     """The files of one split of a hub dataset."""
 

@@ -74,8 +74,8 @@ def token_bytes(tokenizer: Any, *, size: int) -> dict[bytes, int]:
 
     Example:
         >>> from ot_merge_jax.demo import assets
-        >>> from ot_merge_jax.data import calibration
-        >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
+        >>> from ot_merge_jax.data.tokenizers import load_tokenizer
+        >>> tokenizer = load_tokenizer(assets.path("sibling"))
         >>> tokenizer.convert_ids_to_tokens(token_bytes(tokenizer, size=2048)[b" the"])
         'Ġthe'
     """
@@ -144,7 +144,7 @@ def matched_vocabulary(
     Raises:
         InputError: if fewer than 2 tokens match, or how one marks spaces cannot be read.
 
-    Source: SPEC section 5.1.
+    Source: method: The vocabulary map.
     """
     read = vocabulary if is_one else token_bytes
     tokens = read(target, size=target_size), read(source, size=source_size)

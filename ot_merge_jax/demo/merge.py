@@ -40,7 +40,7 @@ def run(
 
     Args:
         out: Folder that will hold ``delta``, ``delta-stranger`` and ``paper``, three model folders.
-        is_full: Whether three calibration seeds and all controls are run (SPEC section 10).
+        is_full: Whether three calibration seeds and all controls are run (method: Controls).
         seed: Of every random choice.
         overwrite: Whether existing output folders are replaced.
         offline: Whether the network is forbidden; the demo never uses it.

@@ -76,10 +76,7 @@ def read(path: str | Path, *, encoding: str = "utf-8", limit: int | None = None)
         >>> read(path)
         [Question(text='1 + 1?', choices=('1', '2'), answer=1)]
     """
-    file = Path(path).expanduser()
-    if file.suffix.lower() not in (".jsonl", ".ndjson", ".json") or not file.is_file():
-        what = "is not a .jsonl file" if file.is_file() else "does not exist"
-        raise InputError(f"{file} {what}; give questions as .jsonl, one object a line.")
+    file = sources.questions(path)
     found: list[Question] = []
     for where, record in sources.read(file, fields=(), encoding=encoding):
         if limit is not None and len(found) >= limit:

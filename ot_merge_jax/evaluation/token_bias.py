@@ -1,4 +1,4 @@
-"""The cheapest adaptation there is: one bias for each token on the logits (SPEC section 10).
+"""The cheapest adaptation there is: one bias for each token on the logits (method: Controls).
 
 What a merge gains over its target is compared with what a bias alone gains, because much of what a
 model lacks on new text is how often tokens occur there.
@@ -53,7 +53,7 @@ def fit(
         ``[v]`` to add to the logits. Iterated as ``b += log f - log mean p`` from 0, where ``f``
         are the counts plus one half, until nothing changes by 1e-3 nats, at most 1000 times.
 
-    Source: SPEC section 10; as iterative proportional fitting it is Deming and Stephan 1940.
+    Source: method: Controls; as iterative proportional fitting it is Deming and Stephan 1940.
     """
     counts, hidden = np.zeros(cfg.vocab_size), []
     total = int(cut.tokens.sum())

@@ -1,4 +1,4 @@
-"""What a merge must beat (SPEC section 10): the same merge with one thing broken.
+"""What a merge must beat (method: Controls): the same merge with one thing broken.
 
 Each function breaks one thing that a merge is made from and leaves everything else as it is: mask,
 units, strengths that are tried. The control `unigram` breaks nothing and lives in
@@ -37,10 +37,10 @@ from ot_merge_jax.types import (
     VocabularyMatch,
 )
 
-#: Gaussian updates that a merge is compared with (SPEC section 10).
+#: Gaussian updates that a merge is compared with (method: Controls).
 NOISE_SEEDS = 5
 NOISE = tuple(f"noise {number + 1}" for number in range(NOISE_SEEDS))
-#: Every control but `unigram`, in the order of SPEC section 10.
+#: Every control but `unigram`, in the order of method: Controls.
 BROKEN = ("shrink", *NOISE, "permuted", "wrong-layer", "wrong-source")
 
 

@@ -19,7 +19,7 @@ from ot_merge_jax.models.model import AnyModel
 from ot_merge_jax.models.sites import GROUPS
 from ot_merge_jax.types import BUDGET, Choice, HParams, MergeSpec, Params, Point, Transported
 
-#: SPEC section 9.
+#: method: Presets.
 GRIDS: dict[str, tuple[float, ...]] = {
     "delta": (0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2),
     "interpolate": (0.0, 0.01, 0.03, 0.05, 0.1, 0.15, 0.2),
@@ -45,7 +45,7 @@ def sweep(
         dev: The dev split, from `nll.windows`.
         hparams: Everything but the strength.
         spec: What moves and how.
-        grid: Strengths to try; None: the grid of the rule (SPEC section 9). Must contain 0.
+        grid: Strengths to try; None: the grid of the rule (method: Presets). Must contain 0.
         logits_at_once: As for `nll.score`.
 
     Returns:

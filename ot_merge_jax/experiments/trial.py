@@ -1,7 +1,7 @@
 """One calibration seed of a run: the merge and its controls, treated alike, scored on one text.
 
 Every arm gets the same strengths to try, the same dev split to choose on and the same rounding to
-the dtypes of the file (SPEC section 10). No maths: `controls` breaks, `sweep` chooses, `nll`
+the dtypes of the file (method: Controls). No maths: `controls` breaks, `sweep` chooses, `nll`
 scores.
 """
 

@@ -1,4 +1,4 @@
-"""One sentence that says what a run has shown, and no more (the rule of SPEC section 10)."""
+"""One sentence that says what a run has shown, and no more (the rule of method: Controls)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def judge(
     *,
     missing: Sequence[str],
 ) -> Verdict:
-    """The rule of SPEC section 10.
+    """The rule of method: Controls.
 
     Args:
         against: Merge minus target on held-out text; None if there was none.
@@ -128,7 +128,7 @@ def of_training(
     steps: int,
     missing: Sequence[str],
 ) -> Verdict:
-    """The rule of SPEC section 10 for starts that were trained at equal budget.
+    """The rule of method: Controls for starts that were trained at equal budget.
 
     Args:
         compared: Objective -> start -> merge minus it on held-out text, after training; ``base``

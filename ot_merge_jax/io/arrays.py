@@ -142,8 +142,8 @@ def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Cou
     parts: dict[str, Any] = {field: found.get(name, {}) for field, name in _COUPLING.items()}
     fields = {name: field for field, name in _POTENTIALS.items()}
     parts["neuron_potentials"] = {
-        site: Potentials(**{fields.get(name, name): array for name, array in arrays.items()})
-        for site, arrays in parts["neuron_potentials"].items()
+        site: Potentials(**{fields.get(str(name), str(name)): one for name, one in named.items()})
+        for site, named in parts["neuron_potentials"].items()
     }
     return Coupling(**parts)
 

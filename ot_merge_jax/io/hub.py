@@ -1,7 +1,8 @@
 """Models and datasets of the Hugging Face hub, named with a revision and fetched as snapshots.
 
 The one place that may use the network, through huggingface_hub, whose cache it fills and reads. A
-revision is resolved to the commit it stands for. Imports errors only.
+revision is resolved to the commit it stands for. Imports errors only; huggingface_hub is imported
+when something is fetched, because names of files are told from hub ids here too, and quickly.
 """
 
 from __future__ import annotations
@@ -10,18 +11,7 @@ import errno
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
-
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from typing import Any, Literal, NamedTuple
 
 from ot_merge_jax.errors import InputError
 
@@ -101,6 +91,13 @@ def dataset_id(text: str) -> DatasetId | None:
     )
 
 
+def snapshot_download(repo: str, **options: Any) -> str:
+    """That of huggingface_hub."""
+    from huggingface_hub import snapshot_download as download  # noqa: PLC0415
+
+    return download(repo, **options)
+
+
 def snapshot(
     repo: str,
     revision: str,
@@ -126,6 +123,17 @@ def snapshot(
     Raises:
         InputError: if the hub, or offline its cache, does not have it.
     """
+    from huggingface_hub import constants  # noqa: PLC0415
+    from huggingface_hub.errors import (  # noqa: PLC0415
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     offline = offline or constants.is_offline_mode()
     name = f"the {kind} {repo} at revision {revision}"
     try:

@@ -1,4 +1,4 @@
-"""Diagnostics of the weights that a merge moved (SPEC section 13)."""
+"""Diagnostics of the weights that a merge moved (method: Diagnostics)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ot_merge_jax.types import (
     WeightReport,
 )
 
-#: ``|strength W~| / |W|`` below which nothing was transferred (SPEC section 13).
+#: ``|strength W~| / |W|`` below which nothing was transferred (method: Diagnostics).
 NOTHING = 1e-4
 
 
@@ -41,7 +41,7 @@ def describe(
     spec: MergeSpec,
     plan_at_once: int = BUDGET.plan_block,
 ) -> MergeReport:
-    """The diagnostics of SPEC section 13, for a strength.
+    """The diagnostics of method: Diagnostics, for a strength.
 
     Args:
         target: Parameters of the target before the merge.

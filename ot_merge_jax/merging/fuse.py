@@ -1,4 +1,4 @@
-"""Which neurons move, and how far: masks and the three fusion rules (SPEC sections 6 and 7)."""
+"""Which neurons move, and how far: masks and the three fusion rules."""
 
 from __future__ import annotations
 

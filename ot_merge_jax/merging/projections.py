@@ -1,4 +1,4 @@
-"""The transported weight: source weights carried into the target's spaces by the plans (SPEC 5)."""
+"""The transported weight: source weights carried into the target's spaces by the plans."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def transported(
         >>> bool(jnp.allclose(moved, kernel, atol=1e-3))
         True
 
-    Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (SPEC section 5).
+    Source: Transport and Merge, eq. 14. Differs: ``barycentric`` is ours (method.md).
     """
     kinds = [ProjectionWeights(out_site, kernels=weights)]
     return transport_projections(  # pyright: ignore[reportReturnType]
@@ -334,7 +334,7 @@ def transported_bias(
     spec: MergeSpec,
     plan_at_once: int = BUDGET.plan_block,
 ) -> Float[Array, "L d_out_t"]:
-    """Carries the biases of one kind of weight; the out-map alone applies (SPEC section 5).
+    """Carries the biases of one kind of weight; the out-map alone applies.
 
     Args:
         biases: Source biases of all layers, as the ``weights`` of `transported`.

@@ -1,4 +1,4 @@
-"""The vocabulary map: tokens are neurons whose correspondence is known (SPEC 5.1)."""
+"""The vocabulary map: tokens are neurons whose correspondence is known."""
 
 from __future__ import annotations
 

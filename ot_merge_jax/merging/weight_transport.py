@@ -1,7 +1,7 @@
 """The transported weights of a merge: what the source knows, in the target's spaces.
 
 Projections go by the neuron transport of their sites, vocabulary tables by the tokens that the two
-vocabularies share (SPEC sections 5 and 5.1).
+vocabularies share (method: The transported weight and 5.1).
 """
 
 from __future__ import annotations

@@ -124,7 +124,9 @@ def load(path: Path) -> dict[str, Any]:
         detail = " ".join(str(error).split())[:200]
         raise RecipeError(f"{path} is not YAML ({detail}); fix it.") from error
     if not isinstance(settings, dict):
-        raise RecipeError(f"{path} is not a mapping of settings; see the README for an example.")
+        raise RecipeError(
+            f"{path} is not a mapping of settings; see docs/quick-start.md for an example."
+        )
     return {str(key): value for key, value in settings.items()}
 
 

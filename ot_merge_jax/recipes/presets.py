@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Preset -> every setting it fills (SPEC section 9); any of them can be overridden.
+#: Preset -> every setting it fills (method: Presets); any of them can be overridden.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "weights": ["q", "k", "v", "o"],

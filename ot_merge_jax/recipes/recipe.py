@@ -1,21 +1,24 @@
 """`Recipe`: what the user asks for, from YAML or flags, filled by a preset and checked.
 
-A recipe becomes a `MergeSpec` (static) and `HParams` (traced) for the stages.
+A recipe becomes a `MergeSpec` (static) and `HParams` (traced) for the stages. Imports no jax, so
+that `ot-merge --help` and a wrong recipe answer at once.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
 
 from ot_merge_jax.models.sites import GROUPS, PROJECTIONS, VOCABULARY
-from ot_merge_jax.types import HParams, MergeSpec
+
+if TYPE_CHECKING:
+    from ot_merge_jax.types import HParams, MergeSpec
 
 Weight = Literal["q", "k", "v", "o", "gate", "up", "down", "embed", "head"]
 Control = Literal["shrink", "noise", "permuted", "wrong-layer", "wrong-source", "unigram"]
-#: Every control of SPEC section 10.
+#: Every control of method: Controls.
 CONTROLS: list[str] = list(get_args(Control))
 Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Folder = Annotated[str, pydantic.Field(min_length=1)]
@@ -66,7 +69,7 @@ class Recipe(pydantic.BaseModel):
         evaluation: Held-out text that is reported and chooses nothing.
         preset: Where unset settings come from.
         weights: What moves.
-        rows: ``sample``, ``token`` or ``span`` (SPEC section 2); ``auto`` means ``token`` for equal
+        rows: ``sample``, ``token`` or ``span``; ``auto`` means ``token`` for equal
             tokenizers and ``span`` otherwise, known once they are loaded.
         max_rows: Rows kept for ``token`` and ``span``.
         max_length: Tokens of a calibration document that are read.
@@ -85,7 +88,7 @@ class Recipe(pydantic.BaseModel):
         vocabulary_weights: How much a token counts for the vocabulary map: all alike, or by its
             frequency in the calibration text.
         k: Neurons kept in each layer, or ``all``.
-        controls: What the merge is compared with on the held-out text (SPEC section 10): ``all``,
+        controls: What the merge is compared with on the held-out text (method: Controls): ``all``,
             ``none``, or some of their names.
         seeds: Calibration seeds; the first one's merge is published, all of them are compared.
         continuations: Held-out documents whose beginning target and merge continue, for the report.
@@ -161,6 +164,8 @@ class Recipe(pydantic.BaseModel):
 
     def spec(self) -> MergeSpec:
         """The static choices of the stages, weights in the order of the forward pass."""
+        from ot_merge_jax.types import MergeSpec  # noqa: PLC0415, it imports jax
+
         order = [*PROJECTIONS, *VOCABULARY]
         return MergeSpec(
             weights=tuple(sorted(self.weights, key=order.index)),
@@ -176,6 +181,8 @@ class Recipe(pydantic.BaseModel):
 
     def hparams(self) -> HParams:
         """The traced numbers of the stages; strength 0 where it is still to be chosen."""
+        from ot_merge_jax.types import HParams  # noqa: PLC0415, it imports jax
+
         strength = 0.0 if self.strength == "auto" else self.strength
         return HParams(strength, self.epsilon, self.layer_epsilon, self.threshold)
 

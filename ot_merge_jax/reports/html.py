@@ -33,7 +33,7 @@ _ROLES = {
     "target": "the base, untouched", "source": "the ceiling", "merge": "the result",
     "before": "where training began", "after": "the result",
 }  # fmt: skip
-#: What each control changes (SPEC section 10).
+#: What each control changes (method: Controls).
 _CONTROLS = {
     "shrink": "nothing is carried; the weights only shrink",
     "noise": "noise of the same size instead of what was carried",

@@ -19,7 +19,7 @@ from ot_merge_jax.types import MergeReport
 
 
 def weights_table(report: MergeReport) -> Table:
-    """One row for each moved weight: mean over layers of the diagnostics of SPEC section 13."""
+    """One row for each moved weight: mean over layers of the diagnostics of method: Diagnostics."""
     rows = f" ({report.rows} activation rows)" if report.rows else " (by tokens alone)"
     title = f"What moved{rows}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)

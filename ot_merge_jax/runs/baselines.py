@@ -87,7 +87,7 @@ def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, j
         where the merge moved anything; for ``shrink`` what the merge would have added if nothing
         had been transported.
 
-    Source: SPEC section 10, "with training".
+    Source: method: Controls, "with training".
     """
     base, added, _ = parts
     if name == "merge":

@@ -92,7 +92,17 @@ def check(
 
 def reseeded(inputs: MergeInputs, seed: int) -> MergeInputs:
     """The same inputs with another sample, split and choice of rows; what was fetched stays."""
-    recipe = inputs.recipe.model_copy(update={"seed": seed})
+    return _again(inputs, seed=seed)
+
+
+def with_rows(inputs: MergeInputs, max_rows: int) -> MergeInputs:
+    """The same inputs with another number of rows at most; no tokenizer is loaded again."""
+    return _again(inputs, max_rows=max_rows)
+
+
+def _again(inputs: MergeInputs, **settings: int) -> MergeInputs:
+    """The calibration once more with other settings."""
+    recipe = inputs.recipe.model_copy(update=settings)
     return _calibrated(recipe, inputs.folders, inputs.tokenizers, inputs.sources, inputs.held_out)
 
 

@@ -120,14 +120,14 @@ def checked(
         OtMergeError: from `preflight.check` and `memory.choose`.
     """
     inputs = preflight.check(recipe, out, overwrite=overwrite, offline=offline)
-    try:
-        return inputs, _memory(inputs, limit)
-    except ResourceError:
-        if recipe.max_rows <= _FEWEST_ROWS or inputs.data.rows <= _FEWEST_ROWS:
-            raise
-    fewer = recipe.model_copy(update={"max_rows": max(_FEWEST_ROWS, inputs.data.rows // 2)})
-    _LOG.info("memory: max_rows is lowered to %d", fewer.max_rows)
-    return checked(fewer, out, overwrite=overwrite, offline=offline, limit=limit)
+    while True:
+        try:
+            return inputs, _memory(inputs, limit)
+        except ResourceError:
+            if inputs.recipe.max_rows <= _FEWEST_ROWS or inputs.data.rows <= _FEWEST_ROWS:
+                raise
+        inputs = preflight.with_rows(inputs, max(_FEWEST_ROWS, inputs.data.rows // 2))
+        _LOG.info("memory: max_rows is lowered to %d", inputs.recipe.max_rows)
 
 
 def _memory(inputs: MergeInputs, limit: int | None) -> memory.MemoryPlan:

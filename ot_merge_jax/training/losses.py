@@ -184,7 +184,7 @@ def loss(
         distance that has no unit. That distance says nothing of WHICH token is likely, so it never
         stands alone.
 
-    Source: SPEC section 8; for different vocabularies Boizard et al. 2024 (arXiv 2402.12030).
+    Source: for different vocabularies Boizard et al. 2024 (arXiv 2402.12030).
     """
     plain, distilled = objective.shares
     x = _residual(params, examples.tokens, examples.mask, objective.cfg, objective.remat)

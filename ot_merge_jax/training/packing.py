@@ -236,7 +236,7 @@ def pair(
         InputError: if too few tokens of either model end at a common place (`FEWEST_ALIGNED`), or
             nothing counts.
 
-    Source: SPEC section 2, rows ``span``.
+    Source: method: Activations, rows ``span``.
     """
     bins: list[tuple[list[TrainingTokens], list[TrainingTokens]]] = []
     filled = [length, length]

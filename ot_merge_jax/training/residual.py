@@ -83,7 +83,7 @@ def fold(base: Params, residual: Leaves, strength: Any) -> Params:
         >>> fold(base, {"lm_head/kernel": added}, 0.5)["lm_head"]["kernel"].tolist()
         [[1.5]]
 
-    Source: Transport and Merge, section 4.3; SPEC section 8. Differs: the factor may change later.
+    Source: Transport and Merge, section 4.3. Differs: the factor may change later.
     """
     folded = jax.tree.map(lambda leaf: leaf, base)
     for path, added in residual.items():

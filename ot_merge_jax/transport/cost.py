@@ -62,7 +62,7 @@ def standardize(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Arra
 
     Returns:
         Unit columns, zero where a column is constant, and the population standard deviations
-        ``[n]``, where a constant column counts as 1 (SPEC section 2).
+        ``[n]``, where a constant column counts as 1 (method: Activations).
 
     Example:
         >>> unit, std = standardize(jnp.array([[1.0, 5.0], [3.0, 5.0]]))

@@ -1,4 +1,4 @@
-"""How sharp a plan is and how much it knows (SPEC section 13)."""
+"""How sharp a plan is and how much it knows (method: Diagnostics)."""
 
 from __future__ import annotations
 

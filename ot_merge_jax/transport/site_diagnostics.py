@@ -1,4 +1,4 @@
-"""Diagnostics of a coupling, site by site (SPEC 13): how sharp its plans are, what they predict."""
+"""Diagnostics of a coupling, site by site: how sharp its plans are, what they predict."""
 
 from __future__ import annotations
 

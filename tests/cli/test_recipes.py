@@ -19,7 +19,7 @@ from ot_merge_jax.runs import adapt as adaptation
 from ot_merge_jax.runs import merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-#: SPEC section 14: alpha of the fusion, alpha and learning rate of the adaptation.
+#: method: Recipes of the paper: alpha of the fusion, alpha and learning rate of the adaptation.
 REFERENCE = {
     "malay": (0.1, 0.1, 1e-6),
     "indonesian": (0.01, 0.1, 1e-6),

@@ -1,4 +1,4 @@
-"""The rule of SPEC section 10, case by case."""
+"""The rule of method: Controls, case by case."""
 
 import numpy as np
 import pytest

@@ -171,7 +171,7 @@ def test_the_vocabulary_has_no_activation_mask(activations):
 
 
 def formula(weight, moved, strength, mask, rule):
-    """SPEC section 7 in float64."""
+    """method: Fusion rules in float64."""
     weight, moved = np.asarray(weight, np.float64), np.asarray(moved, np.float64)
     return weight + strength * mask * (moved - weight if rule == "interpolate" else moved)
 

@@ -41,7 +41,7 @@ def table(model, role):
 
 
 def moved_table(models, matched, role, strength):
-    """SPEC 5.1 in float64: the role's table of the target after rule ``delta``."""
+    """The vocabulary map in float64: the role's table of the target after rule ``delta``."""
     target, source, base = (table(one, role) for one in models)
     target = target.copy()
     rows_t, rows_s = np.asarray(matched.target_ids), np.asarray(matched.source_ids)

@@ -92,7 +92,7 @@ def plans(coupled, site):
 
 
 def oracle(coupled, form, layers):
-    """``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]`` of SPEC section 5."""
+    """``w [L, M]``, ``Phi_in [L, M, n_s, n_t]``, ``Phi_out [L, M, n_t, n_s]``."""
     target, source, coupling, *_ = coupled
     effective = np.sqrt(
         np.asarray(coupling.layer_plan["mlp_in"], np.float64)
@@ -194,7 +194,7 @@ def test_rows_of_the_in_map_sum_to_one_before_the_units(coupled, layers):
 
 @pytest.mark.parametrize("layers", ["soft", "top1"])
 def test_the_joint_form_vanishes(coupled, layers):
-    """The bound of SPEC section 5; ``sum_m P_eff <= 1/L`` makes it L times smaller still."""
+    """The bound of the plan-weighted sum; ``sum_m P_eff <= 1/L`` makes it L times smaller still."""
     kernels = np.abs(coupled[4]).max()
     bound = kernels / (WIDTHS["mlp_in"][0] * WIDTHS["up_out"][0] * L)
     assert np.abs(transported(coupled, "joint", layers)).max() <= bound * (1 + 1e-4)

@@ -29,7 +29,7 @@ def load(tmp_path, content):
 
 # ------------------------------------------------------------------------ presets
 
-#: SPEC section 9, and the defaults of sections 2 to 6.
+#: method: Presets, and the defaults of sections 2 to 6.
 PRESETS = {
     "paper": {
         "spec": MergeSpec(

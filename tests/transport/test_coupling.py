@@ -163,11 +163,11 @@ def test_blocks_of_source_layers_have_one_size(layers, at_once, expected):
     assert [(one.start, one.stop) for one in found] == expected
 
 
-def test_only_the_sites_of_the_weights_are_solved(rng):
+def test_only_the_sites_that_are_asked_for_are_solved(rng):
     target, source = draw(rng, 2, 0), draw(rng, 3, 1)
     extra = {"o_in": target.values["mlp_in"]}
     target = target._replace(values=target.values | extra)
-    coupling = couplings.couple(target, source, HParams(1.0, EPSILON), spec=spec_of())
+    coupling = couplings.couple(target, source, HParams(1.0, EPSILON), spec=spec_of(), sites=SITES)
     for leaf in (
         coupling.layer_plan,
         coupling.neuron_potentials,

@@ -28,7 +28,7 @@ def run(cost, **kw):
 
 
 def plan(cost, found):
-    """The plan in float64, from the definition in DESIGN section 3."""
+    """The plan in float64, from the definition."""
     f, g = found.f.astype(np.float64), found.g.astype(np.float64)
     return np.exp((f[..., :, None] + g[..., None, :] - cost) / found.epsilon[..., None, None])
 
