@@ -37,7 +37,7 @@ from ot_merge_jax.io.resolve import resolve
 
 #: Every message must tell the reader what to do next.
 ADVICE = re.compile(
-    r"download|git lfs pull|use (the unquantised parent|a )|convert|merge it into|mend|fix (it|one|the)"
+    r"download|git lfs pull|use (the unquantised parent|a )|convert|merge it into|fix (it|one)"
     r"|supported are|give the folder"
 )
 
