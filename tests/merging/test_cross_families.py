@@ -38,18 +38,7 @@ PAIRS = [
 
 
 #: The preset of each target in the default run: then each family is a source once too.
-TURNS = [
-    "paper",
-    "paper",
-    "paper",
-    "delta",
-    "barycentric",
-    "barycentric",
-    "barycentric",
-    "delta",
-    "delta",
-    "delta",
-]
+TURNS = 3 * ["paper"] + ["delta"] + 3 * ["barycentric"] + 3 * ["delta"]
 DEFAULT = [pair for pair in PAIRS if pair[0] == TURNS[NAMES.index(pair[1])]]
 
 

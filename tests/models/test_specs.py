@@ -16,7 +16,7 @@ from ot_merge_jax.types import Batch
 
 #: ``config.json`` as published on the hub, and the number of parameters its files add up to.
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
-#: Every family tied and untied; the number of heads matters to the shapes of plain and of fused ones.
+#: Every family tied and untied; the number of heads matters to plain and to fused tensors.
 SMALL = [
     *((family, tied, 2) for family in families.FAMILIES for tied in (False, True)),
     *((family, False, kv_heads) for family in ("llama", "phi3") for kv_heads in (1, 4)),
