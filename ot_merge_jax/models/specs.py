@@ -5,6 +5,7 @@ The table is the only place that knows Hugging Face tensor names.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -80,6 +81,7 @@ class ParamSpec(NamedTuple):
         return shape if self.rows is None else (self.rows[2], *shape[1:])
 
 
+@functools.lru_cache(maxsize=256)  # stages ask for it thousands of times
 def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
     """The parameter table of a model, in the order of the forward pass.
 
