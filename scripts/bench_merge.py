@@ -74,8 +74,8 @@ def rehearse(shape: str, preset: str, layers: tuple[int, int]) -> dict[str, Any]
     sites = sites_of(weights)
     ours = rows(target, sites, layers[0], seed=1)
     theirs = rows(source, sites, layers[1], seed=2)
-    selected = masks.selected(ours, spec=spec)
-    mask = masks.masks(ours, spec=spec)
+    selected = masks.selected_neurons(ours, spec=spec)
+    mask = masks.masks_of(ours, spec=spec)
 
     def couple() -> Coupling:
         return couplings.couple(ours, theirs, HParams(1.0, chosen["epsilon"]), spec=spec)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from ot_merge_jax.data import documents as documents_module
 from ot_merge_jax.data import sources
-from ot_merge_jax.data import tokenizers as tokenizers_module
 from ot_merge_jax.data.chat import Document
+from ot_merge_jax.data.documents import documents_of
+from ot_merge_jax.data.tokenizers import is_same_tokenizer, tokenizer_of
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluation import kl, lm_eval_tasks, multiple_choice, nll, samples, statistics
 from ot_merge_jax.io import hf
@@ -110,11 +110,11 @@ def evaluate(
         raise RecipeError(f"{flag} needs documents; give --text.")
     names = list(dict.fromkeys([*paths, base] if base is not None else paths))
     folders = {name: open_folder(name, offline=offline) for name in names}
-    tokenizers = {name: tokenizers_module.tokenizer_of(folder) for name, folder in folders.items()}
+    tokenizers = {name: tokenizer_of(folder) for name, folder in folders.items()}
     read = _read(ask, tokenizers[names[0]], offline=offline)
 
     def share_tokenizer(a: str, b: str) -> bool:
-        return tokenizers_module.is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
+        return is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
 
     if len(names) > 1 and 0 < len(read.documents) < statistics.FEWEST:
         _LOG.warning(
@@ -152,7 +152,7 @@ def _read(ask: EvalRequest, tokenizer: Any, *, offline: bool) -> _Read:
     documents: list[Document] = []
     if ask.text is not None:
         source = sources.locate(ask.text.path, offline=offline)
-        documents = documents_module.documents_of(ask.text, source)[: ask.limit]
+        documents = documents_of(ask.text, source)[: ask.limit]
     questions = {
         file: multiple_choice.read(Path(file), encoding=ask.encoding, limit=ask.limit)
         for file in dict.fromkeys(ask.questions)

@@ -33,7 +33,7 @@ def largest(values: Float[Any, "layers t d"], k: int) -> Int[np.ndarray, "layers
     return np.stack([np.sort(np.argsort(-means, kind="stable")[:k]) for means in strengths])
 
 
-def selected(target: Activations, *, spec: MergeSpec) -> dict[str, Int[np.ndarray, "L k"]]:
+def selected_neurons(target: Activations, *, spec: MergeSpec) -> dict[str, Int[np.ndarray, "L k"]]:
     """Site -> neurons that the top-k mask of some weight keeps there; empty without a mask.
 
     Args:
@@ -49,7 +49,7 @@ def selected(target: Activations, *, spec: MergeSpec) -> dict[str, Int[np.ndarra
     return {site: largest(target.values[site], spec.k) for site in sorted(sites)}
 
 
-def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array]:
+def masks_of(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array]:
     """The masks of all projections that move, by parameter path, broadcastable to their leaves.
 
     Rows of q, k, v, gate and up are masked by their output site; columns of o and down by their
@@ -65,7 +65,7 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
         Path -> ``[L, 1, d]`` or ``[L, d, 1]`` for kernels, ``[L, d]`` for biases.
     """
     by_path = {}
-    top = {} if target is None else selected(target, spec=spec)
+    top = {} if target is None else selected_neurons(target, spec=spec)
     for name in spec.weights:
         if name not in PROJECTIONS or target is None:
             continue

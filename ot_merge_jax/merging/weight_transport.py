@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.merging import masks as masks_module
 from ot_merge_jax.merging import projections, vocabulary
+from ot_merge_jax.merging.masks import masks_of, selected_neurons
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.model import AnyModel, Models
@@ -67,11 +67,11 @@ def transport_weights(
     weights: dict[str, jax.Array] = {}
     masks: dict[str, jax.Array] = {}
     if alignment is not None:
-        selected = masks_module.selected(alignment.target, spec=spec)
+        selected = selected_neurons(alignment.target, spec=spec)
         weights = _projections(
             models.target.params, moving, alignment, selected, spec=spec, plan_at_once=plan_at_once
         )
-        masks = masks_module.masks(alignment.target, spec=spec)
+        masks = masks_of(alignment.target, spec=spec)
     if vocabulary is not None and set(spec.weights) & set(VOCABULARY):
         tables, rows = _tables(
             models.target, models.source.cfg, moving, models.reference, vocabulary, spec=spec

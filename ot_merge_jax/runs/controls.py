@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.experiments import trial
-from ot_merge_jax.runs import stages, stages_merge
+from ot_merge_jax.runs import stages
 from ot_merge_jax.runs.inputs import MergeInputs, reseeded
 from ot_merge_jax.types import AlignedBatches, Merged
 
@@ -33,14 +33,12 @@ def every_seed(
         arm: That merge as it was published.
         names: The controls that apply.
     """
-    every_trial = [
-        trial.trial(context, stages_merge.keeping(run), split(inputs), merged, names, arm=arm)
-    ]
+    every_trial = [trial.trial(context, stages.keeping(run), split(inputs), merged, names, arm=arm)]
     first = inputs.recipe.seed
     for seed in range(first + 1, first + inputs.recipe.seeds):
         _LOG.info("calibration seed %d", seed)
         again = split(reseeded(inputs, seed))
-        stage = stages_merge.keeping(run._replace(part=f"seed-{seed}/"))
+        stage = stages.keeping(run._replace(part=f"seed-{seed}/"))
         every_trial.append(trial.again(context, stage, again, names))
     return every_trial
 

@@ -35,7 +35,7 @@ from ot_merge_jax.models.sites import sites_of
 from ot_merge_jax.recipes.recipe import Recipe
 from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Report
-from ot_merge_jax.runs import artifacts, controls, memory, plan, provenance, stages, stages_merge
+from ot_merge_jax.runs import artifacts, controls, memory, plan, provenance, stages
 from ot_merge_jax.runs.inputs import MergeInputs, calibration_summary, log_matches
 from ot_merge_jax.transport import cost, site_diagnostics
 from ot_merge_jax.types import BUDGET, Alignment, Budget, MergeReport, MergeSpec, Params
@@ -155,7 +155,7 @@ def _merge(
     is_chosen = recipe.strength == "auto"
     deferred = _deferred(inputs.folders, memory_plan.offloaded, mesh)
     models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
-    split, stage = controls.split(inputs), stages_merge.keeping(state)
+    split, stage = controls.split(inputs), stages.keeping(state)
     _LOG.info("transport: %s", ", ".join(spec.weights))
     choose = None
     if is_chosen and split.dev is not None:

@@ -21,6 +21,7 @@ import pydantic
 
 from ot_merge_jax.errors import DivergedError, ResourceError, is_out_of_memory
 from ot_merge_jax.io import atomic
+from ot_merge_jax.merging.merge import Stage
 from ot_merge_jax.runs import provenance
 
 T = TypeVar("T")
@@ -136,6 +137,23 @@ def stage(
         _write_manifest(run.folder, [*entries.values(), entry])
         _commit_point(f"after {name}")
     return load(place)
+
+
+def keeping(run: RunFolder) -> Stage:
+    """The stage of `ot_merge_jax.merging.merge.merge` that keeps results in a run folder.
+
+    Args:
+        run: The run folder; steps without ``save`` and ``load`` are computed each time.
+    """
+
+    def step(
+        name: str, compute: Any, save: Any = None, load: Any = None, *, needs: Sequence[str] = ()
+    ) -> Any:
+        if save is None or load is None:
+            return compute()
+        return stage(run, name, lambda folder: save(folder, compute), load, needs=needs)
+
+    return step
 
 
 def drop(run: RunFolder, names: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from ot_merge_jax.models import specs
 from ot_merge_jax.models.sites import GROUPS
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports import schema
-from ot_merge_jax.training import residual as residuals
+from ot_merge_jax.training import residual
 from ot_merge_jax.types import Params
 
 RESIDUAL = "residual"
@@ -109,7 +109,7 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
     if before.cfg != folder.cfg:
         raise InputError(f"{named} has another shape than {model}, so it is not its target.")
     merged = _by_group(schema.read(details / "report.json").strength.chosen, details)
-    return Start(folder, before, None, merged, residuals.AS_MERGED)
+    return Start(folder, before, None, merged, residual.AS_MERGED)
 
 
 def _by_group(value: Any, where: Path) -> dict[str, float]:
@@ -204,9 +204,9 @@ def load(
         return Parts(params, {}, factor)
     if start.target is not None:
         _, base = hf.load_folder(start.target, mesh=mesh, dtype=jnp.float32)
-        return Parts(base, residuals.between(params, base), factor)
+        return Parts(base, residual.between(params, base), factor)
     added = _read(start, mesh)
-    return Parts(residuals.unfold(params, added, start.held), added, factor)
+    return Parts(residual.unfold(params, added, start.held), added, factor)
 
 
 def _read(start: Start, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:

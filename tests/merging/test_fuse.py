@@ -129,7 +129,7 @@ def activations(rng):
     [("q", "q_out"), ("k", "k_out"), ("v", "v_out"), ("gate", "gate_out"), ("up", "up_out")],
 )
 def test_rows_are_masked_by_the_output_site(activations, name, site):
-    found = masks.masks(activations, spec=MergeSpec(weights=(name,), k=1))
+    found = masks.masks_of(activations, spec=MergeSpec(weights=(name,), k=1))
     place, width = list(SITES).index(site), activations.values[site].shape[2]
     expected = np.broadcast_to(np.eye(width)[place], (L, width))
     path = PROJECTIONS[name].path
@@ -140,7 +140,7 @@ def test_rows_are_masked_by_the_output_site(activations, name, site):
 
 @pytest.mark.parametrize(("name", "site"), [("o", "o_in"), ("down", "down_in")])
 def test_columns_are_masked_by_the_input_site(activations, name, site):
-    found = masks.masks(activations, spec=MergeSpec(weights=(name,), k=1))
+    found = masks.masks_of(activations, spec=MergeSpec(weights=(name,), k=1))
     place, width = list(SITES).index(site), activations.values[site].shape[2]
     expected = np.broadcast_to(np.eye(width)[place], (L, width))
     np.testing.assert_array_equal(found[f"{PROJECTIONS[name].path}/kernel"], expected[:, :, None])
@@ -149,22 +149,22 @@ def test_columns_are_masked_by_the_input_site(activations, name, site):
 @pytest.mark.parametrize("name", ["o", "down"])
 @pytest.mark.parametrize(("k", "expected"), [(1, 0.0), (999, 0.0), (None, 1.0)])
 def test_biases_of_o_and_down_move_with_all_only(activations, name, k, expected):
-    found = masks.masks(activations, spec=MergeSpec(weights=(name,), k=k))
+    found = masks.masks_of(activations, spec=MergeSpec(weights=(name,), k=k))
     bias = found[f"{PROJECTIONS[name].path}/bias"]
     np.testing.assert_array_equal(bias, np.full(bias.shape, expected))
     assert np.broadcast_shapes(bias.shape, (L, HIDDEN)) == (L, HIDDEN)
 
 
 def test_all_neurons_without_k(activations):
-    found = masks.masks(activations, spec=MergeSpec(weights=tuple(PROJECTIONS)))
+    found = masks.masks_of(activations, spec=MergeSpec(weights=tuple(PROJECTIONS)))
     assert len(found) == 2 * len(PROJECTIONS)
     for path, mask in found.items():
         np.testing.assert_array_equal(mask, 1, err_msg=path)
 
 
 def test_the_vocabulary_has_no_activation_mask(activations):
-    assert masks.masks(activations, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
-    assert masks.masks(None, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
+    assert masks.masks_of(activations, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
+    assert masks.masks_of(None, spec=MergeSpec(weights=("embed", "head"), k=1)) == {}
 
 
 # ------------------------------------------------------------------------ rules

@@ -150,7 +150,7 @@ def test_interpolate_with_masked_rows(golden, activations, coupled):
     moved = transported(
         golden, activations, coupling, golden["w_source"], form="joint", layers="soft"
     )
-    mask = masks.masks(activations[0], spec=spec_of(k=int(golden["k"])))
+    mask = masks.masks_of(activations[0], spec=spec_of(k=int(golden["k"])))
     np.testing.assert_array_equal(mask[PATH][:, 0, :], golden["mask_rows"])
     ours = fused(golden, moved, golden["alpha"], "interpolate", mask)
     close(ours, golden[f"eps{epsilon}/interpolate_rows_{kind}"])
