@@ -146,7 +146,7 @@ def adapt(
     if found.start.target is not None:
         initial.verify(found.start, side["inputs"]["target"])
     decided = {
-        "adapt": found.settings.model_dump(), **side, "versions": _versions(),
+        "adapt": found.settings.to_dict(), **side, "versions": _versions(),
     }  # fmt: skip
     key = stages.key(decided)
     side = {"run": key, "command": command, **side}
@@ -485,5 +485,6 @@ def _check_memory(found: AdaptInputs, limit: int | None) -> None:
     if held > most:
         raise ResourceError(
             f"The training needs at least {memory.gib(held)}, and {memory.gib(most)} are allowed; "
-            "use --lora, --accumulate, --remat or a smaller --block, or raise --memory-limit."
+            "use --lora-rank, --grad-accum-steps, --remat or a smaller --seq-len, or raise "
+            "--memory-limit."
         )

@@ -148,7 +148,7 @@ def test_commands_of_the_comment_ask_for_what_it_says(name, asked):
     assert (adapted.strength or merges[adapted.model].strength) == held
     assert merges[adapted.model].model_copy(update={"strength": own.strength}) == own
     assert adapted.learning_rate == rate
-    assert (adapted.batch_size, adapted.block, adapted.samples) == (8, 2048, 2000)
+    assert (adapted.batch_size, adapted.seq_len, adapted.samples) == (8, 2048, 2000)
     assert (adapted.weight_decay, adapted.warmup, adapted.steps) == (0.01, 0.03, None)
     assert adapted.text.model_dump() == own.calibration.model_dump(exclude={"samples"})
     others = [one for one in merges.values() if one.preset != "paper"]
