@@ -8,7 +8,7 @@ import pytest
 import typer
 import yaml
 
-from ot_merge_jax.cli import flags
+from ot_merge_jax.cli import early, flags
 from ot_merge_jax.cli.main import app
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.recipes import loading, training
@@ -104,7 +104,7 @@ def asked(cli, monkeypatch):
     monkeypatch.setattr(merge, "run", stop)
     monkeypatch.setattr(adaptation, "adapt", stop)
     monkeypatch.setattr(baselines, "compare", stop)
-    monkeypatch.setattr("ot_merge_jax.cli.early.look_for", lambda **_: None)
+    monkeypatch.setattr(early, "look_for", lambda **_: None)
 
     def ask(*words):
         seen.clear()

@@ -11,6 +11,7 @@ import pytest
 import typer
 from hub_cache import contents, fill
 
+from ot_merge_jax.cli import early
 from ot_merge_jax.cli.main import app
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hub
@@ -95,6 +96,7 @@ def asked(cli, monkeypatch):
 
     monkeypatch.setattr(merge, "run", stop)
     monkeypatch.setattr(adaptation, "adapt", stop)
+    monkeypatch.setattr(early, "look_for", lambda **_: None)  # nothing of it is here
     monkeypatch.chdir(CONFIGS.parent)
 
     def ask(words):
