@@ -118,8 +118,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     own = _ALIASES.get(name, name)
-    home = f"{__name__}.{_HOME_OF.get(own, 'types')}"
-    module = importlib.import_module(home)  # noqa: TID251, written out above for those who read it
+    home = _HOME_OF.get(own, "types")
+    module = importlib.import_module(f"{__name__}.{home}")  # noqa: TID251, a name of the table above
     value = globals()[name] = getattr(module, own)
     return value
 

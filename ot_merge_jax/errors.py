@@ -1,4 +1,4 @@
-"""Errors a user can mend, each with the exit code of the command line. Imports nothing.
+"""Errors a user can fix, each with the exit code of the command line. Imports nothing.
 
 A message is one sentence: what is wrong, where, and what to do.
 """

@@ -34,11 +34,13 @@ hidden 24, 4 heads of 8 (q width 32), 2 kv heads (k width 16), MLP 40, 3 layers,
 rows than tokens.
 """
 
+import atexit
 import contextlib
 import json
 import os
 import pkgutil
 import shutil
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -53,6 +55,13 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # compiling is most of the time of tiny models; `.ci/run` also tests the models fully optimised
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# and what one worker, or a process that a test starts, has compiled the others read. A folder that
+# the environment names outlives the run: the next one takes a fraction of the time.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ot-merge-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: the workers share the cores
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a console reads it once
 
@@ -78,6 +87,8 @@ install_import_hook(
 #: Warnings that are not ours to mend, each with the reason. Everything else is an error.
 ALLOWED_WARNINGS: dict[str, str] = {
     "ignore:JAXopt is no longer maintained:DeprecationWarning": "ott-jax 0.6 imports jaxopt",
+    "ignore:Error (reading|writing) persistent compilation cache entry": "jax writes entries of "
+    "its cache in place: another worker may see half of one, and compiles",
     "ignore:invalid escape sequence": "POT 0.9, where the installer did not compile it",
 }
 
@@ -89,8 +100,18 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", pattern)
 
 
+#: Rooms whose tests are ``fast``, but for what needs torch, a process or more than a minute.
+FAST_ROOMS = {"transport", "models", "merging"}
+NOT_FAST = {"slow", "network", "torch", "process"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at ``-m``
 def pytest_collection_modifyitems(config, items):
-    """Leaves ``slow`` and ``network`` tests out unless ``-m`` says something about markers."""
+    """Marks the ``fast`` tests; leaves ``slow`` and ``network`` ones out unless ``-m`` is given."""
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if item.path.parent.name in FAST_ROOMS and not marks & NOT_FAST:
+            item.add_marker("fast")
     if config.option.markexpr:
         return
     out = [

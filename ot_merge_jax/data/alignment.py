@@ -21,7 +21,7 @@ class Rows(NamedTuple):
 
     Attributes:
         target: Token positions (-1: the mean over the document) and row ids in the target.
-        source: The same in the source; equal ids correspond.
+        source: The same for the source; equal ids correspond.
         total: Rows kept.
         found: Rows before the subsample.
     """
@@ -40,10 +40,10 @@ def token_ends(
     beyond: Sequence[Span] = (),
     contents: Sequence[Span] | None = None,
 ) -> dict[TokenEnd, int]:
-    """Where tokens end in a text, and which token that is.
+    """Where tokens end in a text, and which token ends there.
 
-    Of the tokens that end at one character (the pieces of its bytes) it is the last: only that one
-    has read the whole character. No token ends inside of another, nor where the rest of its
+    Of several tokens that end at one character (pieces of its bytes) the last counts: only that one
+    has read the whole character. No token ends inside another, nor where the rest of its
     character was cut off. Leading white space does not belong to a token, so one that is white
     space alone ends nowhere.
 
@@ -51,7 +51,7 @@ def token_ends(
         text: What was tokenised.
         offsets: ``(start, stop)`` characters of each token, as fast tokenizers give them.
         is_special: True for tokens that give no row.
-        beyond: Offsets of tokens behind the last one, which the model does not read.
+        beyond: Offsets of tokens after the last one, which the model does not read.
         contents: ``(start, stop)`` character ranges that count, ascending and apart, e.g. the
             messages of a rendered chat; None: the whole text.
 
@@ -72,14 +72,14 @@ def token_ends(
     spans = [*offsets, *beyond]
     last = {stop: token for token, (_, stop) in enumerate(spans)}
     inside = {place for start, stop in spans for place in range(start + 1, stop)}
-    found = {}
+    ends = {}
     for token, (start, stop) in enumerate(offsets):
         if is_special[token] or last[stop] != token or stop in inside:
             continue
         content = bisect_left(starts, stop) - 1
         if content >= 0 and stop <= contents[content][1] and text[start:stop].strip():
-            found[content, stop - starts[content]] = token
-    return found
+            ends[content, stop - starts[content]] = token
+    return ends
 
 
 def common_boundaries(
@@ -115,11 +115,12 @@ def subsample(pairs: Sequence[Sequence[tuple[int, int]]], *, max_rows: int, seed
         keep[:] = False
         keep[np.random.default_rng(seed).permutation(count)[:max_rows]] = True
     target, source = [], []
-    seen = row = 0
-    for one in pairs:
-        kept = [pair for pair, k in zip(one, keep[seen : seen + len(one)], strict=True) if k]
-        ids = list(range(row, row + len(kept)))
-        target.append(([t for t, _ in kept], ids))
-        source.append(([s for _, s in kept], ids))
-        seen, row = seen + len(one), row + len(kept)
+    start = row = 0
+    for document in pairs:
+        marks = keep[start : start + len(document)]
+        rows = [pair for pair, mark in zip(document, marks, strict=True) if mark]
+        ids = list(range(row, row + len(rows)))
+        target.append(([t for t, _ in rows], ids))
+        source.append(([s for _, s in rows], ids))
+        start, row = start + len(document), row + len(rows)
     return Rows(target, source, row, count)

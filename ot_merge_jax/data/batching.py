@@ -35,7 +35,7 @@ def batches(
     """
     members = [index for index, (_, ids) in enumerate(rows) if ids]
     widest = _power_of_two(max((len(rows[index][1]) for index in members), default=1))
-    made = []
+    padded = []
     for group in grouped({index: len(sequences[index]) for index in members}):
         shape = (group.size, group.length)
         tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -47,8 +47,8 @@ def batches(
             tokens[place, : len(sequences[index])] = sequences[index]
             mask[place, : len(sequences[index])] = True
             position[place, : len(ids)], row_id[place, : len(ids)] = positions, ids
-        made.append(Batch(tokens, mask, position, row_id))  # pyright: ignore[reportArgumentType]
-    return made
+        padded.append(Batch(tokens, mask, position, row_id))  # pyright: ignore[reportArgumentType]
+    return padded
 
 
 class Group(NamedTuple):

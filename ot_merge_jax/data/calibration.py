@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
     Attributes:
         ids: Token ids, special tokens included.
         is_special: True where a token is special, added by the tokenizer or written in the text.
-        ends: Where tokens end (`rows.ends`); empty unless asked for.
+        ends: Where tokens end (`alignment.token_ends`); empty unless requested.
     """
 
     ids: list[int]
@@ -40,9 +40,9 @@ class Calibration(NamedTuple):
         target_tokens: Tokens the target reads.
         source_tokens: Tokens the source reads.
         rows: Rows of activations.
-        target_matched: Fraction of the target's tokens that could be rows, before any subsample; of
-            those it reads that are not special. None: a row is no token (``sample``).
-        source_matched: The same of the source.
+        target_matched: Fraction of the target's tokens that could be rows, before any subsample;
+            special tokens do not count. None where rows are not tokens (``sample``).
+        source_matched: The same for the source.
     """
 
     target: list[Batch]
@@ -70,7 +70,7 @@ def encode(
         One entry for each document.
 
     Raises:
-        InputError: if ends are asked of a slow tokenizer, or a chat cannot be rendered.
+        InputError: if a slow tokenizer is asked for ends, or a chat cannot be rendered.
     """
     if has_ends and not tokenizer.is_fast:
         raise InputError(
@@ -80,7 +80,7 @@ def encode(
     encoded, special = [], vocabulary.special_ids(tokenizer)
     for document in documents:
         rendered = chat.render(document, tokenizer)
-        one = tokenizer(
+        encoding = tokenizer(
             rendered.text,
             add_special_tokens=not rendered.has_special,
             truncation=True,
@@ -88,16 +88,16 @@ def encode(
             return_special_tokens_mask=True,
             return_offsets_mapping=has_ends,
         )
-        ids, added = one["input_ids"], one["special_tokens_mask"]
+        ids, added = encoding["input_ids"], encoding["special_tokens_mask"]
         # the mask knows what was added, not what the text itself spells out
         is_special = [bool(x) or token in special for token, x in zip(ids, added, strict=True)]
         ends = {}
         if has_ends:
-            cut = one.encodings[0].overflowing[:1]
+            cut = encoding.encodings[0].overflowing[:1]
             beyond = [span for part in cut for span in part.offsets]
             ends = alignment.token_ends(
                 rendered.text,
-                one["offset_mapping"],
+                encoding["offset_mapping"],
                 is_special=is_special,
                 beyond=beyond,
                 contents=rendered.contents,
@@ -124,7 +124,7 @@ def align(
         source_tokenizer: Of the source.
         rows: ``sample``: one row a document, the mean over its tokens, special ones included.
             ``token``: one row a token that is not special; needs identical tokenizers.
-            ``span``: one row a character at which both end a token; needs fast tokenizers.
+            ``span``: one row a character at which both tokenizers end a token; needs fast ones.
         max_rows: Rows kept for ``token`` and ``span``, a seeded subsample.
         max_length: Tokens of a document that are read.
         seed: Of the subsample.
@@ -169,7 +169,7 @@ def align(
         )
 
     def matched(encoded: Iterable[Encoded]) -> float | None:
-        ordinary = sum(one.is_special.count(False) for one in encoded)
+        ordinary = sum(document.is_special.count(False) for document in encoded)
         return None if rows == "sample" else picked.found / ordinary
 
     return Calibration(

@@ -15,7 +15,7 @@ from ot_merge_jax.errors import InputError
 RENDER_SECONDS = 5.0
 
 
-#: What templates that write the date are told: rendering must not depend on the day.
+#: Given to templates that write the date: rendering must not depend on the day.
 _DATE = "26 Jul 2024"
 
 
@@ -27,7 +27,7 @@ class Turn(NamedTuple):
 
     Attributes:
         role: Who speaks, in the words of the template: ``system``, ``user``, ``assistant``.
-        content: What is said.
+        content: Its text.
     """
 
     role: str
@@ -67,10 +67,10 @@ class Rendered(NamedTuple):
 def render(document: Document, tokenizer: Any) -> Rendered:
     """Writes a document as a model reads it: a chat by the model's own template.
 
-    A template is somebody's code. transformers runs it in jinja's sandbox; it is stopped after
+    A template is foreign code. transformers runs it in jinja's sandbox; it is stopped after
     `RENDER_SECONDS` by an alarm signal (in the main thread of Python; other threads cannot be
-    interrupted), and one that raises powers to powers, which no signal stops, is refused unread. A
-    template that asks for ``date_string`` (Llama 3) is told one fixed date.
+    interrupted), and one that uses ``**``, which no signal can stop, is refused before it runs. A
+    template that asks for ``date_string`` (Llama 3) is given one fixed date.
 
     Args:
         document: A text, which stays as it is, or a chat.
@@ -99,11 +99,10 @@ def before_answer(turns: Sequence[Turn], tokenizer: Any, *, is_begun: bool = Fal
     Args:
         turns: The messages so far.
         tokenizer: Of the model.
-        is_begun: Whether the last message is the beginning of the answer, and not what the answer
-            follows.
+        is_begun: Whether the last message is the beginning of the answer, and not what it answers.
 
     Returns:
-        The text, special tokens written out. What is said of templates at `render` holds here.
+        The text, special tokens written out. What `render` says about templates holds here.
 
     Raises:
         InputError: as `render` does.
@@ -130,16 +129,16 @@ def _apply(turns: Sequence[Turn], tokenizer: Any, **options: bool) -> str:
             )
     except TimeoutError as error:
         raise InputError(
-            f"{where} takes more than {RENDER_SECONDS:g} seconds for one chat; mend the template."
+            f"{where} takes more than {RENDER_SECONDS:g} seconds for one chat; fix the template."
         ) from error
     except (Exception, MemoryError) as error:  # a template raises what it likes
         roles = ", ".join(turn.role for turn in turns[:6])
         reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise InputError(
-            f"{where} cannot write a chat of {roles} ({reason}); mend the chat or the template."
+            f"{where} cannot write a chat of {roles} ({reason}); fix the chat or the template."
         ) from error
     if len(text) > _MAX_GROWTH + 2 * sum(len(part) for turn in turns for part in turn):
-        raise InputError(f"{where} writes far more than the chat says; mend the template.")
+        raise InputError(f"{where} writes far more than the chat says; fix the template.")
     return text
 
 
@@ -176,8 +175,8 @@ def _contents(text: str, turns: Sequence[Turn], tokenizer: Any) -> list[tuple[in
     """Where the messages stand in a rendered chat.
 
     The chat is rendered once more with a marker for each message, so that a message ``user`` is not
-    taken for the word in its header. A template that treats a marker otherwise than the message
-    leaves the search for one message after the other.
+    taken for the word in its header. If a template treats a marker differently from the
+    message, each message is searched for after the one before.
     """
     markers = [f"\ue000{number}\ue001" for number in range(len(turns))]
     try:
@@ -207,8 +206,8 @@ def _between(
         following = min((p for p in places[index + 1 :] if p >= 0), default=len(probe))
         part = probe[before:following]
         is_last = following == len(probe)
-        said = turn.content
-        for variant in (said, said.strip(), said.lstrip(), said.rstrip()):
+        content = turn.content
+        for variant in (content, content.strip(), content.lstrip(), content.rstrip()):
             stop = cursor + len(variant)
             if text.startswith(variant + part, cursor) and (
                 not is_last or stop + len(part) == len(text)
@@ -217,7 +216,7 @@ def _between(
         else:
             return None
         start = cursor + len(variant) - len(variant.lstrip())
-        ranges.append((start, start + len(said.strip())))
+        ranges.append((start, start + len(content.strip())))
         cursor = stop + len(part)
     return ranges
 
@@ -226,9 +225,9 @@ def _in_order(text: str, turns: Sequence[Turn]) -> list[tuple[int, int]]:
     """The messages, each searched after the one before."""
     ranges, cursor = [], 0
     for turn in turns:
-        said = turn.content.strip()
-        place = text.find(said, cursor)
+        content = turn.content.strip()
+        place = text.find(content, cursor)
         start = cursor if place < 0 else place
-        cursor = start if place < 0 else start + len(said)
+        cursor = start if place < 0 else start + len(content)
         ranges.append((start, cursor))
     return ranges

@@ -53,15 +53,17 @@ def read_documents(
         >>> chat.turns[1]
         Turn(role='assistant', content='Here.')
     """
-    found = (
+    located = (
         source if isinstance(source, sources.Source) else sources.locate(source, offline=offline)
     )
     fields = (field,) if isinstance(field, str) else tuple(field)
-    for file in found.files:
+    for file in located.files:
         for where, record in sources.read(file, fields=fields, encoding=encoding):
             document = record if isinstance(record, str) else _document(record, fields, where)
-            said = [document] if isinstance(document, str) else [x.content for x in document.turns]
-            if any(one.strip() for one in said):
+            contents = (
+                [document] if isinstance(document, str) else [x.content for x in document.turns]
+            )
+            if any(content.strip() for content in contents):
                 yield document
 
 
@@ -69,7 +71,7 @@ def _document(record: Any, fields: Sequence[str], where: str) -> Document:
     """The text or chat of a record that has the fields."""
     values = [record[field] for field in fields]
     if len(fields) == 1 and isinstance(values[0], list):
-        return Chat(tuple(_turn(one, n, fields[0], where) for n, one in enumerate(values[0], 1)))
+        return Chat(tuple(_turn(turn, n, fields[0], where) for n, turn in enumerate(values[0], 1)))
     for field, value in zip(fields, values, strict=True):
         if not isinstance(value, str):
             more = ", nor a list of messages" if len(fields) == 1 else ""
@@ -83,14 +85,14 @@ def _document(record: Any, fields: Sequence[str], where: str) -> Document:
 
 def _turn(message: Any, number: int, field: str, where: str) -> Turn:
     """One message of a record."""
-    said = message if isinstance(message, dict) else {}
+    values = message if isinstance(message, dict) else {}
     for key in Turn._fields:
-        if not isinstance(said.get(key), str) or "\0" in said[key]:
+        if not isinstance(values.get(key), str) or "\0" in values[key]:
             raise InputError(
                 f"{where}: field {field!r} is not a string, and its message {number} has no "
-                f"{key!r} that is one; fix it."
+                f"{key!r} of plain text; fix it."
             )
-    return Turn(said["role"], said["content"])
+    return Turn(values["role"], values["content"])
 
 
 def sample(documents: Iterable[Document], *, count: int, seed: int) -> list[Document]:
@@ -101,13 +103,13 @@ def sample(documents: Iterable[Document], *, count: int, seed: int) -> list[Docu
         True
     """
     rng = random.Random(seed)  # noqa: S311, no secret
-    kept: list[tuple[int, Document]] = []
+    chosen: list[tuple[int, Document]] = []
     for index, document in enumerate(documents):
-        if len(kept) < count:
-            kept.append((index, document))
+        if len(chosen) < count:
+            chosen.append((index, document))
         elif (place := rng.randrange(index + 1)) < count:
-            kept[place] = (index, document)
-    return [document for _, document in sorted(kept, key=lambda one: one[0])]
+            chosen[place] = (index, document)
+    return [document for _, document in sorted(chosen, key=lambda numbered: numbered[0])]
 
 
 def split(documents: Sequence[Document], *, seed: int) -> tuple[list[Document], list[Document]]:

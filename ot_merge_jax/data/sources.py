@@ -24,7 +24,7 @@ _READABLE = (".parquet", *_JSON_LINES, ".txt")
 _PARQUET_COPY = "try the hub's parquet copy, @refs/convert/parquet"
 _SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval")
 _RECORDS_PER_BATCH = 256
-#: A line longer than this is no document, but a file without line ends.
+#: A longer line is not a document, but a file without line ends.
 _MAX_LINE = 10_000_000
 _MAX_CARD_BYTES = 5_000_000
 
@@ -99,14 +99,15 @@ def _dataset(wanted: hub.DatasetId, *, offline: bool) -> Source:
     prefix = f"{wanted.config}/" if wanted.config else ""
     if patterns is not None:
         folder, _ = fetch("README.md", *patterns)
-        found = {file for pattern in patterns for file in _files(folder, pattern)}
+        matching = {file for pattern in patterns for file in _files(folder, pattern)}
     else:
         folder, _ = fetch("README.md", *(f"{prefix}*{wanted.split}*{end}" for end in _READABLE))
-        found = set(_named(folder, prefix, (wanted.split,)))
-        if not found and wanted.split == "train":  # files without the name of any split are train
+        matching = set(_named(folder, prefix, (wanted.split,)))
+        if not matching and wanted.split == "train":
+            # files without the name of any split are train
             folder, _ = fetch("README.md", *(f"{prefix}*{end}" for end in _READABLE))
-            found = {*_files(folder, f"{prefix}**/*")} - {*_named(folder, prefix, _SPLITS)}
-    files = tuple(sorted(found))
+            matching = {*_files(folder, f"{prefix}**/*")} - {*_named(folder, prefix, _SPLITS)}
+    files = tuple(sorted(matching))
     names = [file.relative_to(folder).as_posix() for file in files]
     name = f"the dataset {wanted.repo} at revision {wanted.revision}"
     if not files:
@@ -114,14 +115,14 @@ def _dataset(wanted: hub.DatasetId, *, offline: bool) -> Source:
             f"No {', '.join(_READABLE)} file of {name} belongs to the split {wanted.split}; name "
             f"it as hub:OWNER/NAME@REVISION:[CONFIG/]SPLIT, or {_PARQUET_COPY}."
         )
-    if patterns is None and not prefix and len(tops := {one.split("/")[0] for one in names}) > 1:
+    if patterns is None and not prefix and len(tops := {path.split("/")[0] for path in names}) > 1:
         folders = sorted(top for top in tops if top not in names)
         if folders:
             raise InputError(
                 f"{name} has the split {wanted.split} in {', '.join(folders)[:500]}; name one, as "
                 f"in hub:{wanted.repo}@{wanted.revision}:{folders[0]}/{wanted.split}."
             )
-    if leaving := [why for one in names for why in link_problems(folder, one)]:
+    if leaving := [why for path in names for why in link_problems(folder, path)]:
         raise InputError(f"{name} cannot be used: {leaving[0]}; download it again.")
     origin = origin._replace(revision=wanted.revision)
     return Source(files, origin, prefix + wanted.split)
@@ -131,8 +132,8 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     """The data files of a snapshot that match; nothing for a pattern that leaves it."""
     if pattern.startswith("/") or ".." in Path(pattern).parts:
         return []
-    found = (file for file in folder.glob(pattern) if file.suffix.lower() in _READABLE)
-    return [file for file in found if file.is_file()]
+    readable = (file for file in folder.glob(pattern) if file.suffix.lower() in _READABLE)
+    return [file for file in readable if file.is_file()]
 
 
 def _named(folder: Path, prefix: str, splits: Sequence[str]) -> list[Path]:
@@ -158,10 +159,10 @@ def _card_patterns(card: Path, wanted: hub.DatasetId) -> list[str] | None:
             text = file.read(_MAX_CARD_BYTES)
     front = re.match(r"\s*---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
-        told = yaml.safe_load(front[1]) if front else {}
-        configs = {_word(one["config_name"]): one for one in told.get("configs") or ()}
-        splits = {name: _splits(one) for name, one in configs.items()}
-        default = [name for name, one in configs.items() if one.get("default")]
+        settings = yaml.safe_load(front[1]) if front else {}
+        configs = {_word(config["config_name"]): config for config in settings.get("configs") or ()}
+        splits = {name: _splits(config) for name, config in configs.items()}
+        default = [name for name, config in configs.items() if config.get("default")]
     except (yaml.YAMLError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{where} cannot be understood; {_PARQUET_COPY}.") from error
     if not configs:
@@ -187,15 +188,17 @@ def _splits(config: dict[str, Any]) -> dict[str, list[str]]:
     base = f"{_word(config['data_dir'])}/" if config.get("data_dir") else ""
     files = config.get("data_files") or "**/*"
     splits: dict[str, list[str]] = {}
-    for one in [files] if isinstance(files, str) else files:
-        split, paths = ("train", one) if isinstance(one, str) else (one["split"], one["path"])
+    for entry in [files] if isinstance(files, str) else files:
+        split, paths = (
+            ("train", entry) if isinstance(entry, str) else (entry["split"], entry["path"])
+        )
         paths = [paths] if isinstance(paths, str) else paths
         splits.setdefault(_word(split), []).extend(f"{base}{_word(path)}" for path in paths)
     return splits
 
 
 def _word(value: Any) -> str:
-    """A scalar of a card as text; TypeError for a nest, whose aliases could write out terabytes."""
+    """A scalar of a card as text; TypeError if nested, for aliases could expand to terabytes."""
     if not isinstance(value, str | int | float):
         raise TypeError("not a name")
     return str(value)
@@ -228,7 +231,7 @@ def read(path: Path, *, fields: Sequence[str], encoding: str) -> Iterator[tuple[
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}, is not JSON ({error}); mend the line.") from error
+            raise InputError(f"{where}, is not JSON ({error}); fix the line.") from error
         _check_fields(record if isinstance(record, dict) else (), fields, f"{where},")
         yield where, record
 
@@ -276,11 +279,11 @@ def _first_bad_byte(path: Path, encoding: str) -> str:
     with path.open("rb") as file:
         while True:
             block = file.read(1 << 20)
-            kept = decoder.getstate()[0]  # the start of a character whose end is in this block
+            pending = decoder.getstate()[0]  # the start of a character whose end is in this block
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                start = before - len(kept) + error.start
+                start = before - len(pending) + error.start
                 return f"at byte {start} (line {lines + error.object[: error.start].count(10)})"
             if not block:
                 return "text"

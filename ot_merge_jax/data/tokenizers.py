@@ -42,7 +42,7 @@ def tokenize(tokenizer: Any, document: Document, **options: Any) -> Any:
     Args:
         tokenizer: Of the model, by transformers.
         document: A text or a chat.
-        **options: Of the call of the tokenizer.
+        **options: Passed to the tokenizer.
 
     Returns:
         What the tokenizer returns.
@@ -59,8 +59,8 @@ def is_same_tokenizer(target: Any, source: Any, documents: Sequence[Document]) -
     if target.get_vocab() != source.get_vocab():
         return False
     return all(
-        tokenize(target, one)["input_ids"] == tokenize(source, one)["input_ids"]
-        for one in documents
+        tokenize(target, document)["input_ids"] == tokenize(source, document)["input_ids"]
+        for document in documents
     )
 
 
@@ -70,6 +70,6 @@ def tokenizer_of(folder: ModelFolder) -> Any:
     if len(tokenizer) > folder.cfg.vocab_size:
         raise InputError(
             f"The tokenizer of {folder.path} has {len(tokenizer)} tokens but the model "
-            f"has {folder.cfg.vocab_size} rows; one of them is not its own."
+            f"has {folder.cfg.vocab_size} rows; use the model's own tokenizer."
         )
     return tokenizer

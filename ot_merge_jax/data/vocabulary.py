@@ -59,8 +59,8 @@ def vocabulary(tokenizer: Any, *, size: int) -> dict[str, int]:
 def token_bytes(tokenizer: Any, *, size: int) -> dict[bytes, int]:
     """Bytes -> row of a tokenizer; special tokens and rows beyond ``size`` are left out.
 
-    Where several tokens spell the same bytes the lowest row is taken, but an ordinary token goes
-    before the byte token (``<0x61>`` beside ``a``), which its tokenizer then never emits.
+    Where several tokens spell the same bytes the lowest row is taken, but an ordinary token
+    takes precedence over the byte token (``<0x61>`` beside ``a``), which is then never emitted.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -99,7 +99,7 @@ def token_bytes(tokenizer: Any, *, size: int) -> dict[bytes, int]:
             marks.add(part["pattern"]["String"])
     literal = {token["id"] for token in state["added_tokens"]}  # added tokens are plain text
     special = special_ids(tokenizer)
-    found: dict[bytes, tuple[bool, int]] = {}
+    rows: dict[bytes, tuple[bool, int]] = {}
     for token, row in tokenizer.get_vocab().items():
         if row >= size or row in special:
             continue
@@ -113,23 +113,23 @@ def token_bytes(tokenizer: Any, *, size: int) -> dict[bytes, int]:
         else:
             word = functools.reduce(lambda text, mark: text.replace(mark, " "), marks, token)
             word = word.encode()
-        found[word] = min(found.get(word, (True, row)), (byte is not None, row))
-    return {word: row for word, (_, row) in found.items()}
+        rows[word] = min(rows.get(word, (True, row)), (byte is not None, row))
+    return {word: row for word, (_, row) in rows.items()}
 
 
 def _parts(value: Any) -> Iterator[dict[str, Any]]:
-    """Every normalizer, pre-tokenizer and decoder, those inside of sequences too."""
+    """Every normalizer, pre-tokenizer and decoder, including those inside sequences."""
     if isinstance(value, dict) and "type" in value:
         yield value
-    for one in value.values() if isinstance(value, dict) else value:
-        if isinstance(one, dict | list):
-            yield from _parts(one)
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, dict | list):
+            yield from _parts(child)
 
 
 def matched_vocabulary(
     target: Any, source: Any, *, target_size: int, source_size: int, is_one: bool
 ) -> VocabularyMatch:
-    """Pairs the tokens of two tokenizers: by id if they are one, otherwise by what they spell.
+    """Pairs the tokens of two tokenizers: by token if both are the same, else by their bytes.
 
     Args:
         target: Tokenizer of the target.
@@ -162,7 +162,7 @@ def match(target_tokens: Tokens, source_tokens: Tokens) -> VocabularyMatch:
 
     Args:
         target_tokens: Token -> row, or the tokens in row order. Leave special tokens out.
-        source_tokens: The same of the source.
+        source_tokens: The same for the source.
 
     Returns:
         Matched rows, ascending in the target's.

@@ -35,13 +35,13 @@ def run(
     """Runs the merges of the demo.
 
     ``delta`` moves what a source learned on a domain into a smaller sibling; ``delta-stranger``
-    tries the same with a model of another family and another tokenizer. ``paper`` applies the
-    published formula to that stranger, where nothing moves.
+    tries the same with a target of another family and tokenizer (the stranger). ``paper`` applies
+    the published formula to the stranger, where nothing moves.
 
     Args:
         out: Folder that will hold ``delta``, ``delta-stranger`` and ``paper``, three model folders.
         is_full: Whether three calibration seeds and all controls are run (method: Controls).
-        seed: Of every random choice.
+        seed: Seed of every random choice.
         overwrite: Whether existing output folders are replaced.
         offline: Whether the network is forbidden; the demo never uses it.
 
@@ -62,7 +62,7 @@ def run(
             command=f"ot-merge demo{' --full' * is_full}",
             overwrite=overwrite,
             offline=offline,
-            keep=False,  # there is nothing to resume: it takes a minute, and has no such flag
+            keep=False,  # not to be resumed: the demo takes a minute and has no flag for it
             known={role: scores[path] for role, path in folders.items() if path in scores},
         )
         scores |= {path: results[name].scores[role] for role, path in folders.items()}
@@ -74,13 +74,13 @@ def settings(*, is_full: bool = False, seed: int = 0) -> dict[str, dict[str, Any
 
     Args:
         is_full: Whether three calibration seeds and all controls are run.
-        seed: Of every random choice.
+        seed: Seed of every random choice.
     """
     text = {name: str(assets.path(f"{name}.jsonl")) for name in ("calibration", "heldout")}
     shared = {
         "source": str(assets.path("source")),
-        # a tenth of the time of the defaults: few documents of one shape of batch, and plans
-        # that stop earlier; 64 leave 16 for the dev split, which is one of its batches
+        # a tenth of the time of the defaults: few documents, in batches of one shape, and plans
+        # that stop earlier; of the 64, 16 go to the dev split, which makes one batch
         "calibration": {"path": text["calibration"], "samples": 64},
         "max_rows": 2048,
         "threshold": 1e-4,
@@ -102,15 +102,15 @@ def settings(*, is_full: bool = False, seed: int = 0) -> dict[str, dict[str, Any
 
 def table(results: Mapping[str, pipeline.RunResult]) -> Table:
     """One table of all merges: held-out loss before and after, and what moved."""
-    made = Table(
+    result_table = Table(
         title="Held-out text of the domain, nats per token",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    made.add_column("merge")
+    result_table.add_column("merge")
     for name in ("target", "merged", "change", "95 % interval", "source", "|W~|/|W|"):
-        made.add_column(name, justify="right", no_wrap=True)
+        result_table.add_column(name, justify="right", no_wrap=True)
     for name, result in results.items():
         target, merge, source = (
             result.report.evaluation[role] for role in ("target", "merge", "source")
@@ -122,14 +122,14 @@ def table(results: Mapping[str, pipeline.RunResult]) -> Table:
             for ratio in weight.ratio_transported
             if ratio is not None
         ]
-        made.add_row(
+        result_table.add_row(
             _LABELS[name],
             number(target.nll_per_token, ".3f"),
             number(merge.nll_per_token, ".3f"),
             number(change.difference, "+.3f"),
             f"{number(change.low, '+.3f')} {number(change.high, '+.3f')}",
-            # a source with other tokens has another loss per token: not comparable
+            # with other tokens the loss per token of the source is not comparable
             "" if source.has_own_tokens else number(source.nll_per_token, ".3f"),
             number(max(ratios, default=None), ".0e"),
         )
-    return made
+    return result_table

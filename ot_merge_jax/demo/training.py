@@ -14,15 +14,15 @@ from ot_merge_jax.runs import baselines
 from ot_merge_jax.runs import merge as pipeline
 from ot_merge_jax.runs.adapt import AdaptResult
 
-#: Of all arms: what three seeds of them take a few minutes for on two CPU cores.
+#: Settings of all arms: three seeds of them take a few minutes on two CPU cores.
 BUDGET = {"steps": 48, "batch_size": 4, "seq_len": 128, "eval_every": 16}
-#: Tried by every arm with the first seed.
+#: Learning rates that every arm tries with the first seed.
 RATES = [3e-4, 1e-3, 3e-3]
 SEEDS = 3
 
 
 class TrainedDemo(NamedTuple):
-    """What was merged, and what training made of it."""
+    """The merge, and the result of its training."""
 
     merge: pipeline.RunResult
     adapted: AdaptResult
@@ -36,7 +36,7 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = Fa
 
     Args:
         out: Folder that will hold ``delta`` and ``delta-adapted``, two model folders.
-        seed: Of every random choice, and the first of the training.
+        seed: Seed of every random choice, and the first seed of the training.
         overwrite: Whether existing output folders are replaced.
         offline: Whether the network is forbidden; the demo never uses it.
 
@@ -46,16 +46,16 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = Fa
     merged, adapted = out / "delta", out / "delta-adapted"
     for folder in (merged, adapted):
         atomic.check_output(folder, overwrite=overwrite)
-    said = demo.settings(seed=seed)["delta"]
+    recipe = demo.settings(seed=seed)["delta"]
     command = "ot-merge demo --adapt"
     merge = pipeline.run(
-        loading.resolve(said, where="the demo"), merged,
+        loading.resolve(recipe, where="the demo"), merged,
         command=command, overwrite=overwrite, offline=offline, keep=False,
     )  # fmt: skip
     settings = adaptations.resolve({
-        "model": str(merged), "target": said["target"], "source": said["source"],
+        "model": str(merged), "target": recipe["target"], "source": recipe["source"],
         "text": {"path": str(assets.path("calibration.jsonl"))},
-        "evaluation": {"path": said["evaluation"]},
+        "evaluation": {"path": recipe["evaluation"]},
         "baselines": ["base"], "rates": RATES, "seeds": SEEDS, "seed": seed, **BUDGET,
     }, where="the demo")  # fmt: skip
     adapting = baselines.compare(

@@ -87,7 +87,7 @@ def mesh_of(params: Any) -> Mesh | None:
 
 
 def split_batch(batch: Batch, mesh: Mesh | None) -> Batch:
-    """A batch split along the mesh's ``data`` axis; as it is without a mesh."""
+    """A batch split along the mesh's ``data`` axis; unchanged without a mesh."""
     if mesh is None:
         return batch
     return jax.tree.map(

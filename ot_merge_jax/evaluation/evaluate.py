@@ -28,18 +28,18 @@ _LOG = logging.getLogger(__name__)
 
 
 class EvalRequest(NamedTuple):
-    """What models are asked; at least one of text, questions and tasks.
+    """What models are evaluated on: a text, questions or tasks, at least one of them.
 
     Attributes:
         text: Held-out text, or None.
         questions: Files of multiple-choice questions.
         tasks: Names of lm-eval tasks, groups or tags.
         include_path: Folder whose tasks are used instead of lm-eval's own, or None.
-        limit: Documents and questions that are read of each, or None for all.
-        is_chat: Whether questions and tasks are put by the model's chat template.
-        continued: How many documents of the text every model continues, the first ones.
-        new_tokens: By how many tokens at most.
-        encoding: Of the files of questions.
+        limit: How many documents or questions of each are read at most; None: all.
+        is_chat: Whether questions and tasks are written with the model's chat template.
+        continued: How many documents of the text, from the first on, every model continues.
+        new_tokens: How many tokens a continuation has at most.
+        encoding: Encoding of the question files.
     """
 
     text: Text | None = None
@@ -54,7 +54,7 @@ class EvalRequest(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What is asked, checked and in memory."""
+    """Documents, questions and tasks, checked and in memory."""
 
     documents: list[Document]
     questions: dict[str, list[multiple_choice.Question]]
@@ -63,7 +63,7 @@ class _Read(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """What one model makes of it."""
+    """The results of one model."""
 
     scores: nll.Scores | None
     divergence: dict[str, Any]
@@ -84,10 +84,10 @@ def evaluate(
 
     Args:
         paths: Model folders or hub ids, as typed; they are the keys of the result.
-        ask: What they are asked.
+        ask: What they are evaluated on.
         base: The model whose next-token distributions the others' are compared with; it is scored
             like them. None: the first of them.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
         offline: Whether the network is forbidden; the hub's local cache is used all the same.
 
     Returns:
@@ -113,7 +113,7 @@ def evaluate(
     tokenizers = {name: tokenizers_module.tokenizer_of(folder) for name, folder in folders.items()}
     read = _read(ask, tokenizers[names[0]], offline=offline)
 
-    def is_one(a: str, b: str) -> bool:
+    def share_tokenizer(a: str, b: str) -> bool:
         return tokenizers_module.is_same_tokenizer(tokenizers[a], tokenizers[b], read.documents)
 
     if len(names) > 1 and 0 < len(read.documents) < statistics.FEWEST:
@@ -122,21 +122,23 @@ def evaluate(
             "anything: add documents, one a line", len(read.documents), statistics.FEWEST,
         )  # fmt: skip
     first = names[0] if base is None else base
-    near = {name for name in names if name != first and read.documents and is_one(first, name)}
+    near = {
+        name for name in names if name != first and read.documents and share_tokenizer(first, name)
+    }
     for name in names if base is not None else ():
         if name != first and name not in near:
             _LOG.warning("%s has other tokens than the base %s: no KL, only bits", name, first)
-    said: dict[str, _Said] = {}
-    kept: Model | None = None
+    results: dict[str, _Said] = {}
+    base_model: Model | None = None
     for name in sorted(names, key=lambda name: name != first):
         model = _load(folders[name])
-        beside = kept if name in near else None
-        said[name] = _said(model, folders[name], tokenizers[name], read, ask, beside, seed=seed)
-        kept = model if name == first and near else kept
-        del model  # or two models would be held while the next one is read
-    said = {name: said[name] for name in names}
-    found = _facts(said, read, is_one, seed=seed)
-    return found | ({"base": first} if near else {})
+        beside = base_model if name in near else None
+        results[name] = _said(model, folders[name], tokenizers[name], read, ask, beside, seed=seed)
+        base_model = model if name == first and near else base_model
+        del model  # else two models would be in memory while the next one is read
+    results = {name: results[name] for name in names}
+    facts = _facts(results, read, share_tokenizer, seed=seed)
+    return facts | ({"base": first} if near else {})
 
 
 def _load(folder: ModelFolder) -> Model:
@@ -146,7 +148,7 @@ def _load(folder: ModelFolder) -> Model:
 
 
 def _read(ask: EvalRequest, tokenizer: Any, *, offline: bool) -> _Read:
-    """Everything that is asked; reads no weights."""
+    """Reads everything that is asked for, but no weights."""
     documents: list[Document] = []
     if ask.text is not None:
         source = sources.locate(ask.text.path, offline=offline)
@@ -175,7 +177,7 @@ def _said(
     *,
     seed: int,
 ) -> _Said:
-    """What one model makes of everything."""
+    """The results of one model on everything."""
     cfg, params = model
     stop = eos_token_ids(folder)
     continued = samples.sample(
@@ -206,27 +208,31 @@ def _said(
     return _Said(scores, moved, continued, answers, outcomes)
 
 
-def _facts(said: Mapping[str, _Said], read: _Read, is_one: Any, *, seed: int) -> dict[str, Any]:
+def _facts(
+    results: Mapping[str, _Said], read: _Read, share_tokenizer: Any, *, seed: int
+) -> dict[str, Any]:
     """The JSON values of `evaluate`."""
-    scores = {name: one.scores for name, one in said.items() if one.scores is not None}
-    found: dict[str, Any] = {
+    scores = {name: result.scores for name, result in results.items() if result.scores is not None}
+    facts: dict[str, Any] = {
         "models": {
-            name: ({} if one.scores is None else one.scores.totals) | one.divergence
-            for name, one in said.items()
+            name: ({} if result.scores is None else result.scores.totals) | result.divergence
+            for name, result in results.items()
         },
-        "pairs": statistics.every_pair(scores, is_one, seed=seed),
+        "pairs": statistics.every_pair(scores, share_tokenizer, seed=seed),
     }
     if read.prompts:
-        continued = {name: one.continued for name, one in said.items()}
-        found["samples"] = samples.summary(read.prompts, continued)
+        continued = {name: result.continued for name, result in results.items()}
+        facts["samples"] = samples.summary(read.prompts, continued)
     if read.questions:
         answers = {
-            file: {name: one.answers[file] for name, one in said.items()} for file in read.questions
+            file: {name: result.answers[file] for name, result in results.items()}
+            for file in read.questions
         }
-        found["choices"] = multiple_choice.summary(read.questions, answers, seed=seed)
+        facts["choices"] = multiple_choice.summary(read.questions, answers, seed=seed)
     if read.tasks:
         outcomes = {
-            task: {name: one.outcomes[task] for name, one in said.items()} for task in read.tasks
+            task: {name: result.outcomes[task] for name, result in results.items()}
+            for task in read.tasks
         }
-        found["tasks"] = lm_eval_tasks.summary(outcomes, seed=seed)
-    return found
+        facts["tasks"] = lm_eval_tasks.summary(outcomes, seed=seed)
+    return facts

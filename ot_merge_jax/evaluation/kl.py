@@ -36,13 +36,14 @@ def divergence(
     change of what a model would say, where the loss counts only the change at the token that came.
 
     Args:
-        base: The model the other one was made from; its parameters are in memory.
-        model: The other model, of the same tokenizer; likewise. It may have another architecture,
-            and more or fewer padding rows in its vocabulary: the rows both have are compared, and
-            each distribution is normalised over them.
+        base: The model that the other was made from; its parameters are in memory.
+        model: The other model, in memory too, with the same tokenizer. It may have another
+            architecture, and more or fewer padding rows in its vocabulary: the rows that both have
+            are compared, and each distribution is normalised over them.
         cut: From `nll.windows`, for the shorter of the two contexts.
         text: What the documents are, for the progress line.
-        logits_at_once: Logits of both models in memory, those of one sequence at least.
+        logits_at_once: How many logits of both models are in memory, at least those of one
+            sequence.
 
     Returns:
         Nats of each document, ``[documents]`` float64; over ``cut.tokens`` they are nats per token.
@@ -54,20 +55,20 @@ def divergence(
     """
     mesh = sharding.mesh_of(base.params)
     parts = list(zip(cut.batches, cut.scored, cut.document, strict=True))
-    found = np.zeros(len(cut.tokens))
+    nats = np.zeros(len(cut.tokens))
     for batch, scored, document in progress.track(parts, f"compare on {text} (batches)"):
         split = sharding.split_batch(batch, mesh)
         both = base.params, model.params
         sums = _sequences(
             both, split, scored, cfgs=(base.cfg, model.cfg), logits_at_once=logits_at_once
         )
-        np.add.at(found, document, np.asarray(sums, np.float64))
-    if not np.isfinite(found).all():
+        np.add.at(nats, document, np.asarray(sums, np.float64))
+    if not np.isfinite(nats).all():
         raise NonFiniteError(
-            f"The divergence of document {int(np.argmin(np.isfinite(found)))} of the {text} is not "
+            f"The divergence of document {int(np.argmin(np.isfinite(nats)))} of the {text} is not "
             "finite: the weights of a model overflow there; check the checkpoints."
         )
-    return found
+    return nats
 
 
 @functools.partial(jax.jit, static_argnames=("cfgs", "logits_at_once"))
@@ -81,13 +82,13 @@ def _sequences(
 ) -> jax.Array:
     """Summed divergence of the scored positions of each sequence ``[b]``.
 
-    Both models in one program; of the vocabulary, a few sequences at a time (as in `nll`).
+    Both models run in one program; logits are computed for a few sequences at a time, as in `nll`.
     """
     models = list(zip(cfgs, both, strict=True))
     hidden = tuple(decoder.hidden_states(params, batch, cfg=cfg)[0] for cfg, params in models)
     shared = min(cfg.vocab_size for cfg in cfgs)
 
-    def one(args: tuple[tuple[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    def sequence_nats(args: tuple[tuple[jax.Array, jax.Array], jax.Array]) -> jax.Array:
         last, counted = args
         p, q = (
             jax.nn.log_softmax(decoder.head(params, x[None, :-1], cfg=cfg)[0, :, :shared], -1)
@@ -98,7 +99,7 @@ def _sequences(
     size, length = batch.tokens.shape
     widest = max(cfg.vocab_size for cfg in cfgs)
     at_once = sequences_at_once(size, 2 * length * widest, logits_at_once)
-    return jax.lax.map(one, (hidden, scored), batch_size=at_once)
+    return jax.lax.map(sequence_nats, (hidden, scored), batch_size=at_once)
 
 
 def peak_bytes(
@@ -107,17 +108,17 @@ def peak_bytes(
     *,
     logits_at_once: int = BUDGET.logits,
 ) -> int:
-    """Bytes of `divergence` at its peak, beside the parameters of both models.
+    """Bytes of `divergence` at its peak, without the parameters of both models.
 
     Args:
-        cfgs: Of both.
-        scored: Tokens, at most, of each document.
+        cfgs: Both models.
+        scored: How many tokens each document has at most.
         logits_at_once: As for `divergence`.
 
     Returns:
-        The layers of both models on a batch, because one program may run them side by side, or,
-        behind them, the hidden states of the batch, and of some sequences both models' logits and
-        what the divergence makes of them.
+        The larger of two: the layers of both models on a batch, because one program may run them
+        side by side; or, after the layers, the hidden states of the batch with, for some sequences,
+        both models' logits and what is computed from them.
     """
     size, length = largest_window(min(cfgs, key=lambda cfg: cfg.max_positions), scored)
     widest = max(cfg.vocab_size for cfg in cfgs)

@@ -1,8 +1,8 @@
-"""Our models behind the interface of lm-evaluation-harness. Imports models and texts.
+"""Our models with the interface of lm-evaluation-harness. Imports models and data.
 
-lm-eval is the extra ``eval``: it is imported when `model_class` is called and not before. What is
-asked and how it is scored is lm-eval's; tokens, lengths and windows follow its own class for torch,
-so that the same checkpoint gets the same scores.
+lm-eval is the extra ``eval``: it is imported when `model_class` is called and not before. lm-eval
+decides what is asked and how it is scored; tokens, lengths and windows follow its own class for
+torch, so that the same checkpoint gets the same scores.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ot_merge_jax.types import Params
 NAME = "ot-merge-jax"
 #: New tokens where a task does not say how many, as in lm-eval's class for torch.
 MAX_NEW_TOKENS = 256
-#: Settings of generation that do not matter to a greedy one.
+#: Settings of generation that greedy generation ignores.
 _OF_SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}
 
 
@@ -38,7 +38,7 @@ class Scorer(NamedTuple):
     Attributes:
         params: Parameters in memory, in the dtype to compute in.
         cfg: The model.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         stop: Ids that end a text.
     """
 
@@ -80,15 +80,15 @@ def model_class() -> type:
         'TemplateLM'
 
     Source: lm-evaluation-harness 0.4.13, ``lm_eval.models.huggingface.HFLM``. Differs: greedy
-    generation alone; shapes are padded to powers of two.
+    generation only; shapes are padded to powers of two.
     """
     imported()
     from lm_eval.api.model import TemplateLM  # noqa: PLC0415
     from lm_eval.api.registry import register_model  # noqa: PLC0415
 
-    made = types.new_class("OtMergeLM", (Answering, TemplateLM))
-    made.__module__ = __name__
-    return register_model(NAME)(made)
+    lm_class = types.new_class("OtMergeLM", (Answering, TemplateLM))
+    lm_class.__module__ = __name__
+    return register_model(NAME)(lm_class)
 
 
 class Answering:
@@ -119,22 +119,22 @@ class Answering:
 
     @property
     def tokenizer_name(self) -> str:
-        """By which lm-eval keeps rendered requests apart."""
+        """The name by which lm-eval tells rendered requests of different tokenizers apart."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A chat by the model's template; a system message that it refuses is left out."""
-        turns = [chat.Turn(one["role"], one["content"]) for one in chat_history]
+        """A chat written with the model's template, without system messages if it refuses them."""
+        turns = [chat.Turn(message["role"], message["content"]) for message in chat_history]
         is_begun = not add_generation_prompt
         try:
             return chat.before_answer(turns, self.tokenizer, is_begun=is_begun)
         except InputError:
-            asked = [turn for turn in turns if turn.role != "system"]
-            if len(asked) == len(turns):
+            without_system = [turn for turn in turns if turn.role != "system"]
+            if len(without_system) == len(turns):
                 raise
-            return chat.before_answer(asked, self.tokenizer, is_begun=is_begun)
+            return chat.before_answer(without_system, self.tokenizer, is_begun=is_begun)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -147,13 +147,15 @@ class Answering:
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is greedy) of each continuation behind its context."""
+        """(log-probability, whether it is greedy) of each continuation after its context."""
         cut = [
             loglikelihood.cut(before, after, max_positions=self.max_length)
             for _, before, after in requests
         ]
-        found = loglikelihood.score(self.model.params, cut, cfg=self.model.cfg, what="requests")
-        return list(zip(found.log.tolist(), found.is_greedy.tolist(), strict=True))
+        likelihoods = loglikelihood.score(
+            self.model.params, cut, cfg=self.model.cfg, what="requests"
+        )
+        return list(zip(likelihoods.log.tolist(), likelihoods.is_greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Log-probability of whole texts, in windows of the context; every token counts once."""
@@ -168,8 +170,8 @@ class Answering:
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for one in cut:
-                windows.append((None, *utils.make_disjoint_window(one)))
+            for window in cut:
+                windows.append((None, *utils.make_disjoint_window(window)))
                 owner.append(index)
         totals = np.zeros(len(requests))
         np.add.at(totals, owner, [log for log, _ in self._loglikelihood_tokens(windows)])
@@ -180,19 +182,19 @@ class Answering:
         alike: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
             alike[self._settings(request.args[1])].append(index)
-        found = [""] * len(requests)
+        texts = [""] * len(requests)
         for (until, count), members in alike.items():
             prompts = [requests[index].args[0] for index in members]
             written = self._written(prompts, until, count)
             for index, text in zip(members, written, strict=True):
-                found[index] = text
-        return found
+                texts[index] = text
+        return texts
 
-    def _settings(self, said: dict[str, Any]) -> tuple[tuple[str, ...], int]:
+    def _settings(self, requested: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """Stop strings and the number of new tokens of a request."""
         from lm_eval.models import utils  # noqa: PLC0415
 
-        settings: dict[str, Any] = {**utils.normalize_gen_kwargs(said, self.max_gen_toks)}
+        settings: dict[str, Any] = {**utils.normalize_gen_kwargs(requested, self.max_gen_toks)}
         count, until = settings.pop("max_gen_toks"), settings.pop("until")
         if settings.get("do_sample"):
             raise InputError("A task asks for sampled text, and generation here is greedy; set "
@@ -212,19 +214,19 @@ class Answering:
         return tuple(utils.handle_stop_sequences(list(until), eos=eos)), count
 
     def _written(self, prompts: Sequence[str], until: Sequence[str], count: int) -> list[str]:
-        """Continuations of prompts, those of like length together."""
+        """Continuations of prompts; prompts of similar length run together."""
         from lm_eval.models import utils  # noqa: PLC0415
 
         params, cfg, tokenizer, _ = self.model
         longest = self.max_length - count
-        encoded = [self.tok_encode(one)[-longest:] for one in prompts]
-        if empty := [one for one, ids in zip(prompts, encoded, strict=True) if not ids]:
+        encoded = [self.tok_encode(prompt)[-longest:] for prompt in prompts]
+        if empty := [prompt for prompt, ids in zip(prompts, encoded, strict=True) if not ids]:
             raise InputError(f"The prompt {empty[0][:40]!r} of a task has no tokens; fix it.")
         ends = self._ending(until)
         groups = batching.grouped(
             {index: len(ids) for index, ids in enumerate(encoded)}, longest=longest
         )
-        found = [""] * len(prompts)
+        texts = [""] * len(prompts)
         for group in progress.track(groups, "answer (batches)"):
             shape = (group.size, group.length)
             tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -238,22 +240,22 @@ class Answering:
             for index, row in zip(group.members, np.asarray(new).tolist(), strict=False):
                 last = next((place for place, token in enumerate(row) if token in ends), count)
                 text = tokenizer.decode(row[: last + 1], skip_special_tokens=True)
-                found[index] = utils.postprocess_generated_text(text, list(until), None)
-        return found
+                texts[index] = utils.postprocess_generated_text(text, list(until), None)
+        return texts
 
     def _ending(self, until: Sequence[str]) -> list[int]:
-        """Tokens behind which a text is cut off: its ends, and those that hold a stop string."""
-        found = set(self.model.stop)
-        found |= {
+        """Tokens after which a text is cut off: its ends, and those that contain a stop string."""
+        ends = set(self.model.stop)
+        ends |= {
             token
             for token, piece in enumerate(self._pieces)
-            if any(one and one in piece for one in until)
+            if any(text and text in piece for text in until)
         }
-        # few lengths, since each compiles anew
-        room = 1 << max(3, len(found) - 1).bit_length()
-        return (sorted(found) + [max(found)] * room)[:room] if found else []
+        # padded to few lengths, since each length is compiled anew
+        room = 1 << max(3, len(ends) - 1).bit_length()
+        return (sorted(ends) + [max(ends)] * room)[:room] if ends else []
 
     @functools.cached_property
     def _pieces(self) -> list[str]:
-        """What each token says on its own."""
+        """The text of each token on its own."""
         return [self.tokenizer.decode([token]) for token in range(len(self.tokenizer))]

@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness: checked, run, compared. Imports harness and compare.
+"""Tasks of lm-evaluation-harness: checked, run, compared. Imports lm_eval_model, statistics.
 
-A task is code and data of its author: its file may name Python functions of the same folder, which
+A task is code and data of its author: its file may name Python functions in the same folder, which
 lm-eval imports. Give only folders that you trust.
 """
 
@@ -24,13 +24,14 @@ _FEWSHOT_SEED = 1234  # lm-eval's own, so that its examples are the same
 
 
 class TaskOutcome(NamedTuple):
-    """What one model makes of one task.
+    """The results of one model on one task.
 
     Attributes:
         metrics: Metric -> its value, as lm-eval reports it; ``METRIC,FILTER`` where the task has
             filters.
-        documents: Metric -> what each document adds to it and what it counts for, ``[documents]``
-            each, where the metric is a ratio of such sums. Of ``bits_per_byte`` bits and bytes.
+        documents: Metric -> what each document adds to its numerator and to its denominator,
+            ``[documents]`` each; only for metrics that are such ratios. For ``bits_per_byte`` these
+            are bits and bytes.
         count: How many documents were asked.
     """
 
@@ -49,18 +50,18 @@ def load(
     """Loads tasks and checks their documents.
 
     Args:
-        names: Tasks, groups, tags, or patterns of them.
-        include_path: A folder of task files; lm-eval's own are not known then.
+        names: Names of tasks, groups or tags, or patterns of such names.
+        include_path: A folder of task files, used instead of lm-eval's own tasks.
         limit: How many documents of a task are checked.
         offline: Whether the network is forbidden.
 
     Returns:
-        Name -> task of lm-eval; of a group, its tasks.
+        Name -> task of lm-eval; a group is replaced by its tasks.
 
     Raises:
         RecipeError: if a name is unknown.
-        InputError: if lm-eval or the folder is missing, a task cannot be loaded, or it has no
-            document, or one whose right answer is missing.
+        InputError: if lm-eval or the folder is missing, or a task cannot be loaded, has no
+            documents, or has a document without a right answer.
     """
     folder = None if include_path is None else Path(include_path).expanduser()
     if folder is not None and not folder.is_dir():
@@ -79,17 +80,17 @@ def load(
             raise RecipeError(_unknown(name, manager.all_tasks, folder))
     wanted = manager.match_tasks(list(names))
     try:
-        found = manager.load(wanted)["tasks"]
+        loaded = manager.load(wanted)["tasks"]
     except Exception as error:  # a task may run code of its own
         raise InputError(
-            f"The tasks {', '.join(wanted)} cannot be loaded ({_first(error)}); mend their files."
+            f"The tasks {', '.join(wanted)} cannot be loaded ({_first(error)}); fix their files."
         ) from error
-    for name, task in found.items():
+    for name, task in loaded.items():
         _check(name, task, limit)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
-    return dict(found)
+    return dict(loaded)
 
 
 def _unknown(name: str, known: Sequence[str], folder: Path | None) -> str:
@@ -120,13 +121,13 @@ def _check(name: str, task: Any, limit: int | None) -> None:
             count += 1
             if problem := _problem(task, document):
                 raise InputError(
-                    f"Document {index + 1} of the task {name} {problem}; mend its data."
+                    f"Document {index + 1} of the task {name} {problem}; fix its data."
                 )
     except InputError:
         raise
     except Exception as error:
         raise InputError(
-            f"Document {count} of the task {name} cannot be read ({_first(error)}); mend the task."
+            f"Document {count} of the task {name} cannot be read ({_first(error)}); fix the task."
         ) from error
     if not count:
         raise InputError(f"The task {name} has 0 documents; add some.")
@@ -140,11 +141,11 @@ def _problem(task: Any, document: Any) -> str:
         return "" if isinstance(text, str) and text else "is empty"
     if kind == "multiple_choice":
         choices = task.doc_to_choice(document)
-        # tasks that fill a gap name the right text where others ask
+        # tasks with a gap to fill name the right choice where others have the question
         gold = (task.doc_to_text if task.multiple_input else task.doc_to_target)(document)
         several = gold if isinstance(gold, list) else [gold]
-        places = [choices.index(one) if one in choices else one for one in several]
-        is_there = [isinstance(one, int) and 0 <= one < len(choices) for one in places]
+        places = [choices.index(right) if right in choices else right for right in several]
+        is_there = [isinstance(place, int) and 0 <= place < len(choices) for place in places]
         if several and all(is_there):
             return ""
         return f"has no right answer among its {len(choices)} choices (it says {gold!r:.60})"
@@ -167,21 +168,21 @@ def run(
     Args:
         params: Parameters in memory, in the dtype to compute in.
         cfg: The model.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         tasks: From `load`.
         stop: Ids that end a text.
         limit: How many documents of each task are asked.
-        is_chat: Whether they are put by the model's chat template.
+        is_chat: Whether they are written with the model's chat template.
 
     Returns:
         Task -> its outcome.
 
     Raises:
-        InputError: if a task asks for what is not done here, or the template is missing.
+        InputError: if a task asks for something that is not supported, or the template is missing.
     """
     evaluator = lm_eval_model.imported().evaluator
     model = lm_eval_model.model_class()(lm_eval_model.Scorer(params, cfg, tokenizer, stop))
-    found = evaluator.evaluate(
+    results = evaluator.evaluate(
         lm=model,
         task_dict={"tasks": dict(tasks), "groups": {}, "group_map": {}},
         limit=limit,
@@ -192,9 +193,9 @@ def run(
     )
     return {
         name: TaskOutcome(
-            dict(_metrics(found["results"][name])),
-            dict(_documents(task, found["samples"][name])),
-            len({one["doc_id"] for one in found["samples"][name]}),
+            dict(_metrics(results["results"][name])),
+            dict(_documents(task, results["samples"][name])),
+            len({sample["doc_id"] for sample in results["samples"][name]}),
         )
         for name, task in tasks.items()
     }
@@ -205,9 +206,9 @@ def _named(metric: str, chosen: str) -> str:
     return metric if chosen == "none" else f"{metric},{chosen}"
 
 
-def _metrics(said: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _metrics(reported: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """The values that lm-eval reports of a task."""
-    for key, value in said.items():
+    for key, value in reported.items():
         metric, comma, chosen = key.partition(",")
         is_number = isinstance(value, int | float | np.number)
         if comma and is_number and not metric.endswith("_stderr"):
@@ -217,16 +218,17 @@ def _metrics(said: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _documents(
     task: Any, samples: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
-    """What each document adds to the metrics that are ratios of sums."""
+    """What each document adds to numerator and denominator, for metrics that are ratios of sums."""
     from lm_eval.api import metrics  # noqa: PLC0415
 
     means = {name for name, how in task.aggregation().items() if how is metrics.mean}
-    for chosen in dict.fromkeys(one["filter"] for one in samples):
-        said = sorted(
-            (one for one in samples if one["filter"] == chosen), key=lambda one: one["doc_id"]
+    for chosen in dict.fromkeys(sample["filter"] for sample in samples):
+        filtered = sorted(
+            (sample for sample in samples if sample["filter"] == chosen),
+            key=lambda sample: sample["doc_id"],
         )
-        for metric in said[0]["metrics"]:
-            values = [one[metric] for one in said]
+        for metric in filtered[0]["metrics"]:
+            values = [sample[metric] for sample in filtered]
             if metric in means and all(np.isscalar(value) for value in values):
                 yield _named(metric, chosen), (np.array(values, float), np.ones(len(values)))
             elif metric == "bits_per_byte":
@@ -237,24 +239,24 @@ def _documents(
 def summary(
     outcomes: Mapping[str, Mapping[str, TaskOutcome]], *, seed: int = 0
 ) -> dict[str, dict[str, Any]]:
-    """What every model makes of every task, and how sure the differences are, as JSON values.
+    """Results of every model on every task, and how sure the differences are, as JSON values.
 
     Args:
         outcomes: Task -> model -> its outcome.
-        seed: Of the bootstrap over documents.
+        seed: Seed of the bootstrap over documents.
 
     Returns:
         For each task ``{documents, models: {model: {METRIC: value}}, pairs: [{a, b, metric,
-        difference, low, high, p, p_holm}]}``, ``a`` minus ``b``: where every document is right or
-        wrong ``p`` is McNemar's, with ``only_a`` and ``only_b``, else the bootstrap's;
-        ``p_holm`` is adjusted over the tasks.
+        difference, low, high, p, p_holm}]}``, where ``difference`` is ``a`` minus ``b``. Where
+        every document is right or wrong, ``p`` is McNemar's, with ``only_a`` and ``only_b``; else
+        it is the bootstrap's. ``p_holm`` is adjusted over the tasks.
     """
-    found: dict[str, dict[str, Any]] = {}
+    summaries: dict[str, dict[str, Any]] = {}
     for task, models in outcomes.items():
-        parts = {name: one.documents for name, one in models.items()}
-        found[task] = {
-            "documents": max(one.count for one in models.values()),
-            "models": {name: one.metrics for name, one in models.items()},
+        parts = {name: outcome.documents for name, outcome in models.items()}
+        summaries[task] = {
+            "documents": max(outcome.count for outcome in models.values()),
+            "models": {name: outcome.metrics for name, outcome in models.items()},
             "pairs": [
                 {"a": a, "b": b, "metric": metric}
                 | statistics.outcomes(parts[a][metric], parts[b][metric], seed=seed)
@@ -263,5 +265,5 @@ def summary(
                 if metric in parts[b]
             ],
         }
-    pairs = statistics.adjusted({task: one["pairs"] for task, one in found.items()})
-    return {task: one | {"pairs": pairs[task]} for task, one in found.items()}
+    pairs = statistics.adjusted({task: entry["pairs"] for task, entry in summaries.items()})
+    return {task: entry | {"pairs": pairs[task]} for task, entry in summaries.items()}

@@ -1,7 +1,7 @@
 """How likely a model finds the end of a sequence, given its beginning. Imports models.
 
-What multiple-choice questions and the tasks of other harnesses ask: one number a request, not a
-text scored whole as in `nll`.
+Multiple-choice questions and the tasks of other harnesses need one number for each request;
+`nll` scores whole texts instead.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Likelihoods(NamedTuple):
 
     Attributes:
         log: Log-probability of the continuation, in nats, float64.
-        is_greedy: Whether each of its tokens is the likeliest one, so that greedy generation would
-            have written it.
+        is_greedy: Whether each of its tokens is the likeliest, so that greedy generation would have
+            written it.
     """
 
     log: np.ndarray
@@ -50,7 +50,7 @@ class Likelihoods(NamedTuple):
 
 
 def cut(context: Sequence[int], continuation: Sequence[int], *, max_positions: int) -> Request:
-    """A request that fits the context of a model: too long a one loses its beginning.
+    """A request that fits the context of a model: if it is too long, its beginning is cut off.
 
     Args:
         context: At least one token.
@@ -58,7 +58,7 @@ def cut(context: Sequence[int], continuation: Sequence[int], *, max_positions: i
         max_positions: Positions of the model; the last token of the continuation needs none.
 
     Returns:
-        The request; of a continuation longer than the model's context the end is scored.
+        The request; if the continuation is longer than the model's context, only its end is scored.
 
     Example:
         >>> cut([1, 2, 3], [4, 5], max_positions=3)
@@ -75,7 +75,7 @@ def score(
 
     Args:
         params: Parameters in memory, in the dtype to compute in.
-        requests: From `cut`; equal ones are computed once.
+        requests: From `cut`; equal requests are computed once.
         cfg: The model.
         what: What is scored, for the progress line.
 
@@ -86,9 +86,12 @@ def score(
         NonFiniteError: if a log-probability is not finite.
     """
     places: dict[tuple[tuple[int, ...], int], int] = {}
-    index = [places.setdefault((tuple(one.tokens), one.scored), len(places)) for one in requests]
+    index = [
+        places.setdefault((tuple(request.tokens), request.scored), len(places))
+        for request in requests
+    ]
     distinct = list(places)
-    # the last token is predicted and never read
+    # the last token is only predicted, never read
     read, owners = (
         [tokens[:-1] for tokens, _ in distinct],
         [([-1], [n]) for n in range(len(places))],
@@ -108,8 +111,8 @@ def score(
             following[row, : len(tokens) - 1] = tokens[1:]
             counted[row, len(tokens) - 1 - scored : len(tokens) - 1] = True
         split = sharding.split_batch(batch, mesh)
-        found = _sequences(params, split, following, counted, cfg=cfg)
-        log[owner[rows]], is_greedy[owner[rows]] = (np.asarray(one)[rows] for one in found)
+        outputs = _sequences(params, split, following, counted, cfg=cfg)
+        log[owner[rows]], is_greedy[owner[rows]] = (np.asarray(output)[rows] for output in outputs)
     if not np.isfinite(log).all():
         raise NonFiniteError(
             f"The log-probability of one of the {what} is not finite: the model's weights overflow "
@@ -124,10 +127,12 @@ def _sequences(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of the counted tokens of each sequence, and whether all are the likeliest.
 
-    The vocabulary of a few sequences is in memory at a time, as in `nll`.
+    Logits are computed for a few sequences at a time, as in `nll`.
     """
 
-    def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def sequence_likelihood(
+        args: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
         x, following, counted = args
         logits = decoder.head(params, x[None], cfg=cfg)[0]  # [s, v]
         chosen = jnp.take_along_axis(logits, following[:, None], -1)[:, 0]
@@ -137,4 +142,4 @@ def _sequences(
     x = decoder.hidden_states(params, batch, cfg=cfg)[0]
     size, length = batch.tokens.shape
     at_once = sequences_at_once(size, length * cfg.vocab_size, BUDGET.logits)
-    return jax.lax.map(one, (x, following, counted), batch_size=at_once)
+    return jax.lax.map(sequence_likelihood, (x, following, counted), batch_size=at_once)

@@ -1,8 +1,8 @@
-"""Multiple-choice questions by the likelihood of the whole answer. Imports models and texts.
+"""Multiple-choice questions by the likelihood of the whole answer. Imports models and data.
 
 A gain in accuracy is often a letter bias: a model that says "A" more often is right more often
-where A is. So the answers are scored as the texts they are, and where the options are listed by
-letter, every option stands behind every letter once, and the letters chosen are counted.
+where A is right. So the text of each answer is scored; where options are listed by letter, every
+option is listed under every letter once, and the letters chosen are counted.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ot_merge_jax.evaluation import loglikelihood, nll, statistics
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
-#: How an option is chosen. ``plain``: its text behind the question alone. ``lettered``: its text
-#: behind the question and the lettered options. ``letter``: its letter, likewise. ``per_byte``: the
-#: log-probability over the bytes of the text, or short answers win.
+#: How an option is chosen. ``plain``: by its text after the question alone. ``lettered``: by its
+#: text after the question and the lettered options. ``letter``: by its letter after the same.
+#: ``per_byte``: by the log-probability per byte of its text, since short answers win otherwise.
 SCORINGS = ("plain", "plain_per_byte", "lettered", "lettered_per_byte", "letter")
 _LISTED = ("lettered", "letter")
 _LETTERS = string.ascii_uppercase
@@ -32,9 +32,9 @@ class Question(NamedTuple):
     """A multiple-choice question.
 
     Attributes:
-        text: What is asked.
+        text: The question.
         choices: The options.
-        answer: Which of them is right.
+        answer: Index of the right option.
     """
 
     text: str
@@ -46,8 +46,8 @@ class Answers(NamedTuple):
     """What one model chooses.
 
     Attributes:
-        chosen: Scoring -> the option chosen of each question, ``[questions]``.
-        letters: ``lettered`` and ``letter`` -> how often the option behind each letter was chosen,
+        chosen: Scoring -> the option chosen for each question, ``[questions]``.
+        letters: ``lettered`` and ``letter`` -> how often the option under each letter was chosen,
             ``[letters]``, over all questions and all orders of their options.
     """
 
@@ -60,7 +60,7 @@ def read(path: str | Path, *, encoding: str = "utf-8", limit: int | None = None)
 
     Args:
         path: A ``.jsonl`` file; ``answer`` is the index of the right choice, or its letter.
-        encoding: Of the file.
+        encoding: Encoding of the file.
         limit: How many questions are read at most.
 
     Returns:
@@ -77,26 +77,26 @@ def read(path: str | Path, *, encoding: str = "utf-8", limit: int | None = None)
         [Question(text='1 + 1?', choices=('1', '2'), answer=1)]
     """
     file = sources.questions(path)
-    found: list[Question] = []
+    questions: list[Question] = []
     for where, record in sources.read(file, fields=(), encoding=encoding):
-        if limit is not None and len(found) >= limit:
+        if limit is not None and len(questions) >= limit:
             break
-        found.append(_question(record, where))
-    if not found:
+        questions.append(_question(record, where))
+    if not questions:
         raise InputError(f"{file} has 0 questions; add some.")
-    return found
+    return questions
 
 
 def _question(record: Any, where: str) -> Question:
-    """A record that can be asked."""
-    said = record if isinstance(record, dict) else {}
-    text, choices, answer = (said.get(key) for key in ("question", "choices", "answer"))
+    """The question that a record holds, checked."""
+    fields = record if isinstance(record, dict) else {}
+    text, choices, answer = (fields.get(key) for key in ("question", "choices", "answer"))
     if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{where}: there is no 'question' that is a text; mend the line.")
+        raise InputError(f"{where}: there is no 'question' that is a text; fix the line.")
     is_list = isinstance(choices, list) and all(isinstance(x, str) and x.strip() for x in choices)
     if not is_list or not 2 <= len(choices) <= len(_LETTERS):  # pyright: ignore[reportArgumentType]
         raise InputError(
-            f"{where}: 'choices' is not a list of 2 to {len(_LETTERS)} texts; mend the line."
+            f"{where}: 'choices' is not a list of 2 to {len(_LETTERS)} texts; fix the line."
         )
     if answer is None:
         raise InputError(f"{where}: there is no 'answer'; give the index or letter of the choice.")
@@ -105,8 +105,8 @@ def _question(record: Any, where: str) -> Question:
         answer = letters.find(answer.strip().upper())
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(letters):
         raise InputError(
-            f"{where}: 'answer' is {str(said['answer'])[:60]!r} and not an index from 0 to "
-            f"{len(letters) - 1} or a letter from A to {letters[-1]}; mend the line."
+            f"{where}: 'answer' is {str(fields['answer'])[:60]!r} and not an index from 0 to "
+            f"{len(letters) - 1} or a letter from A to {letters[-1]}; fix the line."
         )
     return Question(text, tuple(choices), answer)  # pyright: ignore[reportArgumentType]
 
@@ -122,16 +122,16 @@ def answer(
 ) -> Answers:
     """Lets a model answer.
 
-    Listed options are asked in every cyclic order, so that each stands behind each letter once, and
-    the mean of the log-probabilities over the orders decides. Of equal options the first is chosen.
+    Options are listed in every cyclic order, so that each is under each letter once, and the mean
+    of the log-probabilities over the orders decides. Of equally likely options the first is chosen.
 
     Args:
         params: Parameters in memory, in the dtype to compute in.
         cfg: The model.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         questions: From `read`.
-        is_chat: Whether the question is put by the model's chat template.
-        what: What they are, for the progress line.
+        is_chat: Whether the question is written with the model's chat template.
+        what: What the questions are, for the progress line.
 
     Returns:
         The choices, and how often each letter was chosen.
@@ -151,7 +151,7 @@ def answer(
         count = len(question.choices)
         size = np.array([len(choice.encode()) for choice in question.choices])
         plain = np.array([next(log) for _ in range(count)])
-        # by order and place: what stands there, its text's log-probability, its letter's
+        # [order, place]: first the log-probabilities of the texts listed there, then of the letters
         listed = np.array([[next(log) for _ in range(2 * count)] for _ in range(count)])
         text, letter = listed[:, :count], listed[:, count:]
         by_option = {"plain": plain, "lettered": _mean(text), "letter": _mean(letter)}
@@ -163,13 +163,13 @@ def answer(
             letters[name][:count] += np.bincount(values.argmax(1), minlength=count)
     widest = max(len(question.choices) for question in questions)
     return Answers(
-        {name: np.array(one) for name, one in chosen.items()},
+        {name: np.array(indices) for name, indices in chosen.items()},
         {name: counts[:widest] for name, counts in letters.items()},
     )
 
 
 def _prompts(question: Question) -> Iterator[tuple[str, list[str]]]:
-    """What is asked and the answers that are scored: the plain question, then each order."""
+    """Prompts and the answers scored after them: the plain question, then each order."""
     yield f"Question: {question.text}\nAnswer:", list(question.choices)
     count = len(question.choices)
     for first in range(count):
@@ -199,15 +199,15 @@ def _requests(
 ) -> list[loglikelihood.Request]:
     """One prompt with each of its answers.
 
-    The answers are scored behind the tokens that all of them and the prompt alone begin with: where
-    a token reaches over the end of the prompt, it belongs to the answer, for all of them alike.
+    The context is the tokens that all answers and the prompt alone begin with: a token that reaches
+    over the end of the prompt counts as part of the answer, in all answers alike.
     """
     context, space = prompt, " "
     if is_chat:
         context, space = chat.before_answer([chat.Turn("user", prompt)], tokenizer), ""
     alone, *whole = (
         tokenizer(context + end, add_special_tokens=False)["input_ids"]
-        for end in ("", *(f"{space}{one}" for one in answers))
+        for end in ("", *(f"{space}{text}" for text in answers))
     )
     shared = min(min(_common(alone, ids), len(ids) - 1) for ids in whole)
     # a template may write the prefix itself
@@ -219,21 +219,21 @@ def _requests(
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """How many tokens at the beginning of two sequences are equal."""
     differs = (place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differs, min(len(a), len(b)))
 
 
 def is_right(questions: Sequence[Question], chosen: np.ndarray) -> np.ndarray:
-    """Whether each choice says what the right one says, ``[questions]`` bool.
+    """Whether each choice has the text of the right one, ``[questions]`` bool.
 
     Example:
         >>> is_right([Question("?", ("yes", "no", "yes"), 2)], np.array([0]))
         array([ True])
     """
     return np.array([
-        one.choices[index] == one.choices[one.answer]
-        for one, index in zip(questions, chosen, strict=True)
+        question.choices[index] == question.choices[question.answer]
+        for question, index in zip(questions, chosen, strict=True)
     ])  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def summary(
     Args:
         asked: File -> its questions.
         answers: File -> model -> its answers.
-        seed: Of the bootstrap over questions.
+        seed: Seed of the bootstrap over questions.
 
     Returns:
         For each file ``{questions, models: {model: {SCORING: {accuracy, low, high}, letters:
@@ -256,14 +256,14 @@ def summary(
         only_a, only_b, p, p_holm}]}``: accuracy of ``a`` minus that of ``b``, ``p`` by McNemar's
         test, and ``p_holm`` adjusted over the files.
     """
-    found: dict[str, Any] = {}
+    summaries: dict[str, Any] = {}
     for file, questions in asked.items():
         each = np.ones(len(questions))
         right = {
-            model: {name: is_right(questions, one.chosen[name]) for name in SCORINGS}
-            for model, one in answers[file].items()
+            model: {name: is_right(questions, reply.chosen[name]) for name in SCORINGS}
+            for model, reply in answers[file].items()
         }
-        found[file] = {
+        summaries[file] = {
             "questions": len(questions),
             "models": {
                 model: {name: _accuracy(values, seed) for name, values in scorings.items()}
@@ -277,19 +277,19 @@ def summary(
                 for name in SCORINGS
             ],
         }
-    pairs = statistics.adjusted({file: one["pairs"] for file, one in found.items()})
-    return {file: one | {"pairs": pairs[file]} for file, one in found.items()}
+    pairs = statistics.adjusted({file: entry["pairs"] for file, entry in summaries.items()})
+    return {file: entry | {"pairs": pairs[file]} for file, entry in summaries.items()}
 
 
 def _accuracy(right: np.ndarray, seed: int) -> dict[str, float]:
     """Share of right answers with its interval."""
-    found = statistics.interval(right.astype(float), np.ones(len(right)), seed=seed)
-    return dict(zip(("accuracy", "low", "high"), map(float, found), strict=True))
+    estimate = statistics.interval(right.astype(float), np.ones(len(right)), seed=seed)
+    return dict(zip(("accuracy", "low", "high"), map(float, estimate), strict=True))
 
 
-def _letters(one: Answers) -> dict[str, dict[str, int]]:
+def _letters(answers: Answers) -> dict[str, dict[str, int]]:
     """How often each letter was chosen."""
     return {
         name: dict(zip(_LETTERS, map(int, counts), strict=False))
-        for name, counts in one.letters.items()
+        for name, counts in answers.letters.items()
     }

@@ -31,13 +31,13 @@ LONGEST_WINDOW = 2048
 
 
 class Scores(NamedTuple):
-    """What one model makes of a set of documents, an entry for each document.
+    """Losses of one model on a set of documents, an entry for each document.
 
     Attributes:
         nll: Sum of the negative log-likelihood of its tokens, in nats.
-        tokens: How many tokens that are.
-        bytes: Length of its UTF-8 text; of a chat, of what its messages say, which is the same
-            for every model's template.
+        tokens: How many tokens are counted.
+        bytes: Length of its UTF-8 text; for a chat, of the contents of its messages, which do not
+            depend on the model's template.
     """
 
     nll: np.ndarray
@@ -51,7 +51,7 @@ class Scores(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers."""
+        """Bits per byte, comparable between tokenizers."""
         return float(self.nll.sum() / self.bytes.sum() / math.log(2))
 
     @property
@@ -71,7 +71,7 @@ class Windows(NamedTuple):
     Attributes:
         batches: Tokens and masks.
         scored: For each batch ``[b, s - 1]``: 1 where the next token counts.
-        document: For each batch ``[b]``: which document a sequence belongs to.
+        document: For each batch ``[b]``: the document that a sequence belongs to.
         tokens: Tokens of each document.
         bytes: Bytes of each document.
     """
@@ -88,7 +88,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
 
     Args:
         documents: Texts and chats.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         max_positions: The model's context, in tokens; more than `LONGEST_WINDOW` is not used.
 
     Returns:
@@ -96,7 +96,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
 
     Raises:
         InputError: if there is no document, the tokenizer has neither BOS nor EOS, or the context
-            holds no more than the prefix.
+            holds only the prefix.
     """
     if max_positions < 2:
         raise InputError("The model's context is 1 token, so no text can be scored; check config.")
@@ -116,7 +116,7 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
             pieces.append((index, sequence, stop - start))
     if not sum(counts):
         raise InputError("The evaluation text has 0 documents with tokens; add text.")
-    made = Windows([], [], [], np.array(counts), np.array(sizes))
+    cut = Windows([], [], [], np.array(counts), np.array(sizes))
     lengths = {place: len(sequence) for place, (_, sequence, _) in enumerate(pieces)}
     for group in batching.grouped(lengths, longest=max_positions):
         shape = (group.size, group.length)
@@ -128,10 +128,10 @@ def windows(documents: Sequence[Document], tokenizer: Any, *, max_positions: int
             counted[place, len(sequence) - scored : len(sequence)] = 1
         no_rows = np.full((group.size, 1), -1, np.int32)
         batch = Batch(tokens, mask, no_rows, no_rows)  # pyright: ignore[reportArgumentType]
-        made.batches.append(batch)
-        made.scored.append(counted[:, 1:])
-        made.document.append(owner)
-    return made
+        cut.batches.append(batch)
+        cut.scored.append(counted[:, 1:])
+        cut.document.append(owner)
+    return cut
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -187,9 +187,9 @@ def _head_nll(
     cfg: ModelConfig,
     logits_at_once: int,
 ) -> jax.Array:
-    """The same from the residual stream behind the last layer, a few sequences at a time."""
+    """The same from the residual stream after the last layer, a few sequences at a time."""
 
-    def one(args: tuple[jax.Array, Batch, jax.Array]) -> jax.Array:
+    def sequence_loss(args: tuple[jax.Array, Batch, jax.Array]) -> jax.Array:
         x, sequence, counted = jax.tree.map(lambda leaf: leaf[None], args)
         logits = decoder.head(params, x, cfg=cfg)
         losses, _ = token_nll(logits if bias is None else logits + bias, sequence)
@@ -197,11 +197,11 @@ def _head_nll(
 
     size, length = batch.tokens.shape
     at_once = sequences_at_once(size, length * cfg.vocab_size, logits_at_once)
-    return jax.lax.map(one, (x, batch, scored), batch_size=at_once)
+    return jax.lax.map(sequence_loss, (x, batch, scored), batch_size=at_once)
 
 
 def sequences_at_once(size: int, logits: int, logits_at_once: int) -> int:
-    """How many of ``size`` sequences stay within so many logits, each with ``logits``; 1 at least.
+    """How many of ``size`` sequences, of ``logits`` each, fit into ``logits_at_once``; at least 1.
 
     Example:
         >>> sequences_at_once(8, 100, 450), sequences_at_once(8, 100, 10)
@@ -255,15 +255,15 @@ def score(
     """Scores every document.
 
     Args:
-        params: Parameters, in the dtype to compute in; of `specs.LazyParams`
-            one layer at a time is in memory.
+        params: Parameters, in the dtype to compute in. If they are `specs.LazyParams`, one layer at
+            a time is in memory.
         cut: From `windows`.
         cfg: The model.
         text: What the documents are, for the progress line.
         bias: ``[v]`` added to the logits, in nats; None: nothing.
-        logits_at_once: Logits in memory, those of one sequence at least.
-        hidden_at_once: Bytes of hidden states in memory where parameters are lazy, those of one
-            batch at least.
+        logits_at_once: How many logits are in memory, at least those of one sequence.
+        hidden_at_once: Bytes of hidden states in memory where parameters are lazy, at least those
+            of one batch.
 
     Returns:
         Loss, tokens and bytes of each document.
@@ -293,18 +293,18 @@ def peak_bytes(
     logits_at_once: int = BUDGET.logits,
     hidden_at_once: int = BUDGET.hidden,
 ) -> int:
-    """Bytes of `score` at its peak, beside parameters in memory: a batch of the longest windows.
+    """Bytes of `score` at its peak, without the parameters: a batch of the longest windows.
 
     Args:
         cfg: The model.
-        scored: Tokens, at most, of each document.
+        scored: How many tokens each document has at most.
         is_resident: Whether the parameters are in memory.
         logits_at_once: As for `score`.
         hidden_at_once: As for `score`.
 
     Returns:
-        The layers of a batch, or, behind them, the hidden states of the batch, and of some
-        sequences the logits and what the loss makes of them.
+        The larger of two: the layers on a batch; or, after the layers, the hidden states of the
+        batch with, for some sequences, the logits and what the loss computes from them.
     """
     size, length = largest_window(cfg, scored)
     at_once = sequences_at_once(size, length * cfg.vocab_size, logits_at_once)
@@ -319,7 +319,7 @@ def peak_bytes(
 
 
 def largest_window(cfg: ModelConfig, scored: Sequence[int]) -> tuple[int, int]:
-    """Sequences and length, at most, of the batches that documents of so many tokens make."""
+    """Sequences and length of the batch of the longest windows, for documents of so many tokens."""
     most = min(cfg.max_positions, LONGEST_WINDOW, max(scored, default=0) + 1)
     length = 1 << max(0, most - 1).bit_length()
     return max(1, batching.TOKENS_PER_BATCH // length), length

@@ -1,6 +1,6 @@
-"""What models write: the beginnings of documents, continued greedily. Imports models and texts.
+"""What models write: the beginnings of documents, continued greedily. Imports models and data.
 
-Every model reads the same beginning, in its own tokens and, of a chat, by its own template.
+Every model reads the same beginning, in its own tokens and, for a chat, with its own template.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ot_merge_jax.models.generation import generate
 from ot_merge_jax.types import Params
 
 _PROMPT_TOKENS = 32
-_MAX_CHARACTERS = 4096  # of a document that are looked at: more than its prompt can need
+_MAX_CHARACTERS = 4096  # read of a document: more than its prompt can need
 _PROMPTS_AT_ONCE = 16
 _WIDTH = 16  # prompts are padded to a multiple of it, so that few programs are compiled
 
 
 class SampledText(NamedTuple):
-    """What one model makes of one prompt.
+    """The continuation of one prompt by one model.
 
     Attributes:
         text: The continuation alone, without the token that ended it.
-        tokens: Its ids, likewise.
-        has_ended: Whether the model ended it, and not the limit.
+        tokens: Ids of the continuation, also without that token.
+        has_ended: Whether the model ended it, rather than the limit.
     """
 
     text: str
@@ -40,37 +40,37 @@ class SampledText(NamedTuple):
 
 
 def prompts(documents: Sequence[Document], tokenizer: Any) -> list[Document]:
-    """The first half of each document, at most 32 tokens; of a chat, of its first answer.
+    """The first half of each document, at most 32 tokens; for a chat, of its first answer.
 
     Args:
         documents: Texts and chats.
-        tokenizer: Counts the tokens; others may need more or fewer for the same text.
+        tokenizer: Counts the tokens; other tokenizers may need more or fewer for the same text.
 
     Returns:
         Texts, and chats that end in the middle of an answer.
     """
-    found: list[Document] = []
+    beginnings: list[Document] = []
     for document in documents:
         if isinstance(document, str):
-            found.append(_beginning(document, tokenizer))
+            beginnings.append(_beginning(document, tokenizer))
             continue
         roles = [turn.role for turn in document.turns]
         last = roles.index("assistant") if "assistant" in roles else len(roles) - 1
         *before, answer = document.turns[: last + 1]
         cut = answer._replace(content=_beginning(answer.content, tokenizer))
-        found.append(Chat((*before, cut)))
-    return found
+        beginnings.append(Chat((*before, cut)))
+    return beginnings
 
 
 def _beginning(text: str, tokenizer: Any) -> str:
     """The characters of the first half of a text's tokens."""
     text = text[:_MAX_CHARACTERS]
-    one = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-    ids = one["input_ids"]
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    ids = encoding["input_ids"]
     count = min(_PROMPT_TOKENS, max(1, len(ids) // 2))
-    if not tokenizer.is_fast:  # it cannot say where tokens end
+    if not tokenizer.is_fast:  # a slow tokenizer cannot say where tokens end
         return text[: max(1, len(text) * count // max(1, len(ids)))]
-    ends = [stop for _, stop in one["offset_mapping"][:count]]
+    ends = [stop for _, stop in encoding["offset_mapping"][:count]]
     return text[: max(ends, default=0)] or text
 
 
@@ -82,7 +82,7 @@ def written(prompt: Document) -> str:
 
 
 def encode(prompt: Document, tokenizer: Any) -> list[int]:
-    """The tokens of a model that a prompt begins with; never empty, and not ended."""
+    """A prompt as tokens of a model, never empty, without the token that ends a text."""
     text, contents, has_special = chat.render(prompt, tokenizer)
     if has_special:  # what the template writes after the answer would end it
         text = text[: contents[-1][1]] or text
@@ -108,10 +108,10 @@ def sample(
     Args:
         params: Parameters, in the dtype to compute in.
         cfg: The model.
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         prompts: Texts, and chats that end in an answer (`prompts`).
         stop: Ids that end a text.
-        max_new_tokens: Tokens to add at most.
+        max_new_tokens: How many tokens are added at most.
 
     Returns:
         One sample for each prompt.
@@ -126,13 +126,13 @@ def sample(
         >>> from ot_merge_jax.io.hf import load_hf
         >>> cfg, params = load_hf(assets.path("sibling"), dtype="float32")
         >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
-        >>> [one] = sample(params, cfg, tokenizer, ["import unittest"], max_new_tokens=4)
-        >>> len(one.tokens), one.has_ended
+        >>> [text] = sample(params, cfg, tokenizer, ["import unittest"], max_new_tokens=4)
+        >>> len(text.tokens), text.has_ended
         (4, False)
     """
     if not prompts:
         return []
-    encoded = [encode(one, tokenizer) for one in prompts]
+    encoded = [encode(prompt, tokenizer) for prompt in prompts]
     longest = max(map(len, encoded))
     if longest + max_new_tokens > cfg.max_positions:
         raise InputError(
@@ -141,7 +141,7 @@ def sample(
         )
     width = min(-(-longest // _WIDTH) * _WIDTH, cfg.max_positions - max_new_tokens)
     size = min(len(encoded), _PROMPTS_AT_ONCE)
-    found = []
+    samples = []
     starts = range(0, len(encoded), _PROMPTS_AT_ONCE)
     for start in progress.track(starts, "continue prompts (batches)"):
         part = encoded[start : start + size]
@@ -154,26 +154,28 @@ def sample(
             cfg=cfg, max_new_tokens=max_new_tokens, stop=stop,
         )  # fmt: skip
         rows = np.asarray(new)[: len(part)].tolist()
-        found += [_cut(ids, row, tokenizer, stop) for ids, row in zip(part, rows, strict=True)]
-    return found
+        samples += [_cut(ids, row, tokenizer, stop) for ids, row in zip(part, rows, strict=True)]
+    return samples
 
 
 def _cut(ids: list[int], new: list[int], tokenizer: Any, stop: Sequence[int]) -> SampledText:
     """A continuation up to its end, as text."""
     place = next((place for place, token in enumerate(new) if token in stop), len(new))
-    kept = new[:place]
+    tokens = new[:place]
     before, whole = (
         tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        for part in (ids, ids + kept)
+        for part in (ids, ids + tokens)
     )
     # by difference: at the beginning of a text some decoders drop a space
     is_prefix = whole.startswith(before)
-    text = whole[len(before) :] if is_prefix else tokenizer.decode(kept, skip_special_tokens=False)
-    return SampledText(text, kept, place < len(new))
+    text = (
+        whole[len(before) :] if is_prefix else tokenizer.decode(tokens, skip_special_tokens=False)
+    )
+    return SampledText(text, tokens, place < len(new))
 
 
 def summary(prompts: Sequence[Document], found: Mapping[str, Sequence[SampledText]]) -> list[dict]:
-    """Prompts and what every model made of them, as JSON values.
+    """Prompts and their continuations by every model, as JSON values.
 
     Args:
         prompts: The prompts.
@@ -181,7 +183,7 @@ def summary(prompts: Sequence[Document], found: Mapping[str, Sequence[SampledTex
 
     Returns:
         For each prompt ``{prompt, continuations: {model: {text, tokens, ended}}}``, where
-        ``tokens`` is how many.
+        ``tokens`` is their number.
     """
     return [
         {

@@ -1,4 +1,4 @@
-"""Losses on disk: how scores of models are kept and read, document by document."""
+"""Losses on disk: scores of models are saved and loaded, document by document."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def load(folder: Path) -> dict[str, nll.Scores]:
     return {name: nll.Scores(**part) for name, part in parts.items()}
 
 
-#: How a step that scores models is kept: ``(folder, compute)`` writes, ``(folder)`` reads.
+#: How a step that scores models is saved: ``(folder, compute)`` writes, ``(folder)`` reads.
 SCORES = (lambda folder, compute: save(folder, compute()), load)

@@ -14,8 +14,8 @@ from scipy import special
 
 from ot_merge_jax.evaluation.nll import Scores
 
-#: Documents below which no interval can be trusted: all of fewer ones agree in sign by chance in
-#: more than 5 % of studies, ``2^(1-n)``.
+#: No interval of fewer documents can be trusted: all of them agree in sign by chance in more than
+#: 5 % of studies, ``2^(1-n)``.
 FEWEST = 6
 _DRAWS = 10_000
 _DRAWS_AT_ONCE = 500
@@ -70,11 +70,11 @@ def interval(
     """Bootstrap interval of ``sum(sums) / sum(sizes)`` over documents drawn with replacement.
 
     Args:
-        sums: What each document adds, ``[..., documents]``, e.g. nats; leading axes are studies of
-            their own, which share the draws.
-        sizes: What it counts for, of the same shape, e.g. tokens.
+        sums: What each document adds to the numerator, ``[..., documents]``, e.g. nats; leading
+            axes are separate studies, which share the draws.
+        sizes: What it adds to the denominator, of the same shape, e.g. tokens.
         draws: Bootstrap samples.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         The ratio and the 2.5 % and 97.5 % quantiles of the draws, ``[...]`` each.
@@ -83,8 +83,8 @@ def interval(
         ValueError: if there is no document.
 
     Example:
-        >>> found = interval(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 4.0]))
-        >>> [float(one) for one in found]
+        >>> estimate = interval(np.array([1.0, 1.0, 4.0]), np.array([1.0, 1.0, 4.0]))
+        >>> [float(number) for number in estimate]
         [1.0, 1.0, 1.0]
 
     Source: Efron and Tibshirani 1993. Differs: a ratio of sums, so long documents count for more.
@@ -95,17 +95,18 @@ def interval(
 
 
 def p_value(sums: np.ndarray, sizes: np.ndarray, *, draws: int = _DRAWS, seed: int = 0) -> float:
-    """Two-sided bootstrap p-value of "the ratio is 0", of the same draws as `interval`.
+    """Two-sided bootstrap p-value of "the ratio is 0", from the same draws as `interval`.
 
-    Twice the share of draws on the other side of 0, the data themselves counted as one draw, so
-    that it is never 0; and not less than ``n`` documents can show, which is the probability
-    ``2^(1-n)`` that all of them happen to agree.
+    Twice the share of draws on the other side of 0; the data themselves count as one draw, so that
+    it is never 0. It is at least ``2^(1-n)``, the probability that all ``n`` documents happen to
+    agree.
 
     Args:
-        sums: What each document adds, ``[documents]``, e.g. the difference of two models in nats.
-        sizes: What it counts for.
+        sums: What each document adds to the numerator, ``[documents]``, e.g. the difference of two
+            models in nats.
+        sizes: What it adds to the denominator.
         draws: Bootstrap samples.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         A value in (0, 1].
@@ -114,14 +115,14 @@ def p_value(sums: np.ndarray, sizes: np.ndarray, *, draws: int = _DRAWS, seed: i
         >>> p_value(np.ones(16), np.ones(16), draws=999), p_value(np.ones(1), np.ones(1))
         (0.002, 1.0)
 
-    Source: Davison and Hinkley 1997, section 4.2 (the +1). Differs: the interval is inverted, not a
-    null distribution drawn.
+    Source: Davison and Hinkley 1997, section 4.2 (the +1). Differs: the interval is
+    inverted; no null distribution is drawn.
     """
     below = above = 0
     for ratios in _draws(sums, sizes, draws=draws, seed=seed):
         below, above = below + int((ratios <= 0).sum()), above + int((ratios >= 0).sum())
-    found = 2 * (1 + min(below, above)) / (1 + draws)
-    return min(1.0, max(found, 0.5 ** (len(sums) - 1)))
+    share = 2 * (1 + min(below, above)) / (1 + draws)
+    return min(1.0, max(share, 0.5 ** (len(sums) - 1)))
 
 
 def _draws(sums: np.ndarray, sizes: np.ndarray, *, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -132,7 +133,7 @@ def _draws(sums: np.ndarray, sizes: np.ndarray, *, draws: int, seed: int) -> Ite
     rng = np.random.default_rng(seed)
     for start in range(0, draws, _DRAWS_AT_ONCE):
         drawn = rng.integers(0, count, (min(_DRAWS_AT_ONCE, draws - start), count))
-        # how often each document is drawn: a product with many studies instead of a gather of each
+        # how often each document is drawn: one product for many studies, not a gather for each
         first = count * np.arange(len(drawn))[:, None]
         times = np.bincount((first + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape)
         times = times.astype(np.float64)
@@ -140,13 +141,13 @@ def _draws(sums: np.ndarray, sizes: np.ndarray, *, draws: int, seed: int) -> Ite
 
 
 def paired(a: Scores, b: Scores, *, metric: Metric) -> tuple[np.ndarray, np.ndarray]:
-    """What each document adds to ``a - b`` and what it counts for, as `interval` takes them.
+    """What each document adds to numerator and denominator of ``a - b``, as `interval` takes them.
 
     Raises:
         ValueError: if the documents, or for ``nll_per_token`` their token counts, differ.
     """
     is_loss = metric == "nll_per_token"
-    size_a, size_b = (one.tokens if is_loss else one.bytes * np.log(2) for one in (a, b))
+    size_a, size_b = (scores.tokens if is_loss else scores.bytes * np.log(2) for scores in (a, b))
     if len(size_a) != len(size_b) or not np.allclose(size_a, size_b):
         raise ValueError(
             "Models can only be compared on the same documents, cut into equal tokens."
@@ -167,7 +168,7 @@ def paired_bootstrap(
         b: Scores of the second, of the same documents.
         metric: ``nll_per_token`` in nats (same tokenizer only) or ``bits_per_byte``.
         draws: Bootstrap samples.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         The difference and the 2.5 % and 97.5 % quantiles of the draws.
@@ -179,19 +180,19 @@ def paired_bootstrap(
         >>> count = np.full(4, 10)
         >>> better, worse = (Scores(np.full(4, x), count, count) for x in (20.0, 30.0))
         >>> paired_bootstrap(better, worse)
-        Difference(difference=-1.0, low=-1.0, high=-1.0)
+        MeanDifference(difference=-1.0, low=-1.0, high=-1.0)
 
     Source: see `interval`.
     """
-    found = interval(*paired(a, b, metric=metric), draws=draws, seed=seed)
-    return MeanDifference(*map(float, found))
+    estimate = interval(*paired(a, b, metric=metric), draws=draws, seed=seed)
+    return MeanDifference(*map(float, estimate))
 
 
 def mcnemar(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> McNemar:
     """McNemar's exact test of two models on the same questions.
 
-    Only questions count that one of them answers rightly and the other wrongly; if both are equally
-    good, each is the better one with probability one half.
+    Only questions count that one model answers rightly and the other wrongly; if both are equally
+    good, each of them wins such a question with probability one half.
 
     Args:
         a: Whether the first model answers each question rightly.
@@ -218,10 +219,10 @@ def mcnemar(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> M
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> list[float]:
-    """Adjusts p-values of several tests, so that one of them below 0.05 is still a rare accident.
+    """Adjusts p-values of several tests, so that one of them below 0.05 by chance stays rare.
 
     Args:
-        p_values: One for each task.
+        p_values: A p-value for each task.
 
     Returns:
         The adjusted p-values, in the same order.
@@ -242,12 +243,12 @@ def holm(p_values: Sequence[float] | np.ndarray) -> list[float]:
 def every_pair(
     scores: Mapping[str, Scores], has_one_tokenizer: Callable[[str, str], bool], *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Each of several models against each that comes after it.
+    """The difference of every pair of models.
 
     Args:
         scores: Name -> scores, all of the same documents.
         has_one_tokenizer: Whether two of them share a tokenizer; if not, bytes are compared.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         ``{a, b, metric, difference, low, high}``, ``a`` minus ``b``.
@@ -261,7 +262,7 @@ def every_pair(
 
 
 def name_pairs(names: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each name with each that comes after it.
+    """Every pair of names, in their order.
 
     Example:
         >>> name_pairs({"x": 0, "y": 0, "z": 0})
@@ -276,44 +277,44 @@ def outcomes(
     """Two models on the same questions or documents, as JSON values.
 
     Args:
-        a: What each adds to the score of the first model, e.g. whether it is right, and what it
-            counts for, e.g. 1; ``[documents]`` each.
-        b: The same of the second.
-        seed: Of the bootstrap.
+        a: For the first model, what each document adds to the numerator of its score, e.g. whether
+            it is right, and to the denominator, e.g. 1; ``[documents]`` each.
+        b: The same for the second.
+        seed: Seed of the bootstrap.
 
     Returns:
-        ``{difference, low, high, p}``, the ratio of ``a`` minus that of ``b``. Where each is right
-        or wrong and counts for 1, ``p`` is McNemar's and ``{only_a, only_b}`` its counts; else it
-        is the bootstrap's.
+        ``{difference, low, high, p}``, the ratio of ``a`` minus that of ``b``. Where every document
+        is right or wrong and counts for 1, ``p`` is McNemar's, and its counts ``{only_a, only_b}``
+        are added; else ``p`` is the bootstrap's.
 
     Raises:
         ValueError: if the documents differ.
 
     Example:
         >>> each = np.ones(3)
-        >>> found = outcomes((np.array([1, 1, 0]), each), (np.array([0, 1, 0]), each))
-        >>> found["only_a"], found["only_b"], found["p"]
+        >>> difference = outcomes((np.array([1, 1, 0]), each), (np.array([0, 1, 0]), each))
+        >>> difference["only_a"], difference["only_b"], difference["p"]
         (1, 0, 1.0)
     """
     (sums_a, sizes), (sums_b, sizes_b) = a, b
     if not np.array_equal(sizes, sizes_b):
         raise ValueError("Models can only be compared on the same documents.")
     change = np.subtract(sums_a, sums_b, dtype=float)
-    found = MeanDifference(*map(float, interval(change, sizes, seed=seed)))._asdict()
+    difference = MeanDifference(*map(float, interval(change, sizes, seed=seed)))._asdict()
     if (sizes == 1).all() and np.isin([sums_a, sums_b], (0, 1)).all():
-        return found | mcnemar(sums_a, sums_b)._asdict()
-    return found | {"p": p_value(change, sizes, seed=seed)}
+        return difference | mcnemar(sums_a, sums_b)._asdict()
+    return difference | {"p": p_value(change, sizes, seed=seed)}
 
 
 def adjusted(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
     """Pairs with ``p_holm``, their ``p`` adjusted over the tasks.
 
     Args:
-        tasks: Task -> its pairs, from `outcomes`. Pairs whose texts are equal (two models, a
+        tasks: Task -> its pairs, from `outcomes`. Pairs whose strings are equal (two models, a
             metric) are one comparison on several tasks.
 
     Returns:
-        The same pairs with one more key.
+        The same pairs with the key added.
     """
 
     def names(pair: Mapping[str, Any]) -> tuple[str, ...]:

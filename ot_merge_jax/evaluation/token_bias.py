@@ -1,7 +1,7 @@
-"""The cheapest adaptation there is: one bias for each token on the logits (method: Controls).
+"""The cheapest adaptation: a bias on the logits, a number for each token (method: Controls).
 
-What a merge gains over its target is compared with what a bias alone gains, because much of what a
-model lacks on new text is how often tokens occur there.
+The gain of a merge over its target is compared with the gain of a bias alone, because much of what
+a model lacks on new text is how often tokens occur there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from ot_merge_jax.types import BUDGET, Batch, Params
 #: Shares of the bias that are tried on the dev split.
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _CLOSE, _ITERATIONS = 1e-3, 1000
-_LEAST = -80.0  # of a logit below the largest of its position; smaller ones leave float32
+_LEAST = (
+    -80.0
+)  # smallest logit relative to the largest at its position; lower ones underflow float32
 
 
 class TokenBias(NamedTuple):
@@ -43,11 +45,11 @@ def fit(
     """The bias that makes a model predict, on average, each token as often as it occurs.
 
     Args:
-        params: Of the model, in memory.
+        params: The model's parameters, in memory.
         cut: The text, from `nll.windows`.
         cfg: The model.
-        predictions: Probabilities that are held at once; where positions times vocabulary is more,
-            an even part of the positions stands for all.
+        predictions: How many probabilities are in memory at once; where positions times vocabulary
+            is more, evenly spaced positions stand for all.
 
     Returns:
         ``[v]`` to add to the logits. Iterated as ``b += log f - log mean p`` from 0, where ``f``
@@ -58,25 +60,25 @@ def fit(
     counts, hidden = np.zeros(cfg.vocab_size), []
     total = int(cut.tokens.sum())
     stride = max(1, -(-total * cfg.vocab_size // predictions))
-    seen = 0
+    passed = 0
     for batch, scored in zip(cut.batches, cut.scored, strict=True):
         places = np.argwhere(scored > 0)
         np.add.at(counts, np.asarray(batch.tokens)[places[:, 0], places[:, 1] + 1], 1)
-        kept = places[(-seen) % stride :: stride]
-        seen += len(places)
-        if len(kept):
-            hidden.append(_at(_residual(params, batch, cfg=cfg), kept))
+        used = places[(-passed) % stride :: stride]
+        passed += len(places)
+        if len(used):
+            hidden.append(_at(_residual(params, batch, cfg=cfg), used))
     return _fit(params, jnp.concatenate(hidden), jnp.asarray(counts, jnp.float32), cfg=cfg)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _residual(params: Params, batch: Batch, *, cfg: ModelConfig) -> Float[Array, "b s d"]:
-    """The residual stream behind the last layer."""
+    """The residual stream after the last layer."""
     return decoder.hidden_states(params, batch, cfg=cfg)[0]
 
 
 def _at(x: jax.Array, places: np.ndarray) -> jax.Array:
-    """Some positions of it, picked on the host because their number is never the same."""
+    """Some positions of the stream, picked on the host because their number always changes."""
     return jnp.asarray(np.asarray(x)[places[:, 0], places[:, 1]])
 
 
@@ -84,7 +86,7 @@ def _at(x: jax.Array, places: np.ndarray) -> jax.Array:
 def _fit(
     params: Params, x: Float[Array, "p d"], counts: Float[Array, " v"], *, cfg: ModelConfig
 ) -> Float[Array, " v"]:
-    """The iteration; the predictions are made once."""
+    """The iteration of `fit`; the model's predictions are computed once."""
     logits = decoder.head(params, x[None], cfg=cfg)[0]
     likely = jnp.exp(jnp.maximum(logits - logits.max(1, keepdims=True), _LEAST))
     wanted = jnp.log((counts + 0.5) / (counts + 0.5).sum())
@@ -111,10 +113,10 @@ def chosen(
     cfg: ModelConfig,
     logits_at_once: int = BUDGET.logits,
 ) -> TokenBias:
-    """The share of a bias with the lowest loss on the dev split; of equal ones the smaller.
+    """The share of a bias with the lowest loss on the dev split; of equal shares the smallest.
 
     Args:
-        params: Of the model.
+        params: The model's parameters.
         bias: From `fit`.
         dev: The dev split.
         cfg: The model.
@@ -145,11 +147,11 @@ def fitted(
 
 
 def peak_bytes(cfg: ModelConfig, *, tokens: int, predictions: int = BUDGET.predictions) -> int:
-    """Bytes of `fit` at its peak, beside the parameters: logits and their exponentials.
+    """Bytes of `fit` at its peak, without the parameters: logits and their exponentials.
 
     Args:
         cfg: The model.
-        tokens: Of the text that the bias is fitted to.
+        tokens: How many tokens the text has that the bias is fitted to.
         predictions: As for `fit`.
     """
     return 2 * 4 * min(max(predictions, cfg.vocab_size), tokens * cfg.vocab_size)

@@ -21,7 +21,7 @@ class ArmOutcome(NamedTuple):
         seed: Of the data's order and the dev split.
         rate: The learning rate that was best on the dev split.
         tried: ``(rate, dev loss at the end)`` of every rate; None if it diverged.
-        losses: Of every step at that rate, in what is minimised.
+        losses: The minimised loss of every step at that rate.
         dev: ``(steps done, dev loss)`` at that rate.
         scores: Of the trained model on the held-out text.
     """
@@ -64,7 +64,7 @@ def summary(
         seed: Of the bootstrap.
         rates: Those that every arm tried.
         best: The objective of the merge that is published.
-        missing: Starts that apply and were not asked for.
+        missing: Starts that apply and were not requested.
         not_applicable: Start -> why it does not apply.
     """
     compared = {
@@ -105,13 +105,13 @@ def _pairs(
     first: Sequence[ArmOutcome], second: Sequence[ArmOutcome]
 ) -> list[tuple[Scores, Scores]]:
     """Scores of two arms, seed by seed."""
-    return [(one.scores, other.scores) for one, other in zip(first, second, strict=True)]
+    return [(left.scores, right.scores) for left, right in zip(first, second, strict=True)]
 
 
 def _arm(
     outcomes: Sequence[ArmOutcome], merge: Sequence[ArmOutcome], compared: Compared | None
 ) -> schema.Trained:
-    """One arm; ``compared`` is the merge minus it, None of the merge itself."""
+    """One arm; ``compared`` is the merge minus it, None for the merge itself."""
     own, of_merge = curve(outcomes), curve(merge)
     minus = None
     if compared is not None:
@@ -132,7 +132,7 @@ def _arm(
 
 def curve(outcomes: Sequence[ArmOutcome]) -> list[tuple[int, float]]:
     """The dev loss by step, the mean over seeds."""
-    means = np.mean([[loss for _, loss in one.dev] for one in outcomes], 0)
+    means = np.mean([[loss for _, loss in outcome.dev] for outcome in outcomes], 0)
     return [(step, float(mean)) for (step, _), mean in zip(outcomes[0].dev, means, strict=True)]
 
 
@@ -143,7 +143,7 @@ def steps_to(points: Sequence[tuple[int, float]], loss: float) -> int | None:
         >>> steps_to([(0, 3.0), (10, 2.0)], 2.5), steps_to([(0, 3.0)], 2.5)
         (10, None)
     """
-    return next((step for step, found in points if found <= loss), None)
+    return next((step for step, reached in points if reached <= loss), None)
 
 
 def _warnings(arms: Outcomes) -> list[str]:

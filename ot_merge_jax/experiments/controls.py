@@ -83,7 +83,7 @@ def inapplicable_reason(
 def inapplicable_reasons(
     kinds: Sequence[str], *, spec: MergeSpec, source_layers: int, has_dev: bool
 ) -> dict[str, str]:
-    """The controls, of those that some kinds stand for, that do not apply -> why."""
+    """Control -> why it does not apply, of the controls that some kinds stand for."""
     reasons = {
         name: inapplicable_reason(name, spec=spec, source_layers=source_layers, has_dev=has_dev)
         for name in arms(kinds)
@@ -107,20 +107,20 @@ def remade(
 ) -> Merged:
     """A merge made again by `ot_merge_jax.merging.merge.merge`, with one thing broken.
 
-    What is not broken is taken from the merge; diagnostics are not made.
+    What is not broken is taken from the merge; diagnostics are not computed.
 
     Args:
         name: One of `BROKEN`.
         merged: The merge.
         models: The models it was made of.
         batches: What they read.
-        hparams: As of the merge.
-        spec: As of the merge.
-        vocabulary: As of the merge.
+        hparams: As for the merge.
+        spec: As for the merge.
+        vocabulary: As for the merge.
         seed: Of what is drawn.
         stage: Keeps the activations of the random source of ``wrong-source``.
-        choose: As of the merge.
-        budget: As of the merge.
+        choose: As for the merge.
+        budget: As for the merge.
 
     Returns:
         The control; its ``report`` is that of the merge.
@@ -188,15 +188,15 @@ def noise(
         seed: Of the numbers.
 
     Returns:
-        Path -> what stands in for the transported weight, so that the rule makes that update of it.
+        Path -> what stands in for the transported weight, so that the rule makes that update.
 
     Example:
         >>> params, moved = {"w": jnp.zeros((2, 2))}, {"w": jnp.full((2, 2), 3.0)}
-        >>> found = noise(params, moved, {}, spec=MergeSpec(rule="delta"), seed=0)["w"]
-        >>> round(float(jnp.linalg.norm(found)), 3)
+        >>> drawn = noise(params, moved, {}, spec=MergeSpec(rule="delta"), seed=0)["w"]
+        >>> round(float(jnp.linalg.norm(drawn)), 3)
         6.0
     """
-    found = {}
+    stand_ins = {}
     for path, leaf in moved.items():
         rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
         drawn = jnp.asarray(rng.standard_normal(leaf.shape, dtype=np.float32))
@@ -207,8 +207,8 @@ def noise(
         size = jnp.sqrt(jnp.sum(drawn * drawn, axes, keepdims=True))
         wanted = jnp.sqrt(jnp.sum(update * update, axes, keepdims=True))
         step = drawn * wanted / jnp.where(size > 0, size, 1.0)
-        found[path] = step + weight.astype(jnp.float32) if spec.rule == "interpolate" else step
-    return found
+        stand_ins[path] = step + weight.astype(jnp.float32) if spec.rule == "interpolate" else step
+    return stand_ins
 
 
 class _Permuted:
@@ -240,12 +240,12 @@ def permuted(coupling: Coupling, source: Activations, *, seed: int) -> tuple[Cou
         seed: Of the permutations.
 
     Returns:
-        Both, for an `Alignment`.
+        The coupling and the activations, for an `Alignment`.
     """
     feature, values = dict(coupling.neuron_potentials), dict(source.values)
-    for site, found in coupling.neuron_potentials.items():
-        order = _order(found.g.shape[-1], seed, site)
-        feature[site] = found._replace(g=found.g[..., order])
+    for site, potentials in coupling.neuron_potentials.items():
+        order = _order(potentials.g.shape[-1], seed, site)
+        feature[site] = potentials._replace(g=potentials.g[..., order])
         values[site] = _Permuted(source.values[site], order)  # pyright: ignore[reportArgumentType]
     return coupling._replace(neuron_potentials=feature), source._replace(values=values)
 
@@ -265,7 +265,7 @@ def permuted_tokens(matched: VocabularyMatch, *, seed: int) -> VocabularyMatch:
 def wrong_layers(coupling: Coupling, *, seed: int) -> Coupling:
     """A coupling whose source layers are shuffled, alike at every site; none keeps its place.
 
-    Neurons still correspond as the transport of the layers that are now paired says.
+    Neurons still correspond by the transport of the layers that are now paired.
 
     Args:
         coupling: Of at least two source layers.
@@ -304,9 +304,9 @@ def random_source(
         >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.io.folder import open_folder
         >>> cfg = open_folder(assets.path("sibling")).cfg
-        >>> held, read = (random_source(cfg, seed=0, is_resident=one) for one in (True, False))
-        >>> bool((held["layers"]["mlp"]["up_proj"]["kernel"][1]
-        ...       == read.leaf("layers/mlp/up_proj/kernel")[1]).all())
+        >>> whole, lazy = (random_source(cfg, seed=0, is_resident=now) for now in (True, False))
+        >>> bool((whole["layers"]["mlp"]["up_proj"]["kernel"][1]
+        ...       == lazy.leaf("layers/mlp/up_proj/kernel")[1]).all())
         True
     """
 

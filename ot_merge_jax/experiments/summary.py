@@ -62,9 +62,9 @@ class Controlled(NamedTuple):
         seeds: Of the calibration.
         pooled: Merge minus target over all of them.
         per_seed: Seed, strength and merge minus target of each.
-        controls: Every one that was asked for. ``strength`` is that of the first seed,
-            ``against_target`` control minus target, ``seeds`` merge minus control of each; of
-            ``unigram`` ``beyond`` is merge minus target with a bias each.
+        controls: Every one that was requested. ``strength`` is that of the first seed,
+            ``against_target`` is control minus target, ``seeds`` is merge minus control for each
+            seed; for ``unigram``, ``beyond`` is merge minus target, each with its own bias.
     """
 
     seeds: list[int]
@@ -80,7 +80,7 @@ def against(pairs: Sequence[tuple[Scores, Scores]], *, seed: int) -> Compared:
         pairs: Scores of the same documents, a pair for each calibration seed.
         seed: Of the bootstrap.
     """
-    seeds, documents = [paired_bootstrap(*one, seed=seed) for one in pairs], len(pairs[0][0].nll)
+    seeds, documents = [paired_bootstrap(*pair, seed=seed) for pair in pairs], len(pairs[0][0].nll)
     if len(seeds) == 1:
         return Compared(seeds[0], seeds, documents)
     first, second = (pooled(side) for side in zip(*pairs, strict=True))
@@ -100,13 +100,13 @@ def outcome(
     Args:
         trials: Of every calibration seed.
         target: The target's scores on the held-out text.
-        kinds: The controls that were asked for, as a recipe names them.
+        kinds: The controls that were requested, as a recipe names them.
         inapplicable: Control -> why it does not apply.
         seed: Of the bootstrap.
     """
     merge = against([(trial.arms["merge"].scores, target) for trial in trials], seed=seed)
     changes = {name: against(pairs, seed=seed) for name, pairs in every_seed(trials).items()}
-    # what does not apply cannot fail, but for the gain beyond unigram, which the rule asks for
+    # what does not apply cannot fail, except the gain beyond unigram, which the rule requires
     has_beyond = "unigram" in changes
     missing = [
         name for name in CONTROLS if name not in kinds or (name == "unigram" and not has_beyond)

@@ -49,7 +49,7 @@ def sweep(
         logits_at_once: As for `nll.score`.
 
     Returns:
-        The hyperparameters with the best strength (of equal losses the smaller), and all points.
+        The hyperparameters with the best strength (of equal losses, the smallest), and all points.
         The weights that are scored are not rounded to the dtype they will be stored in.
 
     Raises:
@@ -85,9 +85,9 @@ def chooser(
         stage: Keeps the step, e.g. `ot_merge_jax.merging.merge.call`.
         target: The target.
         dev: From `nll.windows` of the dev split.
-        hparams: As of the merge.
-        spec: As of the merge.
-        logits_at_once: As of `sweep`.
+        hparams: As for the merge.
+        spec: As for the merge.
+        logits_at_once: As for `sweep`.
 
     Returns:
         The ``choose`` of `ot_merge_jax.merging.merge.merge`.

@@ -44,7 +44,7 @@ class Arm(NamedTuple):
 
     Attributes:
         strength: A number, or one for each group.
-        points: Every strength tried on the dev split; none if the recipe gives one.
+        points: Every strength tried on the dev split; empty if the recipe gives the strength.
         scores: On the held-out text.
     """
 
@@ -71,7 +71,7 @@ class Trial(NamedTuple):
     Attributes:
         seed: Of the calibration sample, the split and every control.
         arms: ``merge``, then every control that applies.
-        biased: ``target`` and ``merge`` with a bias each; empty if that control was not asked for.
+        biased: ``target`` and ``merge``, each with its own bias; empty if that control did not run.
     """
 
     seed: int
@@ -130,7 +130,7 @@ def trial(
     *,
     arm: Arm | None = None,
 ) -> Trial:
-    """Runs the controls of a merge, and scores the merge itself unless it has been.
+    """Runs the controls of a merge, and scores the merge itself unless that is done.
 
     Args:
         context: What all arms share.
@@ -176,7 +176,7 @@ def trial(
 def again(
     context: TrialContext, stage: Stage, split: CalibrationSplit, names: Sequence[str]
 ) -> Trial:
-    """The trial of a further calibration seed: its merge, and the controls of that.
+    """The trial of a further calibration seed: its merge and the controls of that merge.
 
     Args:
         context: What all arms share.
@@ -304,18 +304,18 @@ def pooled(scores: Sequence[nll.Scores]) -> nll.Scores:
         >>> pooled([nll.Scores(np.array([x]), count, count) for x in (1.0, 3.0)]).nll
         array([2.])
     """
-    return scores[0]._replace(nll=np.mean([one.nll for one in scores], 0))
+    return scores[0]._replace(nll=np.mean([of_seed.nll for of_seed in scores], 0))
 
 
 def every_seed(trials: Sequence[Trial]) -> Mapping[str, Sequence[tuple[nll.Scores, nll.Scores]]]:
-    """For each control that ran, (merge, control) of every seed; ``unigram`` with a bias each."""
+    """For each control that ran, (merge, control) of every seed; in ``unigram`` each has a bias."""
     pairs = {
-        name: [(one.arms["merge"].scores, one.arms[name].scores) for one in trials]
+        name: [(of_seed.arms["merge"].scores, of_seed.arms[name].scores) for of_seed in trials]
         for name in trials[0].arms
         if name != "merge"
     }
     if trials[0].biased:
         pairs["unigram"] = [
-            (one.biased["merge"].scores, one.biased["target"].scores) for one in trials
+            (of_seed.biased["merge"].scores, of_seed.biased["target"].scores) for of_seed in trials
         ]
     return pairs

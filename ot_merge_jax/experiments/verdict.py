@@ -52,7 +52,7 @@ class Compared(NamedTuple):
     @property
     def is_better(self) -> bool:
         """Whether the pooled interval lies below 0 and every seed agrees in sign."""
-        return self.pooled.high < 0 and all(one.difference < 0 for one in self.seeds)
+        return self.pooled.high < 0 and all(change.difference < 0 for change in self.seeds)
 
 
 def judge(
@@ -74,7 +74,7 @@ def judge(
 
     Example:
         >>> clear, unclear = MeanDifference(-0.1, -0.2, -0.05), MeanDifference(-0.1, -0.2, 0.05)
-        >>> better, vague = (Compared(one, [one]) for one in (clear, unclear))
+        >>> better, vague = (Compared(change, [change]) for change in (clear, unclear))
         >>> judge(better, {"unigram": better}, missing=[]).outcome
         'improved'
         >>> judge(better, {"unigram": vague}, missing=[]).outcome
@@ -86,22 +86,22 @@ def judge(
         return Verdict("not evaluated", "merged; not evaluated (no held-out text was given).")
     amount = sentence_of(against.pooled)
     count = len(against.seeds)
-    one = "; one calibration seed" if count == 1 else ""
-    seeds = one or f"; {count} calibration seeds agree"
+    single = "; one calibration seed" if count == 1 else ""
+    seeds = single or f"; {count} calibration seeds agree"
     if too_few := few(against.documents):
-        return Verdict("no measurable difference", f"no measurable difference: {too_few}{one}.")
+        return Verdict("no measurable difference", f"no measurable difference: {too_few}{single}.")
     if against.pooled.low > 0:
-        return Verdict("worse", f"worse than the target on held-out text: {amount}{one}.")
+        return Verdict("worse", f"worse than the target on held-out text: {amount}{single}.")
     if against.pooled.high >= 0:
         where = "no measurable difference from the target on held-out text"
-        return Verdict("no measurable difference", f"{where}: {amount}{one}.")
+        return Verdict("no measurable difference", f"{where}: {amount}{single}.")
     if not against.is_better:
-        signs = ", ".join(f"{one.difference:+.4f}" for one in against.seeds)
+        signs = ", ".join(f"{change.difference:+.4f}" for change in against.seeds)
         return Verdict(
             "no measurable difference",
             f"the calibration seeds disagree on held-out text: {signs} nats per token.",
         )
-    failed = [(name, one.pooled) for name, one in controls.items() if not one.is_better]
+    failed = [(name, minus.pooled) for name, minus in controls.items() if not minus.is_better]
     better = f"better than the target on held-out text: {amount}"
     if failed:
         name, change = failed[0]
@@ -109,7 +109,7 @@ def judge(
         others = f" (likewise {', '.join(name for name, _ in failed[1:])})" if failed[1:] else ""
         return Verdict(
             "no measurable difference",
-            f"no measurable {than}: {sentence_of(change)}{others}; {better}{one}.",
+            f"no measurable {than}: {sentence_of(change)}{others}; {better}{single}.",
         )
     beyond = controls.get("unigram")
     gain = f"; beyond unigram {sentence_of(beyond.pooled)}" if beyond else ""
@@ -142,13 +142,13 @@ def of_training(
 
     Example:
         >>> clear = MeanDifference(-0.1, -0.2, -0.05)
-        >>> found = of_training({"sft": {"base": Compared(clear, [clear])}}, best="sft", steps=9,
-        ...                     missing=["noise"])
-        >>> found.outcome
+        >>> verdict = of_training({"sft": {"base": Compared(clear, [clear])}}, best="sft", steps=9,
+        ...                       missing=["noise"])
+        >>> verdict.outcome
         'better'
     """
     starts = compared[best]
-    others = {name: one for name, one in starts.items() if name != "base"}
+    others = {name: minus for name, minus in starts.items() if name != "base"}
     outcome = judge(starts["base"], others, missing=missing).outcome
     than = {
         "improved": "improved: better than from every other start that applies",
@@ -157,18 +157,18 @@ def of_training(
     }.get(outcome, "no measurable difference from at least one other start")
     seeds = len(starts["base"].seeds)
     amounts = [f"{best}, {_minus(starts)}"]
-    amounts += [f"{name}, {_minus(one)}" for name, one in compared.items() if name != best]
+    amounts += [f"{name}, {_minus(rest)}" for name, rest in compared.items() if name != best]
     not_run = [f"not run: {', '.join(missing)}"] if missing else []
     count = "one seed" if seeds == 1 else f"{seeds} seeds"
     too_few = [why] if (why := few(starts["base"].documents)) else []
-    said_all = "; ".join([*amounts, *too_few, count, *not_run])
-    return Verdict(outcome, f"trained from the merge by {steps} steps, {than}: {said_all}.")
+    details = "; ".join([*amounts, *too_few, count, *not_run])
+    return Verdict(outcome, f"trained from the merge by {steps} steps, {than}: {details}.")
 
 
 def _minus(starts: Mapping[str, Compared]) -> str:
     """The merge minus every other start."""
     return ", ".join(
-        f"merge minus {name} {sentence_of(one.pooled)}" for name, one in starts.items()
+        f"merge minus {name} {sentence_of(change.pooled)}" for name, change in starts.items()
     )
 
 
@@ -221,17 +221,17 @@ def of_merge(
         best = " was best on the dev split" if is_auto else ""
         return Verdict("unchanged", f"strength 0{best}: the output is the target, unchanged.")
     if is_nothing_transferred(report, hparams):
-        seen = f"; the held-out change is {sentence_of(against.pooled)}" if against else ""
-        why = f"nothing of the source was transferred: {_why_nothing(report, spec)}{seen}."
+        held_out = f"; the held-out change is {sentence_of(against.pooled)}" if against else ""
+        why = f"nothing of the source was transferred: {_why_nothing(report, spec)}{held_out}."
         return Verdict("nothing transferred", why)
     return measured
 
 
 def _why_nothing(report: MergeReport, spec: MergeSpec) -> str:
-    """Why the transported weights all but vanished, and what to do."""
+    """Why the transported weights almost vanished, and what to do."""
     if spec.form == "joint":
         return "the joint form vanishes; barycentric, and delta with a source base, do move it"
-    if not any(np.max(one.ratio_transported) > NOTHING for one in report.weights.values()):
+    if not any(np.max(weight.ratio_transported) > NOTHING for weight in report.weights.values()):
         same = "source and source base may be the same checkpoint"
         return same if spec.rule == "delta" else "the source's weights may be next to zero"
     return "the strength is next to zero; raise it"

@@ -1,7 +1,7 @@
 """What the stages of a run leave on disk: arrays, activations, couplings, JSON values.
 
-All of it is the same bytes whenever the values are, so that a resumed run publishes what an
-uninterrupted one does.
+Equal values are written as equal bytes, so that a resumed run publishes the same as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WITH_TIMES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 def save_arrays(folder: Path, arrays: Mapping[str, Any]) -> None:
     """Writes named arrays of at least one dimension into a folder; names may hold slashes."""
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.write(folder / _ARRAYS, {name: np.asarray(one) for name, one in arrays.items()})
+    safetensors.write(folder / _ARRAYS, {name: np.asarray(array) for name, array in arrays.items()})
 
 
 def load_arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -68,11 +68,11 @@ def allocator(folder: Path) -> Callable[[str, tuple[int, ...]], np.ndarray]:
 
     def allocate(site: str, shape: tuple[int, ...]) -> np.ndarray:
         path = folder / f"{site}.npy"
-        made = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         if hasattr(os, "posix_fallocate"):  # not on macOS
             with path.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return made
+        return array
 
     return allocate
 
@@ -105,7 +105,7 @@ def save_coupling(folder: Path, coupling: Coupling) -> None:
 
     Args:
         folder: Replaced if it exists.
-        coupling: Of arrays on any mesh.
+        coupling: The coupling, its arrays on any mesh.
     """
     tree = {_COUPLING[field]: sites for field, sites in coupling._asdict().items() if sites}
     if coupling.neuron_potentials:
@@ -120,10 +120,10 @@ def save_coupling(folder: Path, coupling: Coupling) -> None:
 
 
 def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Coupling:
-    """Reads what `save_coupling` wrote, whatever the mesh it was written from.
+    """Reads what `save_coupling` wrote, from any mesh.
 
     Args:
-        folder: Of the coupling.
+        folder: The folder of the coupling.
         mesh: Where the arrays go, whole on each device; None: the default device.
 
     Returns:
@@ -138,11 +138,13 @@ def load_coupling(folder: Path, *, mesh: jax.sharding.Mesh | None = None) -> Cou
         [[0.5, 0.5]]
     """
     place = None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found: Any = jax.device_put(load_tree(folder), place)
-    parts: dict[str, Any] = {field: found.get(name, {}) for field, name in _COUPLING.items()}
+    tree: Any = jax.device_put(load_tree(folder), place)
+    parts: dict[str, Any] = {field: tree.get(name, {}) for field, name in _COUPLING.items()}
     fields = {name: field for field, name in _POTENTIALS.items()}
     parts["neuron_potentials"] = {
-        site: Potentials(**{fields.get(str(name), str(name)): one for name, one in named.items()})
+        site: Potentials(
+            **{fields.get(str(name), str(name)): array for name, array in named.items()}
+        )
         for site, named in parts["neuron_potentials"].items()
     }
     return Coupling(**parts)
@@ -156,19 +158,19 @@ def save_tree(folder: Path, tree: Any) -> None:
         tree: Arrays on any mesh.
 
     Raises:
-        OSError: with the number of a full disk, if there is no room.
+        OSError: with the error number of a full disk, if there is no room.
     """
     for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(left)  # of a run that was killed while it wrote
+        shutil.rmtree(left)  # left by a run that was killed while writing
     tree = jax.tree.map(np.asarray, tree)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    if shutil.disk_usage(folder.parent).free < size:  # Orbax would say so at length
+    if shutil.disk_usage(folder.parent).free < size:  # else Orbax raises a very long error
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     try:
         with _quiet(), orbax.Checkpointer(_one_file_per_array()) as writer:
             writer.save(folder.absolute(), args=orbax.args.PyTreeSave(tree), force=True)
     except Exception as error:  # tensorstore hides the cause in the text of its own errors
-        code = next((one for one in atomic.FULL if _says(error, one)), None)
+        code = next((number for number in atomic.FULL if _says(error, number)), None)
         if code is None or isinstance(error, OSError):
             raise
         raise OSError(code, os.strerror(code), str(folder)) from error
@@ -191,7 +193,7 @@ def load_tree(folder: Path) -> Any:
 
 
 def _says(error: BaseException, code: int) -> bool:
-    """Whether the text of an error is that of an error of the operating system."""
+    """Whether the text of an error names an error code of the operating system."""
     return os.strerror(code) in str(error) or f"OS error {code}" in str(error)
 
 
@@ -202,9 +204,9 @@ def _one_file_per_array() -> orbax.PyTreeCheckpointHandler:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps from the user what Orbax says of every save: it finds no OCDBT, as it was told.
+    """Hides the warning of Orbax at every save that there is no OCDBT, which is intended.
 
-    And the traces it logs of errors that it raises as well.
+    Also the tracebacks that it logs for errors that it raises as well.
     """
     logger = logging.getLogger("absl")
     level = logger.level
@@ -268,7 +270,7 @@ def load_transported(folder: Path) -> Transported:
 
 #: Fields of `Transported` -> folders.
 _PARTS = {"weights": "moved", "masks": "masks"}
-#: How the steps of `ot_merge_jax.merging.merge.merge`, and values of JSON, are kept: ``(folder,
+#: How the steps of `ot_merge_jax.merging.merge.merge`, and JSON values, are saved: ``(folder,
 #: compute)`` writes what it computes, ``(folder)`` reads it. Activations are written while they are
 #: gathered.
 ACTIVATIONS = (

@@ -1,4 +1,4 @@
-"""Publishing a folder: absent or complete, never half. Imports errors only."""
+"""Publishing a folder: it is absent or complete, never partial. Imports errors only."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def check_output(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = Fa
         raise InputError(
             f"The name of the output folder {real.name[:40]}... is too long; shorten it."
         )
-    for given in inputs:
-        source = given.resolve()
+    for path in inputs:
+        source = path.resolve()
         if real == source:
             raise InputError(f"The output folder {out} is also an input; choose another.")
         if source.is_dir() and real.is_relative_to(source):
             raise InputError(
-                f"The output folder {out} lies inside the input {given}; choose another."
+                f"The output folder {out} lies inside the input {path}; choose another."
             )
         if source.is_relative_to(real):
-            raise InputError(f"The output folder {out} contains the input {given}; choose another.")
+            raise InputError(f"The output folder {out} contains the input {path}; choose another.")
     if real.exists() and not real.is_dir():
         raise InputError(f"The output {out} is a file; choose a folder.")
     if real.exists() and any(real.iterdir()) and not overwrite:
@@ -67,7 +67,7 @@ def check_output(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = Fa
 
 @contextlib.contextmanager
 def atomic_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A fresh folder that becomes ``out`` when the block ends well, and vanishes when not.
+    """A new folder that becomes ``out`` if the block succeeds, and is deleted if it fails.
 
     Args:
         out: The folder to publish.
@@ -116,8 +116,8 @@ def publish(folder: Path, out: Path, *, aside: Path, overwrite: bool = False) ->
     Args:
         folder: The folder.
         out: Its new name.
-        aside: Where an existing ``out`` goes; back again if something fails, else the caller's to
-            delete.
+        aside: Where an existing ``out`` is moved; it is moved back if something fails, else the
+            caller deletes it.
         overwrite: Whether an existing ``out`` may be replaced.
 
     Raises:
@@ -138,7 +138,7 @@ def publish(folder: Path, out: Path, *, aside: Path, overwrite: bool = False) ->
 
 @contextlib.contextmanager
 def parents(out: Path) -> Iterator[None]:
-    """The folders above ``out``; those that had to be made go again if they stay empty."""
+    """Creates the folders above ``out``; those that it created are removed if they stay empty."""
     missing = [folder for folder in out.parents if not folder.exists()]  # deepest first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def parents(out: Path) -> Iterator[None]:
 def locked(out: Path) -> Iterator[None]:
     """Keeps other processes from writing ``out`` while the block runs.
 
-    The lock is the operating system's, so that of a process that died binds nobody.
+    The operating system holds the lock, so it is released when its process dies.
 
     Raises:
         InputError: naming host and process, if another process has the lock.
@@ -179,7 +179,7 @@ def locked(out: Path) -> Iterator[None]:
                 f"Another run, {holder}, is writing {out}; wait for it or choose another folder."
             ) from error
         try:
-            with contextlib.suppress(OSError):  # a full disk is told where it matters
+            with contextlib.suppress(OSError):  # a full disk is reported where it matters
                 path.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
             yield
         finally:

@@ -1,7 +1,7 @@
 """`ModelFolder`: a Hugging Face folder, checked before any weight is read.
 
-Checking is total: whatever is missing, extra, doubled, misshapen or of an unsupported dtype is
-listed at once. Imports models.families and models.specs, not flax.
+All problems are listed at once: tensors that are missing, extra, doubled, misshapen or of an
+unsupported dtype. Imports models.families and models.specs, not flax.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ModelFolder(NamedTuple):
     Attributes:
         path: The folder.
         config: Its ``config.json``, parsed.
-        cfg: The same, understood.
+        cfg: The model that it describes.
         files: Tensor name -> shard file name; empty for a folder without weights.
         tensors: Tensor name -> dtype and shape.
         origin: The repository of the hub it was fetched from, or None.
@@ -50,11 +50,11 @@ class ModelFolder(NamedTuple):
     def name(self) -> str:
         """What people call it: the hub id, or the name of the folder; with that of the adapter."""
         parts = [self] if self.adapter is None else [self, self.adapter]
-        return "+".join(resolve.called(one.path, one.origin) for one in parts)
+        return "+".join(resolve.called(part.path, part.origin) for part in parts)
 
     @property
     def where(self) -> str:
-        """Where it lies, for messages."""
+        """Its path, for messages; with that of the adapter."""
         return f"{self.path}" if self.adapter is None else f"{self.path}+{self.adapter.path}"
 
 
@@ -123,19 +123,19 @@ def eos_token_ids(folder: ModelFolder) -> list[int]:
         InputError: if they are not integers.
     """
     path = folder.path / "generation_config.json"
-    said = read_json(path).get("eos_token_id") if path.exists() else None
-    said = folder.config.get("eos_token_id") if said is None else said
-    ids = said if isinstance(said, list) else [] if said is None else [said]
-    if wrong := [one for one in ids if not isinstance(one, int) or isinstance(one, bool)]:
+    value = read_json(path).get("eos_token_id") if path.exists() else None
+    value = folder.config.get("eos_token_id") if value is None else value
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if wrong := [token for token in ids if not isinstance(token, int) or isinstance(token, bool)]:
         raise InputError(
             f"{folder.path}: eos_token_id holds {str(wrong[0])[:60]!r} and not a token id; fix it."
         )
-    return [one for one in ids if 0 <= one < folder.cfg.vocab_size]
+    return [token for token in ids if 0 <= token < folder.cfg.vocab_size]
 
 
 def _shards(path: Path, *, needs_weights: bool) -> tuple[dict[str, str], list[str]]:
     """Tensor -> shard from the index ({} for a single file), and what is wrong with it."""
-    # where both are there, transformers reads the single file too
+    # if both exist, transformers reads the single file too
     if (path / SINGLE).exists() or (path / SINGLE).is_symlink():
         return {}, link_problems(path, SINGLE)
     if not (path / INDEX).exists():

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out: `load_hf`, `save_hf`. Imports models.specs, not flax.
+"""Reading and writing Hugging Face folders: `load_hf`, `save_hf`. Imports models.specs, not flax.
 
 Saving keeps the target's names, shapes, dtypes and shards, and never re-serialises its config or
 tokenizer.
@@ -33,7 +33,7 @@ _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 #: Tensor -> slice -> how many of its values are not finite.
 NonFinite = dict[str, dict[str, int]]
 
-#: Files of the target that travel to the output byte for byte, where they exist.
+#: Files of the target that are copied to the output unchanged, where they exist.
 SIDECARS = (
     "generation_config.json",
     "tokenizer.json",
@@ -83,13 +83,13 @@ def load_hf(
 def load_folder(
     folder: ModelFolder, *, mesh: jax.sharding.Mesh | None = None, dtype: Any = None
 ) -> Model:
-    """`load_hf` of a folder that has been opened."""
+    """`load_hf` for a folder that is open already."""
     opened = open_files(folder)
     broken: NonFinite = {}
     leaves = {}
-    held = stored_dtypes(folder)
+    dtypes = stored_dtypes(folder)
     for spec in specs.param_specs(folder.cfg):
-        wanted = np.dtype(dtype) if dtype is not None else held[spec.path]
+        wanted = np.dtype(dtype) if dtype is not None else dtypes[spec.path]
 
         def read(
             index: tuple[slice, ...], spec: specs.ParamSpec = spec, wanted: Any = wanted
@@ -122,7 +122,7 @@ def load_folder(
 
 
 def stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:
-    """Path -> dtype of the leaf in its files, the widest of its tensors."""
+    """Path -> dtype of the leaf in its files, the widest among its tensors."""
     return {
         spec.path: jnp.result_type(
             *(safetensors.DTYPES[folder.tensors[name].dtype] for name in spec.tensor_names())
@@ -132,10 +132,10 @@ def stored_dtypes(folder: ModelFolder) -> dict[str, np.dtype]:
 
 
 def open_files(folder: ModelFolder) -> dict[Path, safetensors.TensorFile]:
-    """All files of a model that hold tensors, those of its adapter too.
+    """All files of a model that hold tensors, with that of its adapter.
 
     Raises:
-        InputError: if the head of a tied model is stored, and is not its embedding.
+        InputError: if a tied model has a head in its files that differs from its embedding.
     """
     paths = {folder.path / shard for shard in folder.files.values()}
     if folder.adapter is not None:
@@ -163,8 +163,8 @@ def read_leaf(
 ) -> tuple[np.ndarray, NonFinite]:
     """Reads the slice ``index`` of one leaf, in our orientation, and counts what is not finite.
 
-    What an adapter changes is changed here, in float32 and in the orientation of the file, so that
-    fused tensors and slices need nothing of their own.
+    The change of an adapter is added here, in float32 and in the orientation of the file, so that
+    fused tensors and slices need no code of their own.
     """
     bounds = [range(*part.indices(size)) for part, size in zip(index, spec.shape, strict=True)]
     out = np.empty([len(bound) for bound in bounds], dtype)
@@ -200,17 +200,17 @@ def save_hf(
     like: str | Path,
     max_shard_bytes: int | None = None,
 ) -> None:
-    """Writes a complete Hugging Face folder, atomically: afterwards ``path`` is whole, or absent.
+    """Writes a complete Hugging Face folder, atomically: ``path`` is then complete or absent.
 
     Args:
         path: Does not exist yet.
-        params: Parameters of the shapes that ``cfg`` says.
+        params: Parameters with the shapes of ``cfg``.
         cfg: The model; must be that of ``like``.
         like: The target's folder: names, dtypes, shards, config, tokenizer and generation files
             come from it. If it holds no weights, the parameter table and the config's dtype decide.
-            Of ``BASE+ADAPTER`` all of that is the base's, also where the adapter's folder has a
-            tokenizer.
-        max_shard_bytes: Shard anew at this size; None keeps the target's shards.
+            With ``BASE+ADAPTER`` all of this comes from the base, even if the adapter's folder
+            has a tokenizer.
+        max_shard_bytes: Size of new shards; None: the shards of the target.
 
     Raises:
         InputError: if ``path`` exists or lies inside ``like``, or ``like`` is not a model folder
@@ -226,7 +226,7 @@ def save_hf(
         >>> sorted(p.name for p in out.iterdir())[:2]
         ['config.json', 'generation_config.json']
     """
-    atomic.check_output(Path(path), inputs=[Path(one) for one in resolve.split(like) if one])
+    atomic.check_output(Path(path), inputs=[Path(side) for side in resolve.split(like) if side])
     with atomic.atomic_folder(Path(path)) as partial:
         write_model(partial, params, cfg=cfg, like=like, max_shard_bytes=max_shard_bytes)
 
@@ -251,13 +251,13 @@ def write_model(
         for name in spec.tensor_names()
     }
     licences = sorted(model.path.glob("LICENSE*"))
-    sidecars = [one for one in [*map(model.path.joinpath, SIDECARS), *licences] if one.is_file()]
-    if leaving := [why for one in sidecars for why in link_problems(model.path, one.name)]:
+    sidecars = [file for file in [*map(model.path.joinpath, SIDECARS), *licences] if file.is_file()]
+    if leaving := [why for file in sidecars for why in link_problems(model.path, file.name)]:
         raise InputError(f"{like} cannot be copied from: {'; '.join(leaving)}; put the file there.")
     shards = _plan_shards(infos, model, max_shard_bytes)
     for shard, names in shards.items():
         safetensors.write(folder / shard, dict(_tensors(params, cfg, infos, set(names))))
-    if set(shards) != {SINGLE}:  # one file of another name is found through the index only
+    if set(shards) != {SINGLE}:  # a single file of another name is found only through the index
         sizes = {name: safetensors.nbytes(info) for name, info in infos.items()}
         count = sum(
             size // safetensors.DTYPES[infos[name].dtype].itemsize for name, size in sizes.items()
@@ -299,11 +299,13 @@ def _tensors(
     params: Params, cfg: ModelConfig, infos: dict[str, safetensors.TensorInfo], names: set[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The named tensors, in the file's orientation and dtype."""
-    sharing: dict[str, list[specs.ParamSpec]] = {}  # leaves that one tensor of the file holds
+    sharing: dict[str, list[specs.ParamSpec]] = {}  # leaves that share one tensor of the file
     for spec in specs.param_specs(cfg):
         sharing.setdefault(spec.name, []).append(spec)
     for group in sharing.values():
-        wanted = [(place, one) for place, one in enumerate(group[0].tensor_names()) if one in names]
+        wanted = [
+            (place, name) for place, name in enumerate(group[0].tensor_names()) if name in names
+        ]
         if not wanted:
             continue
         leaves = [np.asarray(specs.get(params, spec.path)) for spec in group]
@@ -314,7 +316,7 @@ def _tensors(
                 )
         for place, name in wanted:
             parts = [leaf[place] if group[0].is_stacked else leaf for leaf in leaves]
-            parts = [one.T if group[0].transpose else one for one in parts]
+            parts = [part.T if group[0].transpose else part for part in parts]
             with np.errstate(over="ignore"):  # what overflows is refused two lines on
                 tensor = (np.concatenate(parts) if len(parts) > 1 else parts[0]).astype(
                     safetensors.DTYPES[infos[name].dtype]
@@ -331,7 +333,7 @@ def patched_config(config: dict[str, Any]) -> dict[str, Any]:
     """The target's ``config.json`` with the few keys that older and newer readers both need.
 
     Both spellings of the dtype and of RoPE are written, where the target has one; the path it was
-    saved from and anything about remote code or quantisation go.
+    saved from and anything about remote code or quantisation are removed.
     """
     result = {
         key: value

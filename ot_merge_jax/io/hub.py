@@ -1,7 +1,7 @@
 """Models and datasets of the Hugging Face hub, named with a revision and fetched as snapshots.
 
-The one place that may use the network, through huggingface_hub, whose cache it fills and reads. A
-revision is resolved to the commit it stands for. Imports errors only; huggingface_hub is imported
+The only module that may use the network, through huggingface_hub, whose cache it fills and reads.
+A revision is resolved to the commit it stands for. Imports errors only; huggingface_hub is imported
 when something is fetched, because names of files are told from hub ids here too, and quickly.
 """
 
@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 
 from ot_merge_jax.errors import InputError
 
-#: What is wrong with this machine and not with the hub: no space, no rights.
+#: Errors of this machine, not of the hub: no space, no permission.
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 _REPO = r"(?P<repo>\w[\w.-]*/\w[\w.-]*)"
-_REVISION = r"@(?P<revision>\w(?:[\w/-]|\.(?!\.))*)"  # never a path that climbs
+_REVISION = r"@(?P<revision>\w(?:[\w/-]|\.(?!\.))*)"  # never a path with `..`
 _MODEL = re.compile(_REPO + _REVISION, re.ASCII)
 _DATASET = re.compile(
     rf"hub:{_REPO}(?:{_REVISION})?(?::(?:(?P<config>[\w.-]+)/)?(?P<split>[\w.-]+))?", re.ASCII
@@ -62,8 +62,8 @@ def model_id(text: str) -> tuple[str, str] | None:
         >>> model_id("owner/name@main"), model_id("owner/name"), model_id("./owner/name@main")
         (('owner/name', 'main'), None, None)
     """
-    found = _MODEL.fullmatch(text)
-    return (found["repo"], found["revision"]) if found else None
+    match = _MODEL.fullmatch(text)
+    return (match["repo"], match["revision"]) if match else None
 
 
 def dataset_id(text: str) -> DatasetId | None:
@@ -80,14 +80,14 @@ def dataset_id(text: str) -> DatasetId | None:
     """
     if not text.startswith("hub:"):
         return None
-    found = _DATASET.fullmatch(text)
-    if not found:
+    match = _DATASET.fullmatch(text)
+    if not match:
         raise InputError(
             f"{text[:200]!r} is not a dataset of the hub; write "
             "hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT]."
         )
     return DatasetId(
-        found["repo"], found["revision"] or "main", found["config"], found["split"] or "train"
+        match["repo"], match["revision"] or "main", match["config"], match["split"] or "train"
     )
 
 
@@ -114,14 +114,14 @@ def snapshot(
         revision: Branch, tag or commit.
         kind: What the repository is.
         patterns: Names of the files wanted, with ``*``.
-        ignored: Names of files left out all the same.
-        offline: Whether the network is forbidden; so it is with ``HF_HUB_OFFLINE=1``.
+        ignored: Names of files that are left out, even if they match ``patterns``.
+        offline: Whether the network is forbidden; ``HF_HUB_OFFLINE=1`` forbids it too.
 
     Returns:
         The folder of the snapshot, and where it comes from.
 
     Raises:
-        InputError: if the hub, or offline its cache, does not have it.
+        InputError: if the hub does not have it, or, when offline, its local cache.
     """
     from huggingface_hub import constants  # noqa: PLC0415
     from huggingface_hub.errors import (  # noqa: PLC0415
@@ -174,7 +174,7 @@ def snapshot(
         raise InputError(
             f"The hub answers {code} when asked for {name}; try again later."
         ) from error
-    except Exception as error:  # the libraries behind it raise anything
+    except Exception as error:  # the libraries below may raise any exception
         if isinstance(error, OSError) and error.errno in _LOCAL:
             raise
         raise InputError(

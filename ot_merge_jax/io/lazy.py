@@ -1,4 +1,4 @@
-"""Parameters that stay in their files: read when asked for, never kept."""
+"""Parameters that stay in their files: read each time they are asked for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LazyLayers(Sequence[jax.Array]):
 
 
 class LazyFolder:
-    """Lazy parameters (`specs.LazyParams`) that stay in their files: every leaf is read anew."""
+    """Lazy parameters (`specs.LazyParams`) that stay in their files: a leaf is read each time."""
 
     def __init__(self, read: Callable[[specs.ParamSpec, int | None], np.ndarray],
                  table: Mapping[str, specs.ParamSpec]):  # fmt: skip
@@ -64,13 +64,14 @@ def open_lazy(path: str | Path, *, dtype: Any = None) -> Model:
 
     Args:
         path: The folder, or ``BASE+ADAPTER``.
-        dtype: Dtype of what is read; None: that of the file.
+        dtype: Dtype of the parameters; None: that of the file.
 
     Returns:
         The configuration, and parameters that are read when asked for.
 
     Raises:
-        InputError: as `hf.load_hf` does; of weights that are not finite only when they are read.
+        InputError: as `hf.load_hf` does, but for weights that are not finite only when they are
+            read.
 
     Example:
         >>> from ot_merge_jax.demo import assets
@@ -83,11 +84,11 @@ def open_lazy(path: str | Path, *, dtype: Any = None) -> Model:
 
 
 def lazy_model(folder: ModelFolder, *, dtype: Any = None) -> Model:
-    """`open_lazy` of a folder that has been opened."""
-    opened, held = hf.open_files(folder), hf.stored_dtypes(folder)
+    """`open_lazy` for a folder that is open already."""
+    opened, dtypes = hf.open_files(folder), hf.stored_dtypes(folder)
 
     def read(spec: specs.ParamSpec, l: int | None) -> np.ndarray:
-        wanted = np.dtype(dtype) if dtype is not None else held[spec.path]
+        wanted = np.dtype(dtype) if dtype is not None else dtypes[spec.path]
         first = slice(None) if l is None else slice(l, l + 1)
         index = (first, *(slice(None),) * (len(spec.shape) - 1))
         leaf, broken = hf.read_leaf(folder, opened, spec, index, wanted)

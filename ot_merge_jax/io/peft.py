@@ -1,8 +1,8 @@
 """LoRA adapters in the format of PEFT: checked against their base, added to its tensors when read.
 
-A model is then named ``BASE+ADAPTER``. Only what changes nothing but weights is read: low-rank
-factors of linear layers, and of an embedding that is not tied. Everything else an adapter can be or
-do is refused by name. Imports models.specs, not flax.
+Such a model is named ``BASE+ADAPTER``. Only adapters that change nothing but weights are read:
+low-rank factors of linear layers, and of an embedding that is not tied. Everything else is refused,
+and the message names it. Imports models.specs, not flax.
 
 Names and scales are those of ``peft``: ``W + alpha / r * B A``, with ``sqrt(r)`` for rslora
 (Hu et al., arXiv 2106.09685; Kalajdzievski, arXiv 2312.03732).
@@ -36,12 +36,12 @@ _READ = {
     "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform",
     "layers_pattern", "base_model_name_or_path",
 }  # fmt: skip
-#: Keys that say how the adapter was trained, and change nothing of what its tensors mean.
+#: Keys that say how the adapter was trained, and do not change the meaning of its tensors.
 _TRAINING = {
     "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "lora_dropout",
     "megatron_core", "loftq_config", "eva_config", "qalora_group_size", "runtime_config",
 }  # fmt: skip
-#: Ways to begin that leave the base's weights as they are; others (pissa...) change those too.
+#: Initialisations that do not change the base's weights; others (pissa...) do.
 _BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 _PLAIN_NAME = re.compile(r"\^?(?:\w|\.|\\\.)+", re.ASCII)
 _ELSEWHERE = "merge it into its base model with peft and save that"
@@ -55,7 +55,7 @@ class Update(NamedTuple):
         left: Name of the left factor in the adapter's file.
         right: Name of the right one.
         scale: What their product is multiplied by.
-        is_transposed: Whether the file holds both factors the other way round (an embedding).
+        is_transposed: Whether the file holds both factors transposed (an embedding).
     """
 
     left: str
@@ -79,7 +79,7 @@ class Adapter(NamedTuple):
 
     @property
     def file(self) -> Path:
-        """Where the factors are."""
+        """The file of the factors."""
         return self.path / WEIGHTS
 
 
@@ -98,7 +98,7 @@ def is_alone(path: Path) -> InputError:
 def open_adapter(where: resolve.Location, *, cfg: ModelConfig) -> Adapter:
     """Checks an adapter folder against its base; reads no weights.
 
-    Tokenizer files that lie in it are not used: names, config and tokenizer are the base's.
+    Its tokenizer files are not used: names, config and tokenizer are the base's.
 
     Args:
         where: The folder, resolved.
@@ -137,7 +137,7 @@ def open_adapter(where: resolve.Location, *, cfg: ModelConfig) -> Adapter:
 
 
 def _config_problems(config: Mapping[str, Any]) -> list[str]:
-    """What the settings ask for that is not merged, and what is wrong with the others."""
+    """Settings that cannot be merged, and settings with invalid values."""
     problems = [
         f"{key[:60]} is {str(value)[:60]!r}, which cannot be merged on load"
         for key, value in config.items()
@@ -146,7 +146,9 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
     if (bias := config.get("bias", "none")) != "none":
         problems.append(f"bias is {str(bias)[:60]!r}, and trained biases cannot be merged on load")
     begun = config.get("init_lora_weights", True)
-    if not any(begun is one or (isinstance(one, str) and begun == one) for one in _BEGINNINGS):
+    if not any(
+        begun is known or (isinstance(known, str) and begun == known) for known in _BEGINNINGS
+    ):
         problems.append(
             f"init_lora_weights is {str(begun)[:60]!r}, which changes the base's weights too"
         )
@@ -162,7 +164,7 @@ def _config_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} is not an object")
             continue
         for name, value in pattern.items():
-            # a regular expression out of a file could run for ever
+            # a regular expression from a file could run for ever
             if not _PLAIN_NAME.fullmatch(name):
                 problems.append(f"{key} names {name[:60]!r}, which is not a plain module name")
             elif not is_valid(value):
@@ -181,7 +183,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _setting(pattern: Mapping[str, Any] | None, module: str, otherwise: Any) -> Any:
-    """What a pattern says of a module: the first name that ends it counts, as in peft."""
+    """The value of a module in a pattern: the first name that the module ends with, as in peft."""
     for name, value in (pattern or {}).items():
         plain = name.removeprefix("^").replace("\\.", ".")
         is_end = not name.startswith("^") and module.endswith(f".{plain}")
@@ -200,26 +202,26 @@ def _updates(
         if len(spec.tensor_shape()) == 2
         for name in spec.tensor_names()
     }
-    found: dict[str, dict[str, str]] = {}
+    by_module: dict[str, dict[str, str]] = {}
     problems = []
     for name, info in tensors.items():
-        one = _FACTOR.fullmatch(name)
-        if not one or bool(one["weight"]) == ("embedding" in one["factor"]):
+        match = _FACTOR.fullmatch(name)
+        if not match or bool(match["weight"]) == ("embedding" in match["factor"]):
             problems.append(f"{name} is no LoRA factor, and nothing else is merged on load")
         elif info.dtype not in safetensors.DTYPES:
             problems.append(f"{name} has dtype {info.dtype}; only F32, F16 and BF16 are read")
-        elif one["module"] not in shapes:
+        elif match["module"] not in shapes:
             problems.append(
-                f"{name} has no {one['module']}.weight in the base that it could change"
+                f"{name} has no {match['module']}.weight in the base that it could change"
             )
         else:
-            found.setdefault(one["module"], {})[one["factor"]] = name
+            by_module.setdefault(match["module"], {})[match["factor"]] = name
     updates = {}
-    for module, factors in found.items():
+    for module, factors in by_module.items():
         is_table, shape = shapes[module]
         a, b = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A", "lora_B")
         if set(factors) != {a, b}:
-            wanted = " and ".join(f"{module}.{one}" for one in (a, b))
+            wanted = " and ".join(f"{module}.{factor}" for factor in (a, b))
             problems.append(f"{wanted} are not both there, or not alone")
             continue
         if is_table and cfg.tie_word_embeddings:
@@ -240,7 +242,7 @@ def _updates(
     problems += [
         f"{module} is one of the target_modules, but the file has no factors for it"
         for module in shapes
-        if module not in found and _is_targeted(config, module)
+        if module not in by_module and _is_targeted(config, module)
     ]
     if not tensors:
         problems.append(f"{WEIGHTS} is empty")
@@ -271,12 +273,12 @@ def change(
 
     Args:
         update: From `Adapter.updates`.
-        file: The adapter's.
+        file: The adapter's file.
         index: Rows and columns of the base's tensor, as its file holds it.
 
     Returns:
-        What is to be added, zeros where a factor is not finite; factor -> how many of its values
-        are not.
+        What is to be added, with zeros where a factor is not finite; and factor -> how many of its
+        values are not finite.
     """
     factors, broken = [], {}
     for name in (update.left, update.right):

@@ -1,4 +1,4 @@
-"""What must not be shown: secrets, and characters that act. Imports nothing of the package."""
+"""Hides secrets and control characters in what is shown. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MASK = "[redacted]"
 
 
 def redacted(text: str) -> str:
-    """A text without access tokens: the user's own, any of the hub, and logins inside URLs.
+    """A text without secrets: the user's own token, any token of the hub, and logins inside URLs.
 
     Example:
         >>> redacted("https://me:hf_abcdefghijklmnopqrst@huggingface.co/owner/name")
@@ -22,13 +22,13 @@ def redacted(text: str) -> str:
     """
     for variable in _VARIABLES:
         token = os.environ.get(variable, "").strip()
-        if len(token) >= 8:  # shorter ones are words
+        if len(token) >= 8:  # shorter values could be ordinary words
             text = text.replace(token, _MASK)
     return _USERINFO.sub(f"{_MASK}@", _TOKENS.sub(_MASK, text))
 
 
 def visible(text: str) -> str:
-    r"""A text on one line, its control characters written out: none of them reaches a terminal.
+    r"""A text on one line, with control characters escaped, so that none reaches a terminal.
 
     Example:
         >>> print(visible("red: \x1b[31m"))

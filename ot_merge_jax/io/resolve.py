@@ -1,4 +1,4 @@
-"""Where a model is: folders, hub ids, ``BASE+ADAPTER``; reading its small files with care."""
+"""Where a model is: folders, hub ids, ``BASE+ADAPTER``; reading its JSON files with checks."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Location(NamedTuple):
 
 
 def split(text: str | Path) -> tuple[str, str | None]:
-    """The two sides of ``BASE+ADAPTER``; anything else has no second side.
+    """Base and adapter of ``BASE+ADAPTER``; for anything else the adapter is None.
 
-    An existing directory is never taken apart, whatever its name. Where a name holds a ``+`` of its
-    own, the split counts that names the most that exists; if nothing does, there is none.
+    The name of an existing directory is never split. If there are several ``+``, the split counts
+    with the most sides that exist; if no side exists, nothing is split.
 
     Example:
         >>> split("owner/name@main+./adapter"), split("model")
@@ -43,7 +43,7 @@ def split(text: str | Path) -> tuple[str, str | None]:
     sides = [("+".join(parts[:i]), "+".join(parts[i:])) for i in range(1, len(parts))]
     sides = [pair for pair in sides if all(pair)]
     counts = [(0, (text, None)), *((sum(map(_is_there, pair)), pair) for pair in sides)]
-    return (text, None) if _is_there(text) else max(counts, key=lambda one: one[0])[1]
+    return (text, None) if _is_there(text) else max(counts, key=lambda entry: entry[0])[1]
 
 
 def _is_there(text: str) -> bool:
@@ -59,8 +59,8 @@ def called(path: Path, origin: hub.Origin | None) -> str:
 def resolve(path: str | Path, *, revision: str | None = None, offline: bool = False) -> Location:
     """The local folder of a model: a directory, or the snapshot of a hub id at a revision.
 
-    An existing directory wins, whatever its name. A path is never taken for a hub id: without a
-    revision, what is not a directory is an error.
+    An existing directory comes first, whatever its name. A path is never taken for a hub id:
+    without a revision, what is not a directory is an error.
 
     Args:
         path: A directory, ``OWNER/NAME@REVISION``, or a hub id when ``revision`` is given.

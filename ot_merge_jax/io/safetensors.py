@@ -1,8 +1,8 @@
-"""Safetensors files: checked headers, lazy slices, the one writer. Imports errors only.
+"""Safetensors files: checked headers, lazy slices, the only writer. Imports errors only.
 
-The library checks much, but accepts duplicate names, does not name the file in its errors, writes
-strided arrays wrong and leaves files unreadable to others; this module closes those gaps and holds
-the only tensor writer.
+The library checks much, but it accepts duplicate names, does not name the file in its errors,
+writes strided arrays wrongly and makes files that others cannot read; this module closes those gaps
+and contains the only tensor writer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import safetensors.numpy
 
 from ot_merge_jax.errors import InputError
 
-#: Safetensors dtype -> (numpy dtype, bytes). Only what we can merge.
+#: Safetensors dtype -> (numpy dtype, bytes). Only those that can be merged.
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
@@ -35,7 +35,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of one tensor.
+    """The entry of one tensor in a header.
 
     Attributes:
         dtype: Safetensors name, e.g. ``BF16``.
@@ -91,9 +91,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         header = json.loads(text, object_pairs_hook=no_duplicates)
         header.pop("__metadata__", None)
         infos = {
-            name: TensorInfo(str(one["dtype"]), tuple(one["shape"])) for name, one in header.items()
+            name: TensorInfo(str(entry["dtype"]), tuple(entry["shape"]))
+            for name, entry in header.items()
         }
-        expected = 8 + length + max((one["data_offsets"][1] for one in header.values()), default=0)
+        expected = (
+            8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} has a corrupt header; download it again.") from error
     if size != expected:
@@ -113,7 +116,7 @@ class TensorFile:
 
     def __init__(self, path: Path):
         """Opens a file whose header `read_header` has accepted."""
-        # not mapped: pages of a map count as the process's memory, and a file that shrinks would
+        # not mapped: pages of a map count as memory of the process, and a file that shrinks would
         # end the process
         self._file = safetensors.safe_open(path, framework="np", backend="pread")
 
@@ -129,7 +132,7 @@ class TensorFile:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors in the given dtypes, reads the file back and compares every byte.
+    """Writes tensors in their dtypes, reads the file back and compares every byte.
 
     Args:
         path: Does not exist yet, in an existing folder.
@@ -162,5 +165,5 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def nbytes(info: TensorInfo) -> int:
-    """Bytes of a tensor's data; InputError-free only for dtypes in `DTYPES`."""
+    """Bytes of a tensor's data; its dtype must be in `DTYPES`."""
     return math.prod(info.shape) * DTYPES[info.dtype].itemsize

@@ -114,16 +114,16 @@ def _neighbours(
     """Effective neighbours at a site, of each target layer's plan with its best source layer."""
     xs, ys = alignment.target.values[site], alignment.source.values[site]
     if isinstance(best, core.Tracer):
-        ys = jnp.asarray(ys)  # of concrete ones only the layers that are used leave the host
+        ys = jnp.asarray(ys)  # outside a trace only the layers that are used leave the host
     else:
         best = np.asarray(best)  # pyright: ignore[reportAssignmentType]
     neighbours_of = functools.partial(_neighbours_of, signed=spec.signed, plan_at_once=plan_at_once)
     potentials = alignment.coupling.neuron_potentials[site]
-    rows, found = diagnostics.sample(xs.shape[-1]), []
+    rows, neighbours = diagnostics.sample(xs.shape[-1]), []
     for l, x in enumerate(xs):
         pair = jax.tree.map(lambda leaf, l=l: leaf[l, best[l]], potentials)
-        found.append(neighbours_of(x, ys[best[l]], pair, rows))
-    return jnp.stack(found)
+        neighbours.append(neighbours_of(x, ys[best[l]], pair, rows))
+    return jnp.stack(neighbours)
 
 
 @functools.partial(jax.jit, static_argnames=("signed", "plan_at_once"))
@@ -156,7 +156,7 @@ def _worst(share: jax.Array, potentials: Potentials) -> tuple[jax.Array, ...]:
 def _joined(
     share: jax.Array, into: tuple[jax.Array, ...], out: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, ...]:
-    """The facts of both sites of a projection, the worse of the two where there is one figure."""
+    """The facts of both sites of a projection, the worse where there is one figure for both."""
     worse = jnp.maximum(into[1], out[1]), jnp.maximum(into[2], out[2])
     return share.argmax(1), out[0], into[0], *worse, into[3] & out[3]
 
@@ -175,7 +175,7 @@ _NO_PLAN = (
 def peak_bytes(
     problems: Iterable[tuple[int, int]], *, rows: int, plan_at_once: int = BUDGET.plan_block
 ) -> int:
-    """Bytes of what a sample of a plan's rows is looked at with, here and in the report.
+    """Bytes needed to examine a sample of a plan's rows, here and in the report.
 
     Args:
         problems: Neurons of target and source at each site.
@@ -183,7 +183,7 @@ def peak_bytes(
         plan_at_once: As for `describe`.
 
     Returns:
-        Of the widest site what makes that part of the plan; the part twice, and a sorted copy.
+        For the widest site: what rebuilds that part of the plan; the part twice, and a sorted copy.
     """
     return max(
         couplings.plan_bytes(n, m, rows=rows, picked=diagnostics.SAMPLE, plan_at_once=plan_at_once)

@@ -19,7 +19,7 @@ Leaves = Mapping[str, jax.Array]
 
 
 def strength_of(strength: Any, weight: str) -> Any:
-    """The strength that applies to a weight: one for all, or that of its group.
+    """The strength that applies to a weight: the one for all, or that of its group.
 
     Raises:
         RecipeError: if a mapping has no strength for the weight's group.
@@ -57,14 +57,14 @@ def fuse(
         strength: alpha or lambda: a number, one for each layer ``[L]``, or a mapping from group
             (``projections``, ``vocabulary``) to either. Traced: it sweeps under ``vmap``.
         spec: ``rule`` is used.
-        mask: Path -> mask, broadcastable to the leaf; a path without one moves whole.
+        mask: Path -> mask, broadcastable to the leaf; a path without a mask moves whole.
 
     Returns:
         New parameters in the dtypes of the target's, rounded once; leaves that do not move are the
         target's own buffers. Strength 0 returns the target bit for bit.
 
     Raises:
-        ValueError: if a transported weight has not the shape of its leaf.
+        ValueError: if a transported weight does not have the shape of its leaf.
 
     Example:
         >>> params = {"embed_tokens": {"embedding": jnp.ones((2, 2))}}

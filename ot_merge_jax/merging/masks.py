@@ -18,7 +18,7 @@ def largest(values: Float[Any, "layers t d"], k: int) -> Int[np.ndarray, "layers
 
     Args:
         values: Target activations of one site, on the host; read one layer at a time.
-        k: How many neurons are kept; of equal ones those that come first.
+        k: How many neurons are kept; among equals the first ones.
 
     Returns:
         ``[layers, k]``; all of them if ``k`` is more than there are.
@@ -29,8 +29,8 @@ def largest(values: Float[Any, "layers t d"], k: int) -> Int[np.ndarray, "layers
 
     Source: Transport and Merge, A.5. Differs: nothing.
     """
-    strength = (np.abs(np.asarray(one)).mean(0, dtype=np.float64) for one in values)
-    return np.stack([np.sort(np.argsort(-one, kind="stable")[:k]) for one in strength])
+    strengths = (np.abs(np.asarray(layer)).mean(0, dtype=np.float64) for layer in values)
+    return np.stack([np.sort(np.argsort(-means, kind="stable")[:k]) for means in strengths])
 
 
 def selected(target: Activations, *, spec: MergeSpec) -> dict[str, Int[np.ndarray, "L k"]]:
@@ -54,8 +54,8 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
 
     Rows of q, k, v, gate and up are masked by their output site; columns of o and down by their
     INPUT site. A bias follows the rows of its weight; the biases of o and down move with ``k`` None
-    only. A layer whose activations never change at a site of the weight says nothing of its
-    neurons, so nothing moves there.
+    only. A layer whose activations never change at a site of the weight says nothing about
+    its neurons, so nothing moves there.
 
     Args:
         target: Target activations; None if no projection moves.
@@ -64,8 +64,8 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
     Returns:
         Path -> ``[L, 1, d]`` or ``[L, d, 1]`` for kernels, ``[L, d]`` for biases.
     """
-    found = {}
-    kept = {} if target is None else selected(target, spec=spec)
+    by_path = {}
+    top = {} if target is None else selected(target, spec=spec)
     for name in spec.weights:
         if name not in PROJECTIONS or target is None:
             continue
@@ -76,10 +76,10 @@ def masks(target: Activations | None, *, spec: MergeSpec) -> dict[str, jax.Array
         layers, _, width = target.values[wiring.masked_site].shape
         chosen = np.full((layers, width), float(spec.k is None), np.float32)
         if spec.k is not None:
-            np.put_along_axis(chosen, kept[wiring.masked_site], 1.0, axis=1)
+            np.put_along_axis(chosen, top[wiring.masked_site], 1.0, axis=1)
         chosen[~(varies[0] & varies[1])] = 0
         is_row_mask = wiring.masked == "out"
-        found[f"{wiring.path}/kernel"] = chosen[:, None, :] if is_row_mask else chosen[:, :, None]
+        by_path[f"{wiring.path}/kernel"] = chosen[:, None, :] if is_row_mask else chosen[:, :, None]
         bias = chosen if is_row_mask else chosen.max(1, keepdims=True) * float(spec.k is None)
-        found[f"{wiring.path}/bias"] = bias
-    return jax.device_put(found)
+        by_path[f"{wiring.path}/bias"] = bias
+    return jax.device_put(by_path)

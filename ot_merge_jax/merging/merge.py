@@ -84,7 +84,7 @@ def call(
 
 
 def given(known: Mapping[str, Any], otherwise: Stage = call) -> Stage:
-    """A stage for steps of which some results are known already.
+    """A stage that returns the results it knows and leaves the other steps to another stage.
 
     Args:
         known: Name -> result; these are not computed.
@@ -141,12 +141,13 @@ def merge(
     Example:
         >>> from ot_merge_jax.demo import assets
         >>> from ot_merge_jax.data import calibration, documents
+        >>> from ot_merge_jax.data.tokenizers import load_tokenizer
         >>> from ot_merge_jax.io.hf import load_hf
         >>> names = ("sibling", "source", "source-base")
         >>> models = Models(*(load_hf(assets.path(name)) for name in names))
-        >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
-        >>> documents = list(texts.read_documents(assets.path("calibration.jsonl")))[:8]
-        >>> data = calibration.align(documents, tokenizer, tokenizer, rows="token", max_rows=100)
+        >>> tokenizer = load_tokenizer(assets.path("sibling"))
+        >>> texts = list(documents.read_documents(assets.path("calibration.jsonl")))[:8]
+        >>> data = calibration.align(texts, tokenizer, tokenizer, rows="token", max_rows=100)
         >>> merged = merge(models, AlignedBatches(data.target, data.source), HParams(0.8),
         ...                spec=MergeSpec(weights=("down",)))
         >>> merged.report.weights["down"].source_layer.shape == (models.target.cfg.num_layers,)
@@ -210,7 +211,7 @@ def align_activations(
     """Which layer and which neuron of the reference corresponds to which of the target.
 
     Args:
-        models: Of them the target and the reference (the source's base, if there is one) are run.
+        models: The target and the reference (the source's base, if there is one) are run.
         batches: Row-aligned batches of both.
         hparams: Epsilons and threshold.
         spec: Its weights say which sites are needed.
@@ -297,7 +298,7 @@ def check_needs(models: Models, vocabulary: VocabularyMatch | None, *, spec: Mer
 
 
 def check_base(source: ModelConfig, base: ModelConfig) -> None:
-    """Refuses a source base that is not of the source's shapes."""
+    """Refuses a source base whose shapes are not the source's."""
     shapes = [{spec.path: spec.shape for spec in specs.param_specs(cfg)} for cfg in (source, base)]
     if shapes[0] != shapes[1]:
         differing = sorted(path for path in shapes[0].keys() | shapes[1].keys()

@@ -19,7 +19,7 @@ from ot_merge_jax.types import BUDGET, Activations, Coupling, MergeSpec, Potenti
 
 
 class LayerPair(NamedTuple):
-    """One site, seen from one target layer and one source layer: what rebuilds their plan.
+    """One site of one target layer and one source layer: what rebuilds their plan.
 
     Attributes:
         x: Target activations ``[t, n]`` of the layer.
@@ -49,7 +49,7 @@ def _layer_pair(
 def _values_of_pair(
     potentials: Potentials, std_target: jax.Array, std_source: jax.Array, l: Any, m: Any
 ) -> tuple[Potentials, jax.Array, jax.Array]:
-    """What stacked arrays say of one pair."""
+    """The entries of stacked arrays for one pair."""
     return jax.tree.map(lambda leaf: leaf[l, m], potentials), std_target[l], std_source[m]
 
 
@@ -116,7 +116,7 @@ def apply_maps(
     into: Float[Array, "k_in d_in"],
     out: Float[Array, "k_out d_out"],
 ) -> Float[Array, "k_in k_out"]:
-    """``Phi_in^T K Phi_out^T``, of the two orders the one with fewer FLOPs."""
+    """``Phi_in^T K Phi_out^T``, in the order that takes fewer FLOPs."""
     return jnp.linalg.multi_dot(
         [into, kernel.astype(jnp.float32), out.T], precision=jax.lax.Precision.HIGHEST
     )
@@ -136,7 +136,7 @@ def _add_kernel(
     into_rows, out_rows = rows
     if into_rows is not None and out_rows is not None:
         into_rows = into_rows[:, None]
-    places = tuple(slice(None) if one is None else one for one in (into_rows, out_rows))
+    places = tuple(slice(None) if side is None else side for side in (into_rows, out_rows))
     return total.at[l].set(total[l].at[places].add(share * carried))
 
 
@@ -153,7 +153,7 @@ def _add_bias(
     return total.at[l].set(total[l].at[slice(None) if rows is None else rows].add(share * carried))
 
 
-#: In the total's own memory; a tracer has none to give.
+#: The same in the total's own memory; a tracer has none to give.
 _add_kernel_in_place, _add_bias_in_place = (
     jax.jit(function, donate_argnums=0) for function in (_add_kernel, _add_bias)
 )
@@ -165,7 +165,7 @@ class ProjectionWeights(NamedTuple):
     Attributes:
         out_site: Space it writes.
         kernels: Source kernels ``[d_in, d_out]``: an array, or anything that gives layer ``m`` as
-            ``kernels[m]``. One is asked for at a time, and only where a target layer uses it.
+            ``kernels[m]``. They are read one at a time, and only where a target layer uses them.
         biases: Source biases ``[d_out]``, likewise.
     """
 
@@ -175,7 +175,7 @@ class ProjectionWeights(NamedTuple):
 
 
 def _uses(share: Float[Array, "L M"]) -> np.ndarray:
-    """Whether a source layer enters a target layer ``[L, M]``; all do where that is traced."""
+    """Whether a source layer enters a target layer ``[L, M]``; all do if that is traced."""
     return np.ones(share.shape, bool) if isinstance(share, core.Tracer) else np.asarray(share) > 0
 
 
@@ -190,7 +190,7 @@ def transport_projections(
     selected: Mapping[str, Int[np.ndarray, "L k"]] | None = None,
     plan_at_once: int = BUDGET.plan_block,
 ) -> list[tuple[jax.Array | None, jax.Array | None]]:
-    """Carries all kinds of weights that read one site; of a pair its in-map is made once.
+    """Carries all kinds of weights that read one site; a pair's in-map is computed once.
 
     Only pairs with a layer weight, and only selected neurons, are computed. The maps of one pair
     are alive at a time, and the kernels of one source layer.
@@ -243,7 +243,7 @@ def transport_projections(
     sites = ", ".join(kind.out_site for kind in kinds)
     entering = [m for m in range(uses[0].shape[1]) if any(used[:, m].any() for used in uses)]
     for m in progress.track(entering, f"transport {in_site} -> {sites} (source layers)"):
-        held = [
+        source_weights = [
             read(kind, m) if used[:, m].any() else (None, None)
             for kind, used in zip(kinds, uses, strict=True)
         ]
@@ -252,7 +252,7 @@ def transport_projections(
             for index, kind in enumerate(kinds):
                 if not uses[index][l, m]:
                     continue
-                (kernel, bias), share = held[index], shares[index][l, m]
+                (kernel, bias), share = source_weights[index], shares[index][l, m]
                 out_rows = rows_of(kind.out_site, l)
                 pair = _layer_pair(coupling, target, source, kind.out_site, l, m)
                 out = make_map(pair, out_rows, side="out")
@@ -264,7 +264,7 @@ def transport_projections(
                     kernels[index] = add_kernel(kernels[index], l, share, kernel, into, out, chosen)
                 if bias is not None:
                     biases[index] = add_bias(biases[index], l, share, bias, out, out_rows)
-                # or the maps of all pairs would wait in memory
+                # otherwise the maps of all pairs would wait in memory
                 jax.block_until_ready((kernels[index], biases[index]))
     return list(zip(kernels, biases, strict=True))
 
@@ -285,11 +285,11 @@ def transported(
     .. math:: \tilde W_l = \sum_m w_{lm}\, \Phi^{out}_{lm} W_m \Phi^{in}_{lm}
 
     in torch orientation; kernels here are transposed. ``joint``: the maps are the plans, which have
-    total mass 1, so the result all but vanishes. ``barycentric``: rows of both maps sum to 1 before
+    total mass 1, so the result almost vanishes. ``barycentric``: rows of both maps sum to 1 before
     the units (standard deviations) of each space are restored.
 
     Args:
-        weights: Source kernels, for rule ``delta`` the source minus its base; as those of
+        weights: Source kernels, for rule ``delta`` the source minus its base; as in
             `ProjectionWeights`.
         coupling: From `couple`.
         target: The target activations it was made from.
@@ -341,7 +341,7 @@ def transported_bias(
         coupling: From `couple`.
         target: The target activations it was made from.
         source: The source activations it was made from.
-        in_site: Space the weight reads; it shares in the layer weights.
+        in_site: Space the weight reads; its layer plan enters the layer weights.
         out_site: Space the weight writes.
         spec: ``form``, ``layers`` and ``signed`` are used.
         plan_at_once: As for `transport_projections`.

@@ -45,7 +45,7 @@ def moved_rows(
 
 def flops(matched: int, *, target_width: int, source_width: int) -> int:
     """FLOPs of `procrustes` and `moved_rows` of one table with so many matched rows."""
-    # the cross products, the norm of the rows that are turned, and the rows that move; the turn
+    # the cross products, the norm of the rotated rows and the rows that move; then the rotation
     across = 3 * matched * target_width * source_width
     turn = source_width * target_width * min(source_width, target_width)
     return 2 * (across + turn)

@@ -1,7 +1,7 @@
 """The transported weights of a merge: what the source knows, in the target's spaces.
 
 Projections go by the neuron transport of their sites, vocabulary tables by the tokens that the two
-vocabularies share (method: The transported weight and 5.1).
+vocabularies share (method: The transported weight, The vocabulary map).
 """
 
 from __future__ import annotations
@@ -84,12 +84,12 @@ def source_delta(source: Params, base: Params) -> SourceDelta:
     """What a fine-tune changed: parameters of the source minus those of its base, float32.
 
     Args:
-        source: Parameters of the source, held or lazy.
+        source: Parameters of the source, in memory or lazy.
         base: Parameters of what it was fine-tuned from, of the same shapes.
 
     Returns:
         Lazy parameters: a leaf, or a layer of a stacked one, is subtracted when it is asked for, so
-        that no third model stands in memory.
+        that no third model is in memory.
 
     Example:
         >>> tuned, base = ({"norm": {"scale": jnp.full(2, x)}} for x in (3.0, 1.0))
@@ -111,7 +111,7 @@ class SourceDelta(NamedTuple):
     base: Params
 
     def leaf(self, path: str) -> Any:
-        """A leaf, subtracted now; of a stacked one each layer when it is asked for."""
+        """A leaf, subtracted now; in a stacked one each layer when it is asked for."""
         leaf = _LeafDelta(specs.get(self.source, path), specs.get(self.base, path))
         return leaf if path.startswith("layers/") else leaf[...]
 
@@ -220,7 +220,7 @@ def _place(cfg: ModelConfig, role: str) -> str:
 
 
 def _oriented(leaf: jax.Array, role: str, cfg: ModelConfig) -> jax.Array:
-    """That leaf as ``[v, d]``."""
+    """The leaf that plays a role as ``[v, d]``."""
     return leaf.T if role == "head" and not cfg.tie_word_embeddings else leaf
 
 
@@ -229,7 +229,9 @@ def result_bytes(target: ModelConfig, spec: MergeSpec) -> int:
     # a tied target has one table, which plays the head too
     names = {"embed" if x == "head" and target.tie_word_embeddings else x for x in spec.weights}
     return 4 * sum(
-        math.prod(one.shape) for one in specs.param_specs(target) if weight_of(one.path) in names
+        math.prod(param.shape)
+        for param in specs.param_specs(target)
+        if weight_of(param.path) in names
     )
 
 
@@ -251,8 +253,8 @@ def peak_bytes(
         plan_at_once: As for `transport_weights`.
 
     Returns:
-        Three pieces of a model (of source, base, and their difference); of a pair the maps of both
-        sites, of which the second is made beside the first, or what is between them.
+        Three pieces of a model (of source, base, and their difference); for a pair the maps of both
+        sites, the second computed beside the first, or the intermediate results between them.
     """
     peak = 0
     for name in set(spec.weights) & set(PROJECTIONS):
@@ -263,11 +265,11 @@ def peak_bytes(
         )
         maps = n_in * m_in + n_out * m_out
         between = max(n_in * m_out, n_out * m_in) + n_in * n_out
-        made = [
+        plans = [
             couplings.plan_bytes(*pair, rows=rows, plan_at_once=plan_at_once)
             for pair in ((n_in, m_in), (n_out, m_out))
         ]
-        peak = max(peak, made[1], 4 * n_out * m_out + made[0], 4 * (maps + between))
+        peak = max(peak, plans[1], 4 * n_out * m_out + plans[0], 4 * (maps + between))
     return peak + 3 * 4 * max(map(specs.largest_piece, (target, source)))
 
 
@@ -276,7 +278,7 @@ def flops(
 ) -> tuple[int, int]:
     """FLOPs of the projections, at most, and of the vocabulary tables.
 
-    With ``top1`` weights that read one site may take different layers there, and a map each.
+    With ``top1``, weights that read the same site may use different layers, each with a map.
 
     Args:
         target: The target.

@@ -28,7 +28,7 @@ class Rope(NamedTuple):
         beta_fast: Of ``yarn``: pairs that turn more often than this in the old context stay.
         beta_slow: Of ``yarn``: pairs that turn less often than this are slowed fully.
         truncate: Of ``yarn``: whether the two bounds are rounded to whole pairs.
-        short_factor: Of ``longrope``: divisor of each frequency, of sequences up to
+        short_factor: Of ``longrope``: divisor of each frequency, for sequences up to
             ``original_positions`` tokens.
         long_factor: Of ``longrope``: the same for longer sequences.
         rotated: Fraction of a head's features that is rotated; the rest passes.
@@ -73,7 +73,7 @@ class Style(NamedTuple):
         activation: Of the gated MLP.
         attention_scale: Multiplies query-key products; None: ``head_dim ** -0.5``.
         attention_softcap: ``c tanh(x / c)`` of the scaled products; None: none.
-        logit_softcap: The same of the logits.
+        logit_softcap: The same for the logits.
         embedding_scale: Multiplies embedded tokens.
         residual_scale: Multiplies each branch before it is added.
         logit_scale: Multiplies the logits.
@@ -154,7 +154,7 @@ class Family(NamedTuple):
         embedding_by_width: Whether embedded tokens are multiplied by ``sqrt(hidden_size)``.
         reads: Config keys it reads besides those every family has.
         defaults: What transformers assumes where the file lacks a key.
-        fixed: Config keys that must have this value (or be absent), because nothing else is built.
+        fixed: Config keys that must have this value (or be absent): no other is built.
         inert: Config keys that change nothing we compute, given the fixed ones.
     """
 

@@ -99,7 +99,7 @@ def attention_contexts(
         cfg: The model.
 
     Returns:
-        The views; attention is causal and, in sliding layers, ends a window back.
+        The tables and masks; attention is causal and, in sliding layers, reaches one window back.
     """
     layers = cfg.layer_kinds()
     kinds = sorted(set(layers), key=layers.index)
@@ -112,7 +112,7 @@ def attention_contexts(
         near = (distance >= 0) & (distance < (kind.window or key_mask.shape[1]))
         visible.append(near[None, None] & key_mask[:, None, None, :])
     return AttentionContext(
-        tables, visible, np.array([kinds.index(one) for one in layers], np.int32)
+        tables, visible, np.array([kinds.index(layer_kind) for layer_kind in layers], np.int32)
     )
 
 
@@ -211,19 +211,19 @@ def hidden_states(
 ) -> tuple[Float[Array, "b s d"], dict[str, Float[Array, "layers b r width"]]]:
     """The residual stream behind the last layer, and what `forward` captures on the way.
 
-    With ``remat`` a gradient keeps the residual stream between layers alone and computes what lies
-    inside of a layer once more: memory of one layer instead of all, for a third more work.
+    With ``remat`` a gradient keeps only the residual stream between layers and computes the inside
+    of a layer once more: the memory of one layer instead of all, for a third more work.
     """
-    seen = attention_contexts(positions_of(batch.mask), batch.mask, cfg=cfg)
+    contexts = attention_contexts(positions_of(batch.mask), batch.mask, cfg=cfg)
 
     def step(x: jax.Array, stacked: Any) -> tuple[jax.Array, Sites]:
         layer_params, kind = stacked
-        x, sites, _ = layer(layer_params, x, *of_kind(seen, kind), cfg=cfg)
+        x, sites, _ = layer(layer_params, x, *of_kind(contexts, kind), cfg=cfg)
         return x, {site: rows_of(sites[site], batch) for site in sorted(capture)}
 
     x = embed(params, batch.tokens, cfg=cfg)
     step = jax.checkpoint(step) if remat else step
-    return jax.lax.scan(step, x, (params["layers"], seen.kind), unroll=unroll)
+    return jax.lax.scan(step, x, (params["layers"], contexts.kind), unroll=unroll)
 
 
 def peak_bytes(cfg: ModelConfig, *, size: int, length: int) -> int:

@@ -110,7 +110,7 @@ FAMILIES: dict[str, Family] = {
                 {"original_max_position_embeddings", "partial_rotary_factor", "sliding_window"}
             ),
             fixed={"attention_bias": False},
-            # the releases point to code that transformers has long had a class of its own for
+            # the releases name remote code, for which transformers now has a class of its own
             inert=frozenset({"auto_map"}),
         ),
         Family(
@@ -165,7 +165,7 @@ _REASONS = {
     "llava": "vision models are not language decoders",
     "bert": "encoders predict no next token",
 }
-#: The same by a key that such models have, whatever their name.
+#: The same reasons, by a key that such models have whatever their name.
 _REASONS_BY_KEY = {
     "vision_config": _REASONS["vl"],
     "num_experts": _REASONS["moe"],
@@ -238,6 +238,6 @@ qwen2, qwen3, gemma2, gemma3_text, phi3, olmo2, smollm3, granite.
             f"{where}: architectures is {architectures}, but only "
             f"[{family.architecture!r}] predicts tokens; use a checkpoint of it."
         )
-    # null or empty here, and no part of the model
+    # checked above, and no part of the model
     rest = {key: value for key, value in config.items() if key not in _CHECKED}
     return read_config(rest, family, where=where)

@@ -60,14 +60,14 @@ def _by_layer(
     mesh: jax.sharding.Mesh | None,
     hidden_at_once: int,
 ) -> Iterator[tuple[slice, int, dict[str, jax.Array]]]:
-    """The same layer by layer, where the parameters are on disk."""
+    """The same as `_whole`, layer by layer, where the parameters are on disk."""
     what = f"gather activations of the {model}"
     for part in offload.chunks(batches, cfg=cfg, hidden_at_once=hidden_at_once):
         split = [sharding.split_batch(batch, mesh) for batch in batches[part]]
         for l, index, _, rows in offload.through_layers(
             params, split, cfg=cfg, sites=sites, what=what
         ):
-            captured = {site: one[None] for site, one in rows.items()}
+            captured = {site: picked[None] for site, picked in rows.items()}
             yield slice(l, l + 1), part.start + index, captured
 
 
@@ -88,8 +88,8 @@ def gather(
     shape of batch.
 
     Args:
-        params: Parameters, in the dtype to compute in; of `specs.LazyParams`
-            one layer at a time is in memory.
+        params: Parameters, in the dtype to compute in; of `specs.LazyParams` one layer at a
+            time is in memory.
         batches: From `ot_merge_jax.data.calibration`.
         cfg: The model.
         sites: Names of `ot_merge_jax.models.sites.SITES`.
@@ -97,8 +97,8 @@ def gather(
         model: Which model this is, for messages.
         allocate: Makes the float32 array of a site from its name and shape ``[layers, rows, d]``;
             host memory, unless it is e.g. `ot_merge_jax.io.arrays.allocator`.
-        hidden_at_once: Bytes of hidden states in memory where parameters are lazy, one batch's at
-            least.
+        hidden_at_once: Bytes of hidden states in memory where parameters are lazy; at least
+            those of one batch.
 
     Returns:
         Activations on the host, in the arrays that were allocated, rows sorted by ``row_id``.
@@ -133,8 +133,8 @@ def gather(
         for site, rows in captured.items():
             values[site][layers, places] = np.asarray(rows)[:, wanted]
     for site, rows in values.items():
-        for layer, one in enumerate(rows):
-            if not np.isfinite(one).all():
+        for layer, layer_rows in enumerate(rows):
+            if not np.isfinite(layer_rows).all():
                 raise NonFiniteError(
                     f"Activations of the {model} at site {site}, layer {layer}, are not finite: "
                     f"its weights overflow there; check the checkpoint."

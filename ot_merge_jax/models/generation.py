@@ -36,13 +36,13 @@ def generate(
         mask: True where a token is real.
         cfg: The model.
         max_new_tokens: Tokens to add at most.
-        stop: Ids that end a text (its EOS); after one of them comes that same id.
+        stop: Ids that end a text (its EOS); the one that ends it is repeated to the end.
         temperature: 0 takes the likeliest token; else logits are divided by it and sampled.
         top_p: Only the likeliest tokens that together have this probability are sampled.
         key: PRNG key; needed to sample.
 
     Returns:
-        The new tokens alone, ``max_new_tokens`` of each prompt.
+        The new tokens alone, ``max_new_tokens`` for each prompt.
 
     Raises:
         ValueError: if prompt and continuation exceed the context, a prompt is padded on the right,
@@ -113,7 +113,7 @@ def _generate(
         step, _, _, done, _ = state
         return (step < count) & ~done.all()
 
-    def one(state: Any) -> Any:
+    def add_token(state: Any) -> Any:
         step, last, new, done, caches = state
         where = (lengths + step - 1)[:, None]
         logits, caches = _extend(
@@ -123,7 +123,7 @@ def _generate(
         return step + 1, chosen, new.at[:, step].set(chosen), done | is_stop(chosen), caches
 
     start = (jnp.int32(1), first, new, is_stop(first), caches)
-    step, last, new, _, _ = jax.lax.while_loop(is_running, one, start)
+    step, last, new, _, _ = jax.lax.while_loop(is_running, add_token, start)
     return jnp.where(jnp.arange(count)[None] < step, new, last[:, None])
 
 
@@ -138,18 +138,18 @@ def _extend(
     cfg: ModelConfig,
 ) -> tuple[Float[Array, "b v"], tuple[jax.Array, jax.Array]]:
     """Reads more tokens into the caches; logits of the last one."""
-    seen = decoder.attention_contexts(positions, key_mask, start=start, cfg=cfg)
+    contexts = decoder.attention_contexts(positions, key_mask, start=start, cfg=cfg)
 
     def step(x: jax.Array, stacked: Any) -> tuple[jax.Array, Any]:
         layer_params, kind, keys, values = stacked
         cache = Cache(keys, values, start)
         x, _, cache = decoder.layer(
-            layer_params, x, *decoder.of_kind(seen, kind), cfg=cfg, cache=cache
+            layer_params, x, *decoder.of_kind(contexts, kind), cfg=cfg, cache=cache
         )
         return x, (cache.keys, cache.values)
 
     x = decoder.embed(params, tokens, cfg=cfg)
-    x, caches = jax.lax.scan(step, x, (params["layers"], seen.kind, *caches))
+    x, caches = jax.lax.scan(step, x, (params["layers"], contexts.kind, *caches))
     return decoder.head(params, x[:, -1:], cfg=cfg)[:, 0], caches
 
 
@@ -158,5 +158,5 @@ def _sample(logits: Float[Array, "b v"], top_p: Any, key: jax.Array) -> Int[Arra
     ordered = jnp.sort(jax.nn.softmax(logits, -1), -1)[:, ::-1]
     before = jnp.cumsum(ordered, -1) - ordered
     least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
-    kept = jnp.where(jax.nn.softmax(logits, -1) >= least, logits, -jnp.inf)
-    return jax.random.categorical(key, kept, -1).astype(jnp.int32)
+    allowed = jnp.where(jax.nn.softmax(logits, -1) >= least, logits, -jnp.inf)
+    return jax.random.categorical(key, allowed, -1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Reading a ``config.json`` into a `ModelConfig`. Imports config, rope_settings and errors only.
+"""Reading a ``config.json`` into a `ModelConfig`. Imports config, rope_config and errors only.
 
 Every key of the file is handled, known to be inert, or refused by name: a key we do not understand
 could change what the model computes.
@@ -104,9 +104,9 @@ class _Keys:
         return kind(1)
 
     def optional(self, key: str, kind: type) -> Any:
-        """The same, or None where the family does not read the key or the file has none."""
-        is_said = key in self.family.reads and self.get(key) is not None
-        return self.number(key, kind) if is_said else None
+        """As `number`, or None where the family does not read the key or the file has none."""
+        is_present = key in self.family.reads and self.get(key) is not None
+        return self.number(key, kind) if is_present else None
 
     def flag(self, key: str) -> bool:
         """A boolean the family reads; absent and null are false."""
@@ -178,7 +178,7 @@ def read_config(config: Mapping[str, Any], family: Family, *, where: str) -> Mod
 
 
 def _unknown_keys(config: Mapping[str, Any], family: Family) -> list[str]:
-    """Keys that are not known, or have a value that is not built."""
+    """Keys that are not known, or have a value that is not supported."""
     problems = []
     fixed = {key: value for key, value in _FIXED.items() if key not in family.inert}
     fixed |= family.fixed
@@ -198,7 +198,7 @@ def _unknown_keys(config: Mapping[str, Any], family: Family) -> list[str]:
 
 
 def _style(keys: _Keys, hidden: int, attention_bias: bool) -> Style:
-    """The family's style with what the file says of it."""
+    """The family's style, completed from the file."""
     style = keys.family.style
     scalar = keys.optional("query_pre_attn_scalar", float)
     multiplier = keys.optional("attention_multiplier", float)
@@ -252,7 +252,7 @@ def _layer_types(keys: _Keys, depth: int, window: int | None) -> list[str]:
     elif types is None:
         types = ["sliding_attention" if window else "full_attention"] * depth
     allowed = {"full_attention", "sliding_attention"} if can_slide else {"full_attention"}
-    is_list = isinstance(types, list) and all(isinstance(one, str) for one in types)
+    is_list = isinstance(types, list) and all(isinstance(kind, str) for kind in types)
     if not is_list or set(types) - allowed:
         keys.problems.append(
             f"layer_types {shown(types)} is not supported (only {', '.join(sorted(allowed))})"

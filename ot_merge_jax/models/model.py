@@ -27,7 +27,7 @@ class Model(NamedTuple):
     params: Params
 
 
-# a NamedTuple is a pytree of all its fields; registered, it is what we say
+# a NamedTuple is a pytree of all its fields; registered, its configuration is static
 jax.tree_util.register_pytree_node(
     Model, lambda model: ((model.params,), model.cfg), lambda cfg, leaves: Model(cfg, leaves[0])
 )
@@ -36,7 +36,7 @@ jax.tree_util.register_pytree_node(
 class DeferredModel:
     """A model whose parameters are loaded when they are first asked for, and held until released.
 
-    A run that goes on from finished stages does not load what no stage asks for.
+    A run that goes on from finished stages does not load what no stage needs.
     """
 
     def __init__(self, cfg: ModelConfig, load: Callable[[], Params]):
@@ -45,7 +45,7 @@ class DeferredModel:
 
     @property
     def params(self) -> Params:
-        """The parameters, loaded now unless they are held."""
+        """The parameters, loaded now unless they are in memory."""
         if self._params is None:
             self._params = self._load()
         return self._params

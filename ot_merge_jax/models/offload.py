@@ -54,7 +54,7 @@ def through_layers(
     """Sends all batches through the table and then through one layer after the other.
 
     Args:
-        params: Parameters, of which one layer at a time is asked for.
+        params: Parameters, read one layer at a time.
         batches: The batches.
         cfg: The model.
         sites: Sites to capture.
@@ -66,7 +66,7 @@ def through_layers(
     """
     hidden = _embedded(params, batches, cfg=cfg)
     kinds = cfg.layer_kinds()
-    numbers = [sorted(set(kinds), key=kinds.index).index(one) for one in kinds]
+    numbers = [sorted(set(kinds), key=kinds.index).index(kind) for kind in kinds]
     for l in progress.track(range(cfg.num_layers), f"{what} (layers)"):
         layer = specs.layer(params, l)
         for index, batch in enumerate(batches):
@@ -108,6 +108,6 @@ def _layer(
     layer: Params, x: jax.Array, batch: Batch, *, cfg: ModelConfig, kind: int, sites: frozenset[str]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One layer of one batch: the residual stream behind it, and its captured rows."""
-    seen = decoder.attention_contexts(decoder.positions_of(batch.mask), batch.mask, cfg=cfg)
-    x, found, _ = decoder.layer(layer, x, *decoder.of_kind(seen, kind), cfg=cfg)
-    return x, {site: decoder.rows_of(found[site], batch) for site in sorted(sites)}
+    contexts = decoder.attention_contexts(decoder.positions_of(batch.mask), batch.mask, cfg=cfg)
+    x, captured, _ = decoder.layer(layer, x, *decoder.of_kind(contexts, kind), cfg=cfg)
+    return x, {site: decoder.rows_of(captured[site], batch) for site in sorted(sites)}

@@ -77,7 +77,7 @@ def read_ropes(
         problems: What is wrong is appended here.
 
     Returns:
-        ``full_attention`` and ``sliding_attention``; the same one twice unless the family's differ.
+        ``full_attention`` and ``sliding_attention``; the same for both unless the family has two.
     """
     settings: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -97,7 +97,7 @@ def read_ropes(
         return {"full_attention": rope, "sliding_attention": rope}
     local = config.get("rope_local_base_freq") or family.defaults["rope_local_base_freq"]
     nested = {key: settings.pop(key, None) for key in ("full_attention", "sliding_attention")}
-    if any(not isinstance(one, Mapping | None) for one in nested.values()):
+    if any(not isinstance(own, Mapping | None) for own in nested.values()):
         problems.append(f"rope_parameters must hold objects, not {shown(nested)}")
         return {"full_attention": _PLAIN, "sliding_attention": _PLAIN}
     per_type = {
@@ -105,8 +105,8 @@ def read_ropes(
         "sliding_attention": (nested["sliding_attention"] or {}, local),
     }
     return {
-        key: _read_rope(one, family, base, max_positions, head_dim, problems)
-        for key, (one, base) in per_type.items()
+        key: _read_rope(own, family, base, max_positions, head_dim, problems)
+        for key, (own, base) in per_type.items()
     }
 
 
@@ -195,7 +195,7 @@ def _longrope(rope: Rope, used: Mapping[str, Any], max_positions: int) -> Rope:
     factor = used.get("factor") or max_positions / original
     attention = used.get("attention_factor")
     if attention is None:
-        # of a context of one token the logarithm is 0, and nothing is stretched
+        # the logarithm of a context of one token is 0, and nothing is stretched
         is_longer = factor > 1 and original > 1
         attention = math.sqrt(1 + math.log(factor) / math.log(original)) if is_longer else 1.0
     return rope._replace(

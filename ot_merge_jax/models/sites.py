@@ -1,7 +1,8 @@
 """The wiring: named feature spaces (sites) and the weights that connect them. Imports config only.
 
 A weight is a map between two sites. Fusion reads this table and never a parameter's name, so
-whatever is captured, transported and masked is decided here (method: Activations, 5 and 6).
+whatever is captured, transported and masked is decided here (method: Activations, The transported
+weight, Which neurons move).
 """
 
 from __future__ import annotations

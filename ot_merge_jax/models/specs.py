@@ -5,6 +5,7 @@ The table is the only place that knows Hugging Face tensor names.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +30,7 @@ NORMS: dict[str, dict[str, str]] = {
         "mlp_out": "post_feedforward_layernorm",
     },
 }
-#: Tensors that hold several projections under each other, where a family's files are fused.
+#: Tensors that hold several projections stacked by rows, where a family's files are fused.
 FUSED: dict[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("q", "k", "v"),
     "mlp.gate_up_proj": ("gate", "up"),
@@ -80,6 +81,7 @@ class ParamSpec(NamedTuple):
         return shape if self.rows is None else (self.rows[2], *shape[1:])
 
 
+@functools.lru_cache(maxsize=256)  # stages ask for it thousands of times
 def param_specs(cfg: ModelConfig) -> tuple[ParamSpec, ...]:
     """The parameter table of a model, in the order of the forward pass.
 
@@ -163,23 +165,23 @@ def _in_file(path: str) -> str:
 
 def _fused_rows(widths: dict[str, int]) -> dict[str, tuple[str, tuple[int, int, int]]]:
     """Projection -> the tensor that holds it, and which of its rows."""
-    found = {}
+    places = {}
     for name, members in FUSED.items():
-        total, start = sum(widths[one] for one in members), 0
-        for one in members:
-            found[one] = (f"layers.{{layer}}.{name}", (start, start + widths[one], total))
-            start += widths[one]
-    return found
+        total, start = sum(widths[member] for member in members), 0
+        for member in members:
+            places[member] = (f"layers.{{layer}}.{name}", (start, start + widths[member], total))
+            start += widths[member]
+    return places
 
 
 class LazyParams(Protocol):
-    """Parameters that nobody holds: read or computed when they are asked for.
+    """Parameters that are not in memory: read or computed when they are asked for.
 
     jit does not take them; ask for the leaves that are needed, or for one layer.
     """
 
     def leaf(self, path: str) -> Any:
-        """The leaf at a ``/`` path; of a stacked one, what gives layer ``l`` as ``[l]``."""
+        """The leaf at a ``/`` path; for a stacked one, something whose ``[l]`` is layer ``l``."""
         ...
 
     def layer(self, l: int) -> Params:
@@ -193,7 +195,7 @@ def is_resident(params: Params) -> bool:
 
 
 def get(params: Params, path: str) -> Any:
-    """The leaf at a ``/`` path, of nested dicts also a subtree; KeyError if there is none."""
+    """The leaf at a ``/`` path, or in nested dicts a subtree; KeyError if there is none."""
     if not is_resident(params):
         return params.leaf(path)
     for key in path.split("/"):

@@ -1,4 +1,4 @@
-"""What `ot-merge eval` found, as tables and sentences for a terminal."""
+"""The results of `ot-merge eval`, as tables and sentences for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS = {"nll_per_token": "nats per token", "bits_per_byte": "bits per byte"}
 
 
 def parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Everything that was found, in order.
+    """All results, in order.
 
     Args:
         found: From `ot_merge_jax.evaluation.evaluate`.
@@ -33,21 +33,21 @@ def parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
         )
     for pair in found["pairs"]:
         yield _difference(pair, _UNITS[pair["metric"]])
-    for name, one in found["models"].items():
-        if "kl_to_base" in one:
-            low, high = one["kl_to_base_interval"]
+    for name, model in found["models"].items():
+        if "kl_to_base" in model:
+            low, high = model["kl_to_base_interval"]
             yield (
-                f"KL of {name} from {found['base']}: {one['kl_to_base']:.4f} nats per token, "
+                f"KL of {name} from {found['base']}: {model['kl_to_base']:.4f} nats per token, "
                 f"95 % interval [{low:.4f}, {high:.4f}]"
             )
-    for file, one in found.get("choices", {}).items():
-        yield _accuracies(file, one)
-        yield _letters(one)
-        for pair in one["pairs"]:
+    for file, questions in found.get("choices", {}).items():
+        yield _accuracies(file, questions)
+        yield _letters(questions)
+        for pair in questions["pairs"]:
             yield _difference(pair, f"accuracy, {pair['scoring']}, {file}")
-    for task, one in found.get("tasks", {}).items():
-        yield _metrics(task, one)
-        for pair in one["pairs"]:
+    for task, metrics in found.get("tasks", {}).items():
+        yield _metrics(task, metrics)
+        for pair in metrics["pairs"]:
             yield _difference(pair, f"{pair['metric']}, {task}")
     if "samples" in found:
         yield tables.samples(found["samples"])
@@ -66,7 +66,7 @@ def _difference(pair: Mapping[str, Any], unit: str) -> str:
 
 
 def _table(title: str | None, *names: str) -> Table:
-    """A table of a row for each model."""
+    """An empty table whose rows will be models."""
     table = Table(
         Column("model", overflow="fold"), title=title, title_justify="left", box=SIMPLE_HEAD
     )
@@ -77,14 +77,14 @@ def _table(title: str | None, *names: str) -> Table:
 
 def _losses(models: Mapping[str, Any]) -> Table:
     """Loss, bits per byte and, where it is known, the divergence from the base."""
-    has_base = any("kl_to_base" in one for one in models.values())
+    has_base = any("kl_to_base" in model for model in models.values())
     more = ("KL to base",) if has_base else ()
     table = _table(None, "documents", "tokens", "nats/token", "bits/byte", *more)
-    for name, one in models.items():
-        row = [str(one["documents"]), str(one["tokens"])]
-        row += [f"{one['nll_per_token']:.4f}", f"{one['bits_per_byte']:.4f}"]
+    for name, model in models.items():
+        row = [str(model["documents"]), str(model["tokens"])]
+        row += [f"{model['nll_per_token']:.4f}", f"{model['bits_per_byte']:.4f}"]
         if has_base:
-            row.append(f"{one['kl_to_base']:.4f}" if "kl_to_base" in one else "")
+            row.append(f"{model['kl_to_base']:.4f}" if "kl_to_base" in model else "")
         table.add_row(Text(name), *row)
     return table
 
@@ -95,37 +95,37 @@ def _add(table: Table, name: str, rows: Iterable[Sequence[RenderableType]]) -> N
         table.add_row(Text("" if number else name), *row)
 
 
-def _accuracies(file: str, found: Mapping[str, Any]) -> Table:
+def _accuracies(file: str, questions: Mapping[str, Any]) -> Table:
     """Accuracy of every model in every scoring."""
-    title = f"{file} ({found['questions']} questions)"
+    title = f"{file} ({questions['questions']} questions)"
     table = _table(title, "scoring", "accuracy", "95 % interval")
-    for name, one in found["models"].items():
+    for name, scorings in questions["models"].items():
         rows = [
             (
                 scoring,
                 f"{value['accuracy']:.3f}",
                 Text(f"[{value['low']:.3f}, {value['high']:.3f}]"),
             )
-            for scoring, value in one.items()
+            for scoring, value in scorings.items()
             if scoring != "letters"
         ]
         _add(table, name, rows)
     return table
 
 
-def _letters(found: Mapping[str, Any]) -> Table:
+def _letters(questions: Mapping[str, Any]) -> Table:
     """How often each letter was chosen; every option stood behind every letter."""
-    widest = max((one["letters"]["letter"] for one in found["models"].values()), key=len)
+    widest = max((model["letters"]["letter"] for model in questions["models"].values()), key=len)
     table = _table("letters chosen, over all orders of the options", "scoring", *widest)
-    for name, one in found["models"].items():
-        rows = [(key, *map(str, counts.values())) for key, counts in one["letters"].items()]
+    for name, model in questions["models"].items():
+        rows = [(key, *map(str, counts.values())) for key, counts in model["letters"].items()]
         _add(table, name, rows)
     return table
 
 
-def _metrics(task: str, found: Mapping[str, Any]) -> Table:
-    """What lm-eval says of every model."""
-    table = _table(f"{task} ({found['documents']} documents)", "metric", "value")
-    for name, one in found["models"].items():
-        _add(table, name, [(metric, f"{value:.4f}") for metric, value in one.items()])
+def _metrics(task: str, metrics: Mapping[str, Any]) -> Table:
+    """The metrics of lm-eval for every model."""
+    table = _table(f"{task} ({metrics['documents']} documents)", "metric", "value")
+    for name, values in metrics["models"].items():
+        _add(table, name, [(metric, f"{value:.4f}") for metric, value in values.items()])
     return table

@@ -1,7 +1,7 @@
 """A run as one HTML file for people, with its plots beside it. Reads the run's folder alone.
 
 The file needs no network and runs no script: its plots are SVG inside it, its policy forbids the
-rest. What a model, a text or a name says is shown, never interpreted.
+rest. Text of models, documents and names is escaped.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     Attributes:
         name: Of the model or control.
-        note: What it is, and how far it goes.
+        note: What it is, and its strength.
         entry: Its numbers.
         merge_minus: The merge minus this one.
         has_own_tokens: Whether its loss per token cannot be compared with the target's.
@@ -81,18 +81,18 @@ def write(details: Path, *, file: Path | None = None) -> list[Path]:
     folder = details / PLOTS
     if file is None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise InputError(f"{folder} is a link or a file; remove it, the plots go into a folder.")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it speaks of caches and fonts
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it logs caches and fonts
     from ot_merge_jax.reports import plots, style  # noqa: PLC0415, matplotlib takes a second
 
     drawn = plots.draw(run.report)
-    page = render(run, {one.name: one.inline for one in drawn}, style=style.style()).encode()
+    page = render(run, {plot.name: plot.inline for plot in drawn}, style=style.style()).encode()
     if file is not None:
         _replace(file, page)
         return [file]
     contents = {details / FILE: page}
-    for one in drawn:
-        contents[folder / f"{one.name}.svg"] = one.svg.encode()
-        contents[folder / f"{one.name}.png"] = one.png
+    for plot in drawn:
+        contents[folder / f"{plot.name}.svg"] = plot.svg.encode()
+        contents[folder / f"{plot.name}.png"] = plot.png
     for path, content in contents.items():
         _replace(path, content)
     return list(contents)
@@ -102,7 +102,7 @@ def render(run: RunRecord, drawn: Mapping[str, str], *, style: str) -> str:
     """The page.
 
     Args:
-        run: What the run found.
+        run: The record of the run.
         drawn: Name of a plot -> SVG.
         style: CSS that the plots need.
 
@@ -110,7 +110,7 @@ def render(run: RunRecord, drawn: Mapping[str, str], *, style: str) -> str:
         HTML.
     """
     report = run.report
-    names = {role: one.name for role, one in run.provenance.inputs.items()}
+    names = {role: model.name for role, model in run.provenance.inputs.items()}
     rows = _rows(report)
     return _template().render(
         title=_title(report, names),
@@ -122,15 +122,15 @@ def render(run: RunRecord, drawn: Mapping[str, str], *, style: str) -> str:
         headline=_headline(report),
         rows=rows,
         documents=report.evaluation.get(_subject(report), Entry()).documents,
-        has_kl=any(one.entry.kl_to_base is not None for one in rows),
+        has_kl=any(row.entry.kl_to_base is not None for row in rows),
         has_controls=bool(report.controls.keys() - {"target", "source"}),
-        beyond=next((one.beyond for one in report.controls.values() if one.beyond), None),
+        beyond=next((entry.beyond for entry in report.controls.values() if entry.beyond), None),
         chosen=_strengths(report.strength.chosen),
         tone={"improved": "better", "worse": "worse"}.get(report.outcome or "", ""),
         is_zero=_is_zero(report.strength),
         split=_split(report),
-        moved={name: _moved(one) for name, one in report.weights.items()},
-        plots={name: Markup(one) for name, one in drawn.items()},  # noqa: S704, drawn by us
+        moved={name: _moved(weight) for name, weight in report.weights.items()},
+        plots={name: Markup(svg) for name, svg in drawn.items()},  # noqa: S704, drawn by us
         style=Markup(style),  # noqa: S704, ours
     )
 
@@ -154,7 +154,7 @@ def _template() -> jinja2.Template:
 
 
 def _seen(value: Any) -> Any:
-    """A text with its control characters written out, but for ends of lines; numbers are short."""
+    """A text with its control characters, except line ends, written out; floats with 4 digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if not isinstance(value, str) or isinstance(value, Markup):
@@ -171,25 +171,25 @@ def _rows(report: Report) -> list[Row]:
         result = entries["after"]
         minus = {"target": result.against_target, "before": result.against_before}
     rows = []
-    for name, one in entries.items():
-        if one == Entry():
+    for name, entry in entries.items():
+        if entry == Entry():
             continue
-        kind = name.removesuffix(" 1")  # of several seeds the first says what they are
-        notes = [_ROLES.get(name) or _CONTROLS.get(kind, ""), _choice(name, one, report)]
+        kind = name.removesuffix(" 1")  # only the first of several seeds has the note
+        notes = [_ROLES.get(name) or _CONTROLS.get(kind, ""), _choice(name, entry, report)]
         rows.append(
             Row(
                 name,
                 "; ".join(filter(None, notes)),
-                one,
-                minus.get(name, one.merge_minus_control),
-                one.has_own_tokens,
+                entry,
+                minus.get(name, entry.merge_minus_control),
+                entry.has_own_tokens,
             )
         )
     return rows
 
 
 def _title(report: Report, names: Mapping[str, str]) -> str:
-    """What was made of what."""
+    """The title of the page: which model was merged into which, or trained."""
     if report.is_training and "model" in names:
         return f"{names['model']}, trained"
     return " into ".join(names[role] for role in ("source", "target") if role in names)
@@ -201,18 +201,18 @@ def _subject(report: Report) -> str:
 
 
 def _choice(name: str, entry: Entry, report: Report) -> str:
-    """What a model or control chose on its dev split, as the merge did."""
+    """What was chosen for a model or control on the dev split, in words."""
     if entry.gamma is not None:
         return f"{entry.gamma:g} of the bias"
     chosen = report.strength if name == "merge" else entry.strength
-    said = _strengths(chosen.chosen) if chosen else ""
-    return f"strength {said}" if said else ""
+    text = _strengths(chosen.chosen) if chosen else ""
+    return f"strength {text}" if text else ""
 
 
 def _gain(report: Report) -> Difference | None:
     """The merge minus the target: over all calibration seeds, where that is known.
 
-    Of a training without baselines what it changed.
+    For a training without baselines: the model after it minus the model before it.
     """
     if report.is_training:
         after = report.evaluation.get("after", Entry())
@@ -221,7 +221,7 @@ def _gain(report: Report) -> Difference | None:
 
 
 def _headline(report: Report) -> str:
-    """What `_gain` is."""
+    """What the difference that `_gain` returns compares."""
     seeds = len(report.seeds)
     if report.is_training:
         return "after minus before training, on held-out text"
@@ -234,19 +234,19 @@ def _headline(report: Report) -> str:
 
 def _moved(weight: Weight) -> list[str]:
     """A line of the table of weights: means over layers, as the terminal shows them."""
-    carried, change = (_mean(one) for one in (weight.ratio_transported, weight.ratio_change))
+    carried, change = (_mean(ratios) for ratios in (weight.ratio_transported, weight.ratio_change))
     if weight.is_by_token:
         return [carried, change, "", "", "by token"]
     near = f"{_mean(weight.neighbours_out, '.1f')}, {_mean(weight.neighbours_in, '.1f')}"
     stopped = "" if all(weight.converged) else " (not converged)"
-    errors = [one for one in weight.error if one is not None]
+    errors = [error for error in weight.error if error is not None]
     error = f"{max(errors):.0e}{stopped}" if errors else ""
     return [carried, change, near, error, " ".join(map(str, weight.source_layer))]
 
 
 def _mean(values: Sequence[int | float | None], form: str = ".1e") -> str:
     """The mean of the numbers that are there."""
-    known = [one for one in values if one is not None]
+    known = [value for value in values if value is not None]
     return format(float(np.mean(known)), form) if known else "-"
 
 
@@ -267,7 +267,7 @@ def _split(report: Report) -> str:
 
 
 def _is_zero(strength: Strength) -> bool:
-    """Whether 0 won."""
+    """Whether every chosen strength is 0."""
     chosen = strength.chosen
     if chosen is None:
         return False
@@ -290,7 +290,7 @@ def _amount(change: Difference, *, has_unit: bool = False) -> str:
 
 
 def _reading(change: Difference) -> str:
-    """What a difference of two losses says of the first."""
+    """Whether the first of two losses is better or worse, by the interval of their difference."""
     if change.low is None or change.high is None:
         return ""
     return "better" if change.high < 0 else "worse" if change.low > 0 else "no difference"
@@ -302,7 +302,7 @@ def _bytes(count: int | float | None) -> str:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, with the rights of any new file."""
+    """Writes a file whole or not at all, with the permissions of any new file."""
     path.parent.mkdir(exist_ok=True)
     new = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}")
     try:

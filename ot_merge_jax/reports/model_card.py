@@ -24,7 +24,7 @@ def licence_of(folder: Path) -> str | None:
         if card.stat().st_size > _MAX_CARD_BYTES:
             return None
         value = ModelCard.load(card).data.get("license")
-    except Exception:  # a card is somebody's text: anything may be wrong with it
+    except Exception:  # a card may contain anything
         return None
     return value if isinstance(value, str) else None
 
@@ -44,7 +44,7 @@ def losses(
 ) -> list[tuple[str, float | None, float | None]]:
     """(model, nats per token, bits per byte) of the models of a report, for the card.
 
-    Where a model has other tokens than the target its loss per token compares with nothing, and is
+    Where a model has other tokens than the target, its loss per token cannot be compared and is
     None.
 
     Example:
@@ -137,13 +137,13 @@ def model_card(
 
 
 def _called(folder: Path, origin: hub.Origin | None) -> str:
-    """A model's name, and for one of the hub the commit."""
+    """A model's name, with the commit if it is from the hub."""
     return folder.resolve().name if origin is None else f"{origin.repo} at {origin.commit}"
 
 
 def _plain(text: str) -> str:
     """Text that cannot break out of a table cell or start Markdown or HTML."""
-    kept = "".join(c if c.isprintable() else " " for c in text)
+    plain = "".join(c if c.isprintable() else " " for c in text)
     for character in "\\`*_[]<>|#&":
-        kept = kept.replace(character, f"\\{character}" if character not in "<>&" else " ")
-    return kept
+        plain = plain.replace(character, f"\\{character}" if character not in "<>&" else " ")
+    return plain

@@ -1,4 +1,4 @@
-"""The plots of a report: what is drawn of a run's numbers."""
+"""The plots of a report, drawn from the numbers of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEAST_RATIO = 1e-30
 
 
 def draw(report: Report) -> list[style.Plot]:
-    """Every plot that the numbers of a run are enough for.
+    """Every plot for which a run has the numbers.
 
     Args:
         report: Of the run.
@@ -28,16 +28,16 @@ def draw(report: Report) -> list[style.Plot]:
     Returns:
         The plots, in the order of the report.
     """
-    found = []
+    plots = []
     with style.settings():
         for name, make in MAKERS.items():
             figure = Figure()
             if make(figure, report):
-                found.append(style.rendered(name, figure))
-    return found
+                plots.append(style.rendered(name, figure))
+    return plots
 
 
-# ---- what the models lose and gain ----
+# ---- losses and differences ----
 
 
 def _differences(figure: Figure, report: Report) -> bool:
@@ -45,17 +45,19 @@ def _differences(figure: Figure, report: Report) -> bool:
     compared: dict[str, Difference | None] = {}
     if merge := report.evaluation.get("merge"):
         compared["target"] = report.pooled or merge.against_target
-    for name, one in report.controls.items():
-        compared[name] = compared.get(name) or one.merge_minus_control
-        if one.beyond is not None:
-            compared["beyond unigram"] = one.beyond
+    for name, entry in report.controls.items():
+        compared[name] = compared.get(name) or entry.merge_minus_control
+        if entry.beyond is not None:
+            compared["beyond unigram"] = entry.beyond
     rows = [
-        (name, one)
-        for name, one in compared.items()
-        if one is not None
-        and one.metric == "nll_per_token"
-        and None not in (one.difference, one.low, one.high)
-        and np.isfinite(style.values([one.difference, one.low, one.high])).all()
+        (name, difference)
+        for name, difference in compared.items()
+        if difference is not None
+        and difference.metric == "nll_per_token"
+        and None not in (difference.difference, difference.low, difference.high)
+        and np.isfinite(
+            style.values([difference.difference, difference.low, difference.high])
+        ).all()
     ]
     if not rows:
         return False
@@ -63,8 +65,10 @@ def _differences(figure: Figure, report: Report) -> bool:
     axes = style.panel(figure, 0.3 * len(rows) + 0.1, left=0.25 + 0.085 * longest, bottom=0.75)
     axes.grid(visible=False)
     axes.axvline(0, color=style.INK, linewidth=1)
-    for place, (_, one) in enumerate(rows):
-        low, middle, high = (float(x or 0) for x in (one.low, one.difference, one.high))
+    for place, (_, difference) in enumerate(rows):
+        low, middle, high = (
+            float(x or 0) for x in (difference.low, difference.difference, difference.high)
+        )
         kind, marker = (0, "o") if high < 0 else (1, "s") if low > 0 else (5, "D")
         axes.plot([low, high], [place, place], color=style.COLOURS[kind][0], linewidth=2.4)
         axes.plot([middle], [place], marker, color=style.COLOURS[kind][0], markersize=6)
@@ -80,24 +84,24 @@ def _differences(figure: Figure, report: Report) -> bool:
 def _strength(figure: Figure, report: Report) -> bool:
     """Loss on the dev split over one strength for all weights, with the curves of the controls."""
     curves = {"merge": report.strength.tried}
-    for name, one in report.controls.items():
-        if one.strength is not None and name != "unigram":
-            curves[name] = one.strength.tried
-    drawn = {name: one for name, tried in curves.items() if len(one := _shared(tried))}
+    for name, entry in report.controls.items():
+        if entry.strength is not None and name != "unigram":
+            curves[name] = entry.strength.tried
+    drawn = {name: points for name, tried in curves.items() if len(points := _shared(tried))}
     if "merge" not in drawn:
         return False
     kinds = list(dict.fromkeys(_kind(name) for name in drawn))
     axes = style.panel(figure, 2.6, names=len(kinds))
-    seen = set()
+    labelled = set()
     for name, points in drawn.items():
         kind = _kind(name)
         axes.plot(
             *points.T, **style.look(kinds.index(kind)),
-            label=None if kind in seen else style.word(kind),
+            label=None if kind in labelled else style.word(kind),
             zorder=3 if name == "merge" else 2,
             linewidth=2.2 if name == "merge" else 1.2,
         )  # fmt: skip
-        seen.add(kind)
+        labelled.add(kind)
     best = drawn["merge"][drawn["merge"][:, 1].argmin()]
     axes.plot(*best, "o", markersize=11, fillstyle="none", color=style.INK, zorder=4)
     _bounded(axes, drawn["merge"][:, 1], np.concatenate(list(drawn.values()))[:, 1])
@@ -125,29 +129,31 @@ def _search(figure: Figure, report: Report) -> bool:
 
 def _shared(tried: Sequence[Tried]) -> np.ndarray:
     """``[points, 2]`` of the strengths that were the same for all weights, in their order."""
-    points = [(one.strength, one.loss) for one in tried if not isinstance(one.strength, dict)]
+    points = [
+        (trial.strength, trial.loss) for trial in tried if not isinstance(trial.strength, dict)
+    ]
     return _sorted(points)
 
 
 def _sorted(points: Sequence[Sequence[Any]]) -> np.ndarray:
     """Points that have two finite numbers, in the order of the first."""
-    found = np.array([style.values(one) for one in points]).reshape(-1, 2)
-    found = found[np.isfinite(found).all(1)]
-    return found[found[:, 0].argsort(kind="stable")]
+    array = np.array([style.values(point) for point in points]).reshape(-1, 2)
+    array = array[np.isfinite(array).all(1)]
+    return array[array[:, 0].argsort(kind="stable")]
 
 
 def _coordinates(tried: Sequence[Tried]) -> dict[str, np.ndarray]:
     """The two lines of a coordinate search, each with the points that the other search had."""
     groups = ("projections", "vocabulary")
     pairs = [
-        [one.strength.get(name) for name in groups]
-        if isinstance(one.strength, dict)
-        else [one.strength] * 2
-        for one in tried
+        [trial.strength.get(name) for name in groups]
+        if isinstance(trial.strength, dict)
+        else [trial.strength] * 2
+        for trial in tried
     ]
-    own = [place for place, one in enumerate(tried) if isinstance(one.strength, dict)]
+    own = [place for place, trial in enumerate(tried) if isinstance(trial.strength, dict)]
     points = np.array(
-        [style.values([*pair, one.loss]) for pair, one in zip(pairs, tried, strict=True)]
+        [style.values([*pair, trial.loss]) for pair, trial in zip(pairs, tried, strict=True)]
     ).reshape(-1, 3)
     if not own or not np.isfinite(points).all():
         return {}
@@ -162,20 +168,20 @@ def _coordinates(tried: Sequence[Tried]) -> dict[str, np.ndarray]:
     return {label: line for label, line in lines.items() if len(line) > 1}
 
 
-# ---- who corresponds to whom ----
+# ---- which layers and neurons correspond ----
 
 
 def _layers(figure: Figure, report: Report) -> bool:
     """The layer plan of every site, as shares of each target layer's mass."""
     grids = {}
-    for site, one in report.sites.items():
-        plan = style.values(one.layer_plan)
+    for site, facts in report.sites.items():
+        plan = style.values(facts.layer_plan)
         total = np.nansum(plan, 1, keepdims=True)
         grids[site] = plan / np.where(total > 0, total, np.nan)
     if not grids:
         return False
     # equal marginals: a layer cannot send more than this to one of many
-    top = max(min(1.0, one.shape[0] / one.shape[1]) for one in grids.values())
+    top = max(min(1.0, grid.shape[0] / grid.shape[1]) for grid in grids.values())
     rows, columns = math.ceil(len(grids) / 2), min(2, len(grids))
     whole = 1.9 * rows + 1.2
     figure.set_size_inches(style.WIDTH, whole)
@@ -202,12 +208,12 @@ def _layers(figure: Figure, report: Report) -> bool:
 
 def _neurons(figure: Figure, report: Report) -> bool:
     """The neuron plan of the first target layer and its most coupled source layer, sorted."""
-    found = ((name, one) for name, one in report.sites.items() if one.sorted_heat is not None)
-    name, site = next(found, ("", None))
+    drawable = ((name, site) for name, site in report.sites.items() if site.sorted_heat is not None)
+    name, site = next(drawable, ("", None))
     if site is None:
         return False
     plan = np.nan_to_num(style.values(site.layer_plan[0]))
-    # roots, because a plan that is sharp has little but zeros beside its ridge
+    # square roots, because a sharp plan is almost 0 away from its ridge
     grid = np.sqrt(np.maximum(style.values(site.sorted_heat), 0))
     figure.set_size_inches(style.WIDTH, 5.0)
     axes = figure.add_axes((0.09, 0.22, 0.88, 0.72))
@@ -226,25 +232,25 @@ def _neurons(figure: Figure, report: Report) -> bool:
     return True
 
 
-# ---- how sharp, how right, how much ----
+# ---- how sharp and how accurate the plans are, how much moved ----
 
 
 def _mass(figure: Figure, report: Report) -> bool:
     """Share of the mass in the largest entries of the plans (Transport and Merge, Fig. 3)."""
     curves = {
-        site: one.mass_curve
-        for site, one in report.sites.items()
-        if one.mass_curve and np.isfinite(style.values(one.mass_curve.share)).any()
+        site: facts.mass_curve
+        for site, facts in report.sites.items()
+        if facts.mass_curve and np.isfinite(style.values(facts.mass_curve.share)).any()
     }
     if not curves:
         return False
     axes = style.panel(figure, 2.6, names=len(curves))
-    for place, (site, one) in enumerate(curves.items()):
-        share = np.ma.masked_invalid(100 * style.values(one.share))
+    for place, (site, curve) in enumerate(curves.items()):
+        share = np.ma.masked_invalid(100 * style.values(curve.share))
         look = style.look(place)
-        axes.plot(one.k, share.mean(0), **look, label=style.word(site))
+        axes.plot(curve.k, share.mean(0), **look, label=style.word(site))
         axes.fill_between(
-            one.k, share.min(0), share.max(0), color=look["color"], alpha=0.15, linewidth=0
+            curve.k, share.min(0), share.max(0), color=look["color"], alpha=0.15, linewidth=0
         )
     axes.set_xscale("log")
     style.logarithmic(axes.xaxis)
@@ -256,17 +262,17 @@ def _mass(figure: Figure, report: Report) -> bool:
 
 
 def _r2(figure: Figure, report: Report) -> bool:
-    """What the plans predict of activations they have not seen, and what permuted plans do."""
-    found = {
-        site: [np.maximum(style.values(row), _LOWEST_R2) for row in (one.r2, one.r2_permuted)]
-        for site, one in report.sites.items()
+    """How well the plans, and permuted plans, predict held-out activations."""
+    curves = {
+        site: [np.maximum(style.values(row), _LOWEST_R2) for row in (facts.r2, facts.r2_permuted)]
+        for site, facts in report.sites.items()
     }
-    found = {site: rows for site, rows in found.items() if np.isfinite(rows[0]).any()}
-    if not found:
+    curves = {site: rows for site, rows in curves.items() if np.isfinite(rows[0]).any()}
+    if not curves:
         return False
-    axes = style.panel(figure, 2.6, names=len(found) + 1)
+    axes = style.panel(figure, 2.6, names=len(curves) + 1)
     axes.axhline(0, color=style.INK, linewidth=1)
-    for place, (site, (r2, permuted)) in enumerate(found.items()):
+    for place, (site, (r2, permuted)) in enumerate(curves.items()):
         look = style.look(place, points=len(r2))
         axes.plot(r2, **look, label=style.word(site))
         dotted: dict[str, Any] = {**look, "linestyle": ":"}
@@ -281,19 +287,21 @@ def _r2(figure: Figure, report: Report) -> bool:
 
 def _norms(figure: Figure, report: Report) -> bool:
     """Norms of what was carried and of the change, relative to the weight, for each layer."""
-    if all(one.is_by_token for one in report.weights.values()):
+    if all(weight.is_by_token for weight in report.weights.values()):
         return False
     below = style.panel(figure, 4.0, names=len(report.weights), left=1.05)
     box = below.get_position()
     below.set_position((box.x0, box.y0, box.width, 0.46 * box.height))
     above = figure.add_axes((box.x0, box.y0 + 0.54 * box.height, box.width, 0.46 * box.height))
     panels = above, below
-    for place, (name, one) in enumerate(report.weights.items()):
-        for axes, values in zip(panels, (one.ratio_transported, one.ratio_change), strict=True):
+    for place, (name, weight) in enumerate(report.weights.items()):
+        for axes, values in zip(
+            panels, (weight.ratio_transported, weight.ratio_change), strict=True
+        ):
             ratio = style.values(values)
-            ratio = np.where(ratio > _LEAST_RATIO, ratio, np.nan)  # 0 has no place on the axis
+            ratio = np.where(ratio > _LEAST_RATIO, ratio, np.nan)  # a logarithmic axis has no 0
             look, label = style.look(place, points=len(ratio)), style.word(name)
-            if not one.is_by_token:
+            if not weight.is_by_token:
                 axes.plot(ratio, **look, label=label)
             elif np.isfinite(ratio).any():
                 axes.axhline(
@@ -314,14 +322,14 @@ def _norms(figure: Figure, report: Report) -> bool:
     return True
 
 
-# ---- what training makes of it ----
+# ---- training ----
 
 
 def _learning(figure: Figure, report: Report, *, objective: str | None = None) -> bool:
     """Dev loss by step: of every start for an objective, or of a training without baselines."""
     if report.baselines is not None:
         arms = report.baselines.arms.get(objective or "", {})
-        curves = {name: _sorted(one.curve) for name, one in arms.items()}
+        curves = {name: _sorted(arm.curve) for name, arm in arms.items()}
     elif report.dev is not None and objective is None:
         curves = {"dev split": _sorted(report.dev.curve)}
     else:
@@ -341,23 +349,23 @@ def _learning(figure: Figure, report: Report, *, objective: str | None = None) -
 
 
 def _kind(name: str) -> str:
-    """``noise`` of ``noise 3``."""
+    """``noise (seeds)`` for ``noise 3``; a name without a number stays."""
     return re.sub(r" \d+$", " (seeds)", name)
 
 
 def _letter(report: Report) -> str:
-    """What the papers call the strength."""
+    """The letter of the strength in the papers."""
     return "lambda" if report.settings.get("rule") == "delta" else "alpha"
 
 
 def _bounded(axes: Axes, own: np.ndarray, every: np.ndarray) -> None:
-    """Limits that show one curve whole; what is far worse leaves the plot at the top."""
+    """Limits that show one curve whole; far worse losses are cut off at the top."""
     span = max(float(np.ptp(own)), 0.02)
     low = min(float(every.min()), float(own.min()))
     axes.set_ylim(low - 0.08 * span, min(float(every.max()), float(own.max()) + span) + 0.08 * span)
 
 
-#: Name of a plot -> what draws it into a figure, if there are numbers for it.
+#: Name of a plot -> the function that draws it; it returns False if there are no numbers.
 MAKERS: dict[str, Callable[[Figure, Report], bool]] = {
     "differences": _differences, "strength": _strength, "search": _search, "layers": _layers,
     "neurons": _neurons, "mass": _mass, "r2": _r2, "norms": _norms,

@@ -66,7 +66,7 @@ class Provenance(Part):
 
 
 class RunRecord(NamedTuple):
-    """A run as its folder tells it."""
+    """A run as read from its folder."""
 
     report: Report
     provenance: Provenance

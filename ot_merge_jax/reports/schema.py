@@ -1,4 +1,4 @@
-"""The one schema of ``report.json``: every writer fills these models, every reader reads them.
+"""The schema of ``report.json``: every writer fills these models, every reader reads them.
 
 A writer sets what it means and nothing else: what was never set is not written, a None that was set
 is written as null. What an older run does not have is optional; what is there must be of the right
@@ -41,7 +41,7 @@ def _as_it_stands(value: Any, as_float: Callable[[Any], float]) -> int | float:
 
 
 def _finite(value: Any) -> Any:
-    """A float that is not finite is no value."""
+    """None for a float that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -61,7 +61,7 @@ Strengths = Real | dict[str, Real]
 
 
 class Part(BaseModel):
-    """A JSON object; null is no value, and stays null where there may be none."""
+    """A JSON object; a null is dropped, except where the default is None."""
 
     @model_validator(mode="before")
     @classmethod
@@ -84,7 +84,7 @@ class Difference(Part):
 
 
 class Beyond(Difference):
-    """What a merge gains when both it and the target have a bias of their own for each token."""
+    """What a merge gains when it and the target each have their own bias for every token."""
 
     seeds: list[Difference] = []
     merge_gamma: Number = None
@@ -300,11 +300,11 @@ class Report(Part):
 
     @property
     def is_training(self) -> bool:
-        """Whether it is that of an adaptation, with or without baselines."""
+        """Whether it is the report of an adaptation, with or without baselines."""
         return self.dev is not None or self.baselines is not None
 
     def to_json(self) -> str:
-        """What `read` reads, and what is printed with ``--json``."""
+        """The text of ``report.json``, also printed with ``--json``."""
         return self.model_dump_json(indent=1, exclude_unset=True) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
@@ -336,7 +336,9 @@ def text_of(path: Path) -> str:
         InputError: if it is missing, too large, or not UTF-8.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing or no file; the run is incomplete, so run it again.")
+        raise InputError(
+            f"{path} is missing or not a file; the run is incomplete, so run it again."
+        )
     if path.stat().st_size > _MAX_BYTES:
         raise InputError(f"{path} is larger than any run writes; restore it or run again.")
     try:
@@ -351,7 +353,7 @@ def parsed(path: Path) -> Any:
     """The value of a JSON file of a run.
 
     Raises:
-        InputError: if there is none.
+        InputError: from `text_of`, or if the file is not JSON.
     """
     try:
         return json.loads(text_of(path))
@@ -363,7 +365,7 @@ def parsed(path: Path) -> Any:
 
 
 def checked(path: Path, value: Any, kind: type[_T]) -> _T:
-    """A JSON value as one of the models.
+    """Validates a JSON value as one of the models.
 
     Args:
         path: Where it was read, for the message.
@@ -382,5 +384,5 @@ def checked(path: Path, value: Any, kind: type[_T]) -> _T:
 
 
 def _damaged(path: Path, problem: str) -> InputError:
-    """The error of a file that holds something else than a run writes."""
+    """The error for a file whose content no run writes."""
     return InputError(f"{path} is damaged: {visible(problem)}; restore it or run again.")

@@ -1,6 +1,6 @@
 """How every plot of a report looks: colours, letters, heat maps, and SVG and PNG of a figure.
 
-matplotlib is asked through its objects alone: no global figure, no window, no settings of the user.
+Only matplotlib's objects are used: no global figure, no window, no settings of the user.
 The same numbers give the same bytes.
 """
 
@@ -33,7 +33,7 @@ COLOURS = (
 _MARKERS = "os^DvPX"
 INK = "#010203"  # stands for the colour of the text around an SVG
 WIDTH = 4.6  # inches of 72 units: the width of a phone, so that a font is as large as it says
-_CROWD = 24  # layers on an axis from which on each is not marked
+_CROWD = 24  # layers on an axis; if there are more, not each one is marked
 _LEVELS = 24  # colours of a heat map
 _FINE_STEPS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # of a short logarithmic axis
 _PNG_DPI = 120
@@ -80,7 +80,7 @@ def style() -> str:
 
 @contextlib.contextmanager
 def settings() -> Iterator[None]:
-    """Our settings of matplotlib and nobody else's, for as long as the block runs."""
+    """Replaces all settings of matplotlib by ours while the block runs."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_RC)
@@ -92,8 +92,8 @@ def rendered(name: str, figure: Figure) -> Plot:
     png, svg = io.BytesIO(), io.StringIO()
     # not `savefig`: it draws everything twice
     FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
-    for one in (figure, *figure.axes):
-        one.patch.set_visible(False)
+    for part in (figure, *figure.axes):
+        part.patch.set_visible(False)
     matplotlib.rcParams["svg.hashsalt"] = name
     FigureCanvasSVG(figure).print_svg(svg, metadata=dict.fromkeys(_NO_METADATA))
     text = svg.getvalue()
@@ -121,19 +121,19 @@ def rendered(name: str, figure: Figure) -> Plot:
 
 def values(numbers: Any) -> np.ndarray:
     """Numbers as an array; NaN for what is missing or too large to be drawn."""
-    found = np.array(numbers, dtype=float)
-    return np.where(np.abs(found) <= _LARGEST, found, np.nan)
+    array = np.array(numbers, dtype=float)
+    return np.where(np.abs(array) <= _LARGEST, array, np.nan)
 
 
 def word(text: str) -> str:
     """A name as a label: short, and of characters every font has."""
     plain = text.encode("ascii", "backslashreplace").decode()
-    plain = "".join(one if one.isprintable() else "?" for one in plain)
+    plain = "".join(letter if letter.isprintable() else "?" for letter in plain)
     return plain if len(plain) <= 24 else f"{plain[:21]}..."
 
 
 def look(place: int, *, points: int = 0) -> dict[str, Any]:
-    """Colour, marker and line of one of several curves; when colours are used up, lines change.
+    """Colour, marker and line of a curve; line styles change when colours are used up.
 
     Args:
         place: Of the curve among the others.
@@ -174,7 +174,7 @@ def panel(
 
 
 def legend(figure: Figure, axes: Axes, *, columns: int = 3) -> None:
-    """Names above the plot, where they hide nothing."""
+    """Writes the names above the plot, where they cover nothing."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="upper left", ncols=columns, borderaxespad=0.1, columnspacing=1.2
@@ -192,8 +192,8 @@ def layer_axis(axes: Axes) -> None:
 def logarithmic(axis: Axis) -> None:
     """A logarithmic axis of a few plain numbers: matplotlib's own are formulas.
 
-    An upright one ends at two of them, so that values that are all but equal stand together, not
-    far apart.
+    A vertical axis ends at two of these numbers, so that nearly equal values are drawn close
+    together.
     """
     low, high = axis.get_data_interval()
     steps = (1.0,) if high > 30 * low else (1.0, 2.0, 5.0) if high > 6 * low else _FINE_STEPS
@@ -239,16 +239,16 @@ def colour_scale(figure: Figure, label: str, ticks: np.ndarray) -> None:
     cells(axes, np.linspace(0, 1, _LEVELS)[None], 1.0)
     axes.grid(visible=False)
     axes.set_yticks([])
-    axes.set_xticks(np.linspace(0, _LEVELS, len(ticks)), [f"{one:.0f}" for one in ticks])
+    axes.set_xticks(np.linspace(0, _LEVELS, len(ticks)), [f"{tick:.0f}" for tick in ticks])
     axes.set_xlabel(label)
 
 
 def layer_ticks(axes: Axes, grid: np.ndarray) -> None:
-    """Layers counted from 0 on both axes, and in each row of few a dot at its largest."""
+    """Labels layers, counted from 0, on both axes; few rows get a dot at their largest value."""
     axes.grid(visible=False)
     for size, ticks in ((grid.shape[1], axes.set_xticks), (grid.shape[0], axes.set_yticks)):
         layers = np.arange(0, size, max(1, math.ceil(size / 8)))
-        ticks(layers + 0.5, [str(one) for one in layers])
+        ticks(layers + 0.5, [str(layer) for layer in layers])
     rows = np.flatnonzero(np.isfinite(grid).any(1))
     if 0 < len(rows) <= _CROWD:
         best = np.nanargmax(grid[rows], 1)

@@ -1,4 +1,4 @@
-"""The same facts as tables for a terminal."""
+"""The numbers of a report as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def weights_table(report: MergeReport) -> Table:
     table.add_column("weight")
     for name in ("|W~|/|W|", "|dW|/|W|", "neighbours", "error", "iterations", "source layers"):
         table.add_column(name, justify="right")
-    for name, one in report.weights.items():
-        numbers = f"{np.mean(one.ratio_transported):.1e}", f"{np.mean(one.ratio_change):.1e}"
-        if int(np.asarray(one.source_layer)[0]) < 0:
+    for name, weight in report.weights.items():
+        numbers = f"{np.mean(weight.ratio_transported):.1e}", f"{np.mean(weight.ratio_change):.1e}"
+        if int(np.asarray(weight.source_layer)[0]) < 0:
             table.add_row(name, *numbers, "", "", "", "by token")
             continue
         table.add_row(
             name,
             *numbers,
-            f"{np.mean(one.neighbours_out):.1f}, {np.mean(one.neighbours_in):.1f}",
-            f"{np.max(one.error):.0e}",
-            f"{int(np.max(one.iterations))}{'' if np.all(one.converged) else ' (stopped)'}",
-            " ".join(map(str, np.asarray(one.source_layer))),
+            f"{np.mean(weight.neighbours_out):.1f}, {np.mean(weight.neighbours_in):.1f}",
+            f"{np.max(weight.error):.0e}",
+            f"{int(np.max(weight.iterations))}{'' if np.all(weight.converged) else ' (stopped)'}",
+            " ".join(map(str, np.asarray(weight.source_layer))),
         )
     table.caption = (
         "means over layers, Frobenius over selected entries; neighbours: exp(entropy) of the rows "
@@ -125,11 +125,11 @@ def _amount(change: Difference | None) -> Text:
 
 
 def samples(found: Sequence[Mapping[str, Any]]) -> Group:
-    """Prompts, and below each what every model wrote, as `evaluate.samples.facts` has them."""
+    """Prompts with what every model wrote, from `ot_merge_jax.evaluation.samples.summary`."""
     blocks = []
-    for place, one in enumerate(found, 1):
-        blocks += [Text(), Text(f"{place}. {visible(one['prompt'])}", overflow="fold")]
-        for model, continuation in one["continuations"].items():
+    for place, sample in enumerate(found, 1):
+        blocks += [Text(), Text(f"{place}. {visible(sample['prompt'])}", overflow="fold")]
+        for model, continuation in sample["continuations"].items():
             end = " [end of text]" if continuation["ended"] else ""
             name = Text(visible(model), style="bold", overflow="fold")
             text = Text(visible(continuation["text"]) + end, overflow="fold")

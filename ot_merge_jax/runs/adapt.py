@@ -1,4 +1,4 @@
-"""A whole adaptation: a folder and texts in, one published folder out. Strings the stages.
+"""A whole adaptation: a folder and texts in, one published folder out. Calls the stages in order.
 
 Everything is checked that can be checked without reading weights before any weight is read.
 """
@@ -29,12 +29,12 @@ from ot_merge_jax.reports.schema import Report
 from ot_merge_jax.runs import (
     adapt_artifacts,
     adapt_checkpoint,
+    adapt_inputs,
     artifacts,
     memory,
     provenance,
     stages,
 )
-from ot_merge_jax.runs import adapt_inputs as checking
 from ot_merge_jax.runs.adapt_inputs import AdaptInputs
 from ot_merge_jax.training import initial, loop, step
 from ot_merge_jax.training.initial import Parts
@@ -53,7 +53,7 @@ class Job(NamedTuple):
     """An adaptation that is under way.
 
     Attributes:
-        run: Where its stages are kept.
+        run: The folder of its stages.
         found: Its checked inputs.
         side: For the provenance.
         mesh: Where models live.
@@ -75,7 +75,7 @@ class TrainedModel(NamedTuple):
     """A trained model.
 
     Attributes:
-        parts: The trained base and the residual that was held.
+        parts: The trained base and the residual, which was held constant.
         folded: The plain parameters.
         history: How it was trained.
         events: Lines of ``events.jsonl``.
@@ -88,7 +88,7 @@ class TrainedModel(NamedTuple):
 
 
 class AdaptResult(NamedTuple):
-    """What an adaptation found.
+    """The result of an adaptation.
 
     Attributes:
         out: The published folder.
@@ -130,23 +130,23 @@ def adapt(
         work: The stages; None: one training.
 
     Returns:
-        What was found. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
+        The result. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
 
     Raises:
-        OtMergeError: with an exit code; nothing has been written then but for the checkpoints that
-            a full disk, and training that diverged, leave.
+        OtMergeError: with an exit code; nothing has been written then, except the checkpoints
+            that are kept when the disk is full or training diverges.
         KeyboardInterrupt: saying how to resume.
     """
     began = time.monotonic()
-    found = checking.check(settings, out, overwrite=overwrite or resume, offline=offline)
-    _check_memory(found, memory_limit)
+    inputs = adapt_inputs.check(settings, out, overwrite=overwrite or resume, offline=offline)
+    _check_memory(inputs, memory_limit)
     if show is not None:
-        show(found.settings)
-    side = artifacts.inputs(found.folders, found.sources)
-    if found.start.target is not None:
-        initial.verify(found.start, side["inputs"]["target"])
+        show(inputs.settings)
+    side = artifacts.inputs(inputs.folders, inputs.sources)
+    if inputs.start.target is not None:
+        initial.verify(inputs.start, side["inputs"]["target"])
     decided = {
-        "adapt": found.settings.to_dict(), **side, "versions": _versions(),
+        "adapt": inputs.settings.to_dict(), **side, "versions": _versions(),
     }  # fmt: skip
     key = stages.key(decided)
     side = {"run": key, "command": command, **side}
@@ -166,19 +166,19 @@ def adapt(
                 lambda folder: arrays.save_json(folder / f"{_SETTINGS}.json", decided),
                 lambda folder: folder,
             )
-            job = Job(run, found, side, mesh, began)
+            job = Job(run, inputs, side, mesh, began)
             return AdaptResult(out, (work or _adapt)(job))
 
 
 def load(job: Job) -> tuple[Parts, Any]:
     """The model taken apart, and the teacher's parameters; None without a teacher."""
-    found, settings = job.found, job.found.settings
-    _LOG.info("load %s", found.start.folder.where)
-    parts = initial.load(found.start, strength=settings.strength, mesh=job.mesh)
+    inputs, settings = job.found, job.found.settings
+    _LOG.info("load %s", inputs.start.folder.where)
+    parts = initial.load(inputs.start, strength=settings.strength, mesh=job.mesh)
     source = None
-    if found.source is not None:
-        _LOG.info("load %s", found.source.where)
-        _, source = hf.load_folder(found.source, mesh=job.mesh, dtype=jnp.dtype(settings.dtype))
+    if inputs.source is not None:
+        _LOG.info("load %s", inputs.source.where)
+        _, source = hf.load_folder(inputs.source, mesh=job.mesh, dtype=jnp.dtype(settings.dtype))
     return parts, source
 
 
@@ -226,39 +226,39 @@ def finish(
         job: What is done.
         trained: What was trained.
         before: From `scores_before`.
-        needs: Stages that hold it.
-        more: Fields of the report, instead of or beside what one training says.
+        needs: Stages that hold the trained model.
+        more: Fields of the report that replace, or add to, those of one training.
 
     Returns:
         The report.
     """
-    run, found = job.run, job.found
+    run, inputs = job.run, job.found
     parts, folded, history, events = trained
-    problem = found.problem
+    problem = inputs.problem
     model = stages.stage(
         run,
         "model",
         lambda folder: hf.write_model(
-            folder, folded, cfg=problem.objective.cfg, like=found.start.folder.path
+            folder, folded, cfg=problem.objective.cfg, like=inputs.start.folder.path
         ),
         lambda folder: folder,
         needs=needs,
         folder=stages.MODEL,
     )
     after = stages.stage(
-        run, "after", lambda folder: _save_written(folder, found, model), _load_scores,
+        run, "after", lambda folder: _save_written(folder, inputs, model), _load_scores,
         needs=["model"],
     )  # fmt: skip
-    report = _report(found, history, before, after).model_copy(update=more)
+    report = _report(inputs, history, before, after).model_copy(update=more)
     stages.stage(
         run,
         "details",
         lambda folder: adapt_artifacts.write(
             folder,
-            begun=found.start,
-            folders=found.folders,
-            settings=found.settings.to_yaml(),
-            seed=found.settings.seed,
+            begun=inputs.start,
+            folders=inputs.folders,
+            settings=inputs.settings.to_yaml(),
+            seed=inputs.settings.seed,
             parts=parts,
             report=report,
             events=events,
@@ -298,7 +298,7 @@ def _train(
                 events.append(_event(history, rate(history), is_dev=is_dev))
                 with live.open("a", encoding="utf-8") as file:
                     file.write(events[-1])
-            is_last = is_wanted()  # asked once: a signal that comes while saving waits a step
+            is_last = is_wanted()  # read once: a signal during saving waits for the next step
             if done % (settings.save_every or 1) == 0 or is_last:
                 adapt_checkpoint.save(run, history, events)
             if is_last:
@@ -332,37 +332,39 @@ def _train(
 
 def _event(history: TrainHistory, rate: float, *, is_dev: bool) -> str:
     """One line of ``events.jsonl``."""
-    found: dict[str, Any] = {
+    line: dict[str, Any] = {
         "step": len(history.losses), "loss": history.losses[-1], "gradient_norm": history.norms[-1],
         "tokens_per_second": round(rate, 1),
     }  # fmt: skip
-    return json.dumps(found | ({"dev_loss": history.dev[-1][1]} if is_dev else {})) + "\n"
+    return json.dumps(line | ({"dev_loss": history.dev[-1][1]} if is_dev else {})) + "\n"
 
 
 def _note(history: TrainHistory, rate: float) -> str:
-    """What the progress line says beside the steps."""
+    """The note beside the steps in the progress line."""
     if not history.losses:
         return ""
     return f"loss {history.losses[-1]:.4f}, dev {history.dev[-1][1]:.4f}, {rate:.0f} tokens/s"
 
 
-def _save_scores(folder: Path, found: AdaptInputs, trainable: Any, frozen: Frozen) -> None:
+def _save_scores(folder: Path, inputs: AdaptInputs, trainable: Any, frozen: Frozen) -> None:
     """Scores of the start on the held-out text, and of its target if it was merged."""
-    plan = step.step_config(found.problem)
+    plan = step.step_config(inputs.problem)
     models = {"before": lambda: step.params_of(trainable, frozen, plan=plan)}
     if frozen.residual:
         models["target"] = lambda: step.base_of(trainable, frozen, plan=plan)
-    scores = {name: score(found, make()) for name, make in models.items()} if found.held_out else {}
+    scores = (
+        {name: score(inputs, make()) for name, make in models.items()} if inputs.held_out else {}
+    )
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": None})
 
 
-def _save_written(folder: Path, found: AdaptInputs, model: Path) -> None:
+def _save_written(folder: Path, inputs: AdaptInputs, model: Path) -> None:
     """Scores of the files that were written, as they were rounded: the check of the export too."""
     _, written = hf.load_hf(model, dtype=jnp.float32)
-    dev = step.next_token_loss(written, found.problem)
+    dev = step.next_token_loss(written, inputs.problem)
     if not np.isfinite(dev):
         raise OSError(f"{model} was written, but its loss is not finite; report this as a bug.")
-    scores = {"after": score(found, written)} if found.held_out else {}
+    scores = {"after": score(inputs, written)} if inputs.held_out else {}
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": dev})
 
 
@@ -375,17 +377,17 @@ def score(found: AdaptInputs, params: Any) -> nll.Scores:
 
 def _load_scores(folder: Path) -> Written:
     """Reads what `_save_scores` or `_save_written` wrote."""
-    found = arrays.load_json(folder / "scores.json")
+    saved = arrays.load_json(folder / "scores.json")
     scores = {
-        name: nll.Scores(*(np.array(one[field]) for field in nll.Scores._fields))
-        for name, one in found["scores"].items()
+        name: nll.Scores(*(np.array(of_model[field]) for field in nll.Scores._fields))
+        for name, of_model in saved["scores"].items()
     }
-    return scores, found["dev"]
+    return scores, saved["dev"]
 
 
-def _report(found: AdaptInputs, history: TrainHistory, before: Written, after: Written) -> Report:
-    """What one training has shown."""
-    settings, scores = found.settings, before[0] | after[0]
+def _report(inputs: AdaptInputs, history: TrainHistory, before: Written, after: Written) -> Report:
+    """The report of one training."""
+    settings, scores = inputs.settings, before[0] | after[0]
     evaluation = {name: schema.Entry(**of_model.totals) for name, of_model in scores.items()}
     change = None
     if "after" in scores:
@@ -401,7 +403,7 @@ def _report(found: AdaptInputs, history: TrainHistory, before: Written, after: W
         }
         evaluation["after"] = schema.Entry(**scores["after"].totals, **differences)
     best = min(history.dev, key=lambda point: point[1])
-    blocks, pairs = found.problem.train, found.problem.train.pairs
+    blocks, pairs = inputs.problem.train, inputs.problem.train.pairs
     return Report(
         version=schema.VERSION,
         verdict=adapt_artifacts.verdict(change, steps=len(history.losses)),
@@ -418,22 +420,22 @@ def _report(found: AdaptInputs, history: TrainHistory, before: Written, after: W
         evaluation=evaluation,
         data=arrays.plain(
             {
-                **found.counts,
+                **inputs.counts,
                 "blocks": len(blocks.tokens),
                 "tokens_that_count": blocks.count,
-                "dev_blocks": len(found.problem.dev.tokens),
-                "universal_distillation": found.problem.objective.is_universal,
+                "dev_blocks": len(inputs.problem.dev.tokens),
+                "universal_distillation": inputs.problem.objective.is_universal,
                 "target_matched": pairs and pairs.target_matched,
                 "source_matched": pairs and pairs.source_matched,
             }
         ),
-        residual=schema.Residual(merged_at=found.start.merged, held_at=found.factor),
+        residual=schema.Residual(merged_at=inputs.start.merged, held_at=inputs.factor),
         settings=yaml.safe_load(provenance.public(settings.to_yaml())),
     )
 
 
 def _versions() -> dict[str, str]:
-    """What else than settings and inputs decides the numbers."""
+    """Versions that decide the numbers, beside settings and inputs."""
     named = ("ot-merge-jax", "jax", "numpy", "optax", "tokenizers", "transformers")
     return {name: importlib.metadata.version(name) for name in named}
 
@@ -458,33 +460,33 @@ def _refuse_others(out: Path, key: str, decided: Mapping[str, Any]) -> None:
 def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys that differ, settings with both values."""
     before, after = was.get("adapt", {}), now["adapt"]
-    found = [
+    changes = [
         f"{key} (was {before.get(key)!r}, now {after.get(key)!r})"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
     for part in ("inputs", "texts", "versions"):
-        one, other = was.get(part, {}), now[part]
-        found += [
+        earlier, later = was.get(part, {}), now[part]
+        changes += [
             f"{part} {key}"
-            for key in sorted(one.keys() | other.keys())
-            if one.get(key) != other.get(key)
+            for key in sorted(earlier.keys() | later.keys())
+            if earlier.get(key) != later.get(key)
         ]
-    return found or ["something unknown"]
+    return changes or ["something unknown"]
 
 
-def _check_memory(found: AdaptInputs, limit: int | None) -> None:
-    """Refuses before weights are read what cannot fit: arrays that live together in a step."""
-    held = memory.PROCESS + step.peak_bytes(
-        found.problem,
-        residuals=(found.start.merged is not None) + (found.settings.baselines is not None),
-        source=None if found.source is None else found.source.cfg,
+def _check_memory(inputs: AdaptInputs, limit: int | None) -> None:
+    """Refuses, before weights are read, a step whose arrays do not fit into memory together."""
+    needed = memory.PROCESS + step.peak_bytes(
+        inputs.problem,
+        residuals=(inputs.start.merged is not None) + (inputs.settings.baselines is not None),
+        source=None if inputs.source is None else inputs.source.cfg,
     )
     most = memory.of_machine() if limit is None else limit
-    _LOG.info("memory: at least %s", memory.gib(held))
-    if held > most:
+    _LOG.info("memory: at least %s", memory.gib(needed))
+    if needed > most:
         raise ResourceError(
-            f"The training needs at least {memory.gib(held)}, and {memory.gib(most)} are allowed; "
-            "use --lora-rank, --grad-accum-steps, --remat or a smaller --seq-len, or raise "
-            "--memory-limit."
+            f"The training needs at least {memory.gib(needed)}, and {memory.gib(most)} are "
+            "allowed; use --lora-rank, --grad-accum-steps, --remat or a smaller --seq-len, or "
+            "raise --memory-limit."
         )

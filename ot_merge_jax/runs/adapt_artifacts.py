@@ -43,7 +43,7 @@ def write(
         settings: Of the adaptation, as YAML.
         seed: Of every random choice.
         parts: The trained base and the residual that was held constant.
-        report: What was found.
+        report: What ``report.json`` holds.
         events: Lines of ``events.jsonl``.
         side: ``run`` (the key), ``command``, and what `artifacts.inputs` returned.
         began: ``time.monotonic()`` when this process began.
@@ -59,7 +59,7 @@ def write(
     (folder / "README.md").write_text(
         model_card.model_card(
             name=begun.folder.name,
-            models={role: (one.path, one.origin) for role, one in folders.items()},
+            models={role: (model.path, model.origin) for role, model in folders.items()},
             verdict=report.verdict,
             evaluation=model_card.losses(report.evaluation),
             command=command,
@@ -99,11 +99,11 @@ def read(folder: Path, run_key: str) -> Report | None:
     except VersionError:
         raise
     except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None  # anything may lie in that folder
+        return None  # the folder may contain anything
 
 
 def verdict(change: MeanDifference | None, *, steps: int) -> str:
-    """One sentence that says what the adaptation has shown, and no more.
+    """One sentence about the result of an adaptation.
 
     Args:
         change: After minus before on held-out text, or None if there was none.

@@ -3,7 +3,7 @@
 A checkpoint is a stage of `ot_merge_jax.runs.stages`: written by Orbax beside the one before,
 hashed by us (Orbax does not notice a flipped bit), and only then put in its place. It holds what
 trains, the optimiser's state, the best parameters and all losses. The position in the data is the
-number of steps, and nothing is drawn but from the seed, so nothing else has to be kept.
+number of steps, and all randomness comes from the seed, so nothing else has to be saved.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ot_merge_jax.io import arrays as checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.runs import stages
 from ot_merge_jax.training.loop import TrainHistory
 
@@ -27,7 +27,7 @@ _EVENTS = "events.jsonl"
 
 
 def save(run: stages.RunFolder, history: TrainHistory, events: list[str]) -> None:
-    """Writes a checkpoint and keeps the one before: whether weights are good, the next step tells.
+    """Writes a checkpoint and keeps the previous one: only the next step shows broken weights.
 
     Args:
         run: The run folder.
@@ -35,25 +35,25 @@ def save(run: stages.RunFolder, history: TrainHistory, events: list[str]) -> Non
         events: Lines of ``events.jsonl`` so far.
 
     Raises:
-        OSError: with the number of a full disk, if there is no room.
+        OSError: if the disk is full.
     """
     name = name_of(history)
     if name in stages.finished(run):
         return
     stages.drop(run, _names(run)[:-1])
-    arrays = {f"{place:05d}": leaf for place, leaf in enumerate(_leaves(history))}
+    leaves = {f"{place:05d}": leaf for place, leaf in enumerate(_leaves(history))}
     curves = {"losses": history.losses, "norms": history.norms, "dev": history.dev}
 
     def make(folder: Path) -> None:
-        checkpoint.save_tree(folder / "arrays", arrays)
-        checkpoint.save_json(folder / "history.json", curves)
+        arrays.save_tree(folder / "arrays", leaves)
+        arrays.save_json(folder / "history.json", curves)
         (folder / _EVENTS).write_text("".join(events), encoding="utf-8")
 
     stages.stage(run, name, make, lambda folder: folder)
 
 
 def drop(run: stages.RunFolder, history: TrainHistory) -> None:
-    """Deletes the checkpoint of this state, if there is one; the one before stays."""
+    """Deletes the checkpoint of this state, if there is one; the previous one stays."""
     stages.drop(run, [name for name in _names(run) if name == name_of(history)])
 
 
@@ -71,9 +71,9 @@ def restore(run: stages.RunFolder, new: TrainHistory) -> tuple[TrainHistory, lis
     if not names:
         return new, []
     folder = run.folder / "state" / names[-1]
-    found = checkpoint.load_tree(folder / "arrays")
-    curves = checkpoint.load_json(folder / "history.json")
-    stored = [found[key] for key in sorted(found)]
+    leaves = arrays.load_tree(folder / "arrays")
+    curves = arrays.load_json(folder / "history.json")
+    stored = [leaves[key] for key in sorted(leaves)]
     template = new._replace(best=new.state.params) if len(stored) > len(_leaves(new)) else new
     treedef = jax.tree.structure((template.state, template.best))
     placed = [
@@ -103,12 +103,12 @@ def _leaves(history: TrainHistory) -> list[Any]:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Lets SIGINT and SIGTERM wait for the end of a step, whose old state is already given away.
+    """Delays SIGINT and SIGTERM to the end of a step, whose old state is already donated to XLA.
 
     A second signal of either kind interrupts at once. Without effect outside the main thread.
 
     Yields:
-        A function that says whether to stop.
+        A function that returns whether to stop.
 
     Example:
         >>> with interrupts() as is_wanted:
@@ -119,16 +119,16 @@ def interrupts() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    seen: list[int] = []
+    signals: list[int] = []
 
     def note(number: int, _: Any) -> None:
-        if seen:
+        if signals:
             raise KeyboardInterrupt
-        seen.append(number)
+        signals.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(seen)
+        yield lambda: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

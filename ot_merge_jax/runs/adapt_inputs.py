@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ot_merge_jax.data import documents as documents_module
-from ot_merge_jax.data import documents as texts
-from ot_merge_jax.data import sources as records
 from ot_merge_jax.data import tokenizers
 from ot_merge_jax.data.chat import Document
+from ot_merge_jax.data.documents import documents_of, sampled, split
+from ot_merge_jax.data.sources import Source, locate
 from ot_merge_jax.errors import InputError, RecipeError
 from ot_merge_jax.io import atomic, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
@@ -25,7 +24,7 @@ from ot_merge_jax.training.step import Problem
 
 
 class AdaptInputs(NamedTuple):
-    """What was checked.
+    """The checked inputs.
 
     Attributes:
         start: What is trained.
@@ -42,7 +41,7 @@ class AdaptInputs(NamedTuple):
     tokenizer: Any
     problem: Problem
     held_out: list[Document] | None
-    sources: dict[str, records.Source]
+    sources: dict[str, Source]
     counts: dict[str, int]
 
     @property
@@ -53,8 +52,8 @@ class AdaptInputs(NamedTuple):
     @property
     def folders(self) -> dict[str, ModelFolder]:
         """Role -> folder."""
-        found = {"model": self.start.folder, "target": self.start.target, "source": self.source}
-        return {role: one for role, one in found.items() if one is not None}
+        by_role = {"model": self.start.folder, "target": self.start.target, "source": self.source}
+        return {role: folder for role, folder in by_role.items() if folder is not None}
 
     @property
     def factor(self) -> dict[str, float]:
@@ -81,17 +80,17 @@ def check(
     Raises:
         OtMergeError: naming what is wrong.
     """
-    named = [side for one in (settings.model, settings.target, settings.source) if one
-             for side in resolve.split(one) if side]  # fmt: skip
-    said: dict[str, Text] = {"text": settings.text}
+    named = [side for model in (settings.model, settings.target, settings.source) if model
+             for side in resolve.split(model) if side]  # fmt: skip
+    texts: dict[str, Text] = {"text": settings.text}
     if settings.evaluation is not None:
-        said["evaluation"] = settings.evaluation
-    named += [text.path for text in said.values()]
-    local = [path for one in named if (path := Path(one).expanduser()).exists()]
+        texts["evaluation"] = settings.evaluation
+    named += [text.path for text in texts.values()]
+    local = [path for name in named if (path := Path(name).expanduser()).exists()]
     atomic.check_output(out, inputs=local, overwrite=overwrite)
-    sources = {name: records.locate(text.path, offline=offline) for name, text in said.items()}
+    sources = {name: locate(text.path, offline=offline) for name, text in texts.items()}
     begun = initial.open_start(settings.model, target=settings.target, offline=offline)
-    initial.factor_of(begun, settings.strength)  # refuses one that means nothing
+    initial.factor_of(begun, settings.strength)  # raises if the strength does not fit
     if settings.baselines is not None and (begun.target is None or not any(
         (begun.merged or {}).values()
     )):  # fmt: skip
@@ -104,21 +103,21 @@ def check(
         source = open_folder(settings.source, offline=offline)
     tokenizer = tokenizers.tokenizer_of(begun.folder)
     if settings.samples is None:
-        documents = documents_module.documents_of(settings.text, sources["text"])
+        documents = documents_of(settings.text, sources["text"])
     else:
-        documents = documents_module.sampled(
+        documents = sampled(
             settings.text, sources["text"], samples=settings.samples, seed=settings.seed
         )
     held_out = None
     if settings.evaluation is not None:
-        held_out = documents_module.documents_of(settings.evaluation, sources["evaluation"])
-    learned, dev = texts.split(documents, seed=settings.seed)
+        held_out = documents_of(settings.evaluation, sources["evaluation"])
+    learned, dev = split(documents, seed=settings.seed)
     if not dev:
         raise InputError(
             f"{settings.text.path} has too few documents ({len(documents)}) for a dev split; add "
             "text, one document a line."
         )
-    contexts = [one.cfg.max_positions for one in (begun.folder, source) if one is not None]
+    contexts = [folder.cfg.max_positions for folder in (begun.folder, source) if folder is not None]
     block = min(BLOCK, *contexts) if settings.seq_len is None else settings.seq_len
     if block > min(contexts):
         raise RecipeError(
@@ -160,7 +159,8 @@ def _blocks(
     if teacher is not None and not is_dev:  # the dev split is scored on the next token
         return packing.pair(documents, tokenizer, teacher, length=length, responses_only=only)
     marked = [
-        packing.tokenize_for_training(one, tokenizer, responses_only=only) for one in documents
+        packing.tokenize_for_training(document, tokenizer, responses_only=only)
+        for document in documents
     ]
     return packing.pack(marked, length, has_tail=is_dev)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ot_merge_jax.data import sources as records
+from ot_merge_jax.data.sources import Source
 from ot_merge_jax.errors import InputError, VersionError
 from ot_merge_jax.io import arrays, hub, peft
 from ot_merge_jax.io.folder import ModelFolder
@@ -20,13 +20,11 @@ from ot_merge_jax.types import Coupling, MergeReport, WeightReport
 
 #: Every file of a model folder that decides what a run writes.
 FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
-#: What the provenance says of the plans of a site.
+#: Fields of a site that go into the provenance.
 _TRANSPORT = ("largest_error", "most_iterations", "converged", "in_log_form")
 
 
-def inputs(
-    folders: Mapping[str, ModelFolder], sources: Mapping[str, records.Source]
-) -> dict[str, Any]:
+def inputs(folders: Mapping[str, ModelFolder], sources: Mapping[str, Source]) -> dict[str, Any]:
     """Names and hashes of everything a run reads, for the provenance.
 
     Args:
@@ -36,27 +34,27 @@ def inputs(
     return {
         "inputs": {
             role: {
-                "name": one.name,
-                "hub": one.origin and one.origin._asdict(),
-                "files": provenance.file_hashes(one.path, FILES),
-                "adapter": one.adapter
+                "name": model.name,
+                "hub": model.origin and model.origin._asdict(),
+                "files": provenance.file_hashes(model.path, FILES),
+                "adapter": model.adapter
                 and {
-                    "hub": one.adapter.origin and one.adapter.origin._asdict(),
+                    "hub": model.adapter.origin and model.adapter.origin._asdict(),
                     "files": provenance.file_hashes(
-                        one.adapter.path, (peft.CONFIG, peft.WEIGHTS, "README.md")
+                        model.adapter.path, (peft.CONFIG, peft.WEIGHTS, "README.md")
                     ),
                 },
             }
-            for role, one in folders.items()
+            for role, model in folders.items()
         },
         "texts": {
             name: {
-                "hub": one.origin and {**one.origin._asdict(), "split": one.split},
+                "hub": text.origin and {**text.origin._asdict(), "split": text.split},
                 "files": [
-                    {"name": file.name, "sha256": provenance.sha256(file)} for file in one.files
+                    {"name": file.name, "sha256": provenance.sha256(file)} for file in text.files
                 ],
             }
-            for name, one in sources.items()
+            for name, text in sources.items()
         },
     }
 
@@ -83,7 +81,7 @@ def write(
         seed: Of every random choice.
         folders: Role -> model folder.
         coupling: Of the merge; None when only the vocabulary moved.
-        report: What was found.
+        report: What ``report.json`` holds.
         side: ``run`` (the key), ``command``, and what `inputs` returned.
         started: ``time.monotonic()`` when this process began.
     """
@@ -127,19 +125,19 @@ def write(
 
 def _by_role(folders: Mapping[str, ModelFolder]) -> dict[str, tuple[Path, hub.Origin | None]]:
     """Role -> folder and origin, adapters with a role of their own."""
-    found = {}
-    for role, one in folders.items():
-        found[role] = (one.path, one.origin)
-        if one.adapter is not None:
-            found[f"{role}'s adapter"] = (one.adapter.path, one.adapter.origin)
-    return found
+    models = {}
+    for role, folder in folders.items():
+        models[role] = (folder.path, folder.origin)
+        if folder.adapter is not None:
+            models[f"{role}'s adapter"] = (folder.adapter.path, folder.adapter.origin)
+    return models
 
 
 def read(folder: Path, run_key: str) -> tuple[Report, MergeReport] | None:
     """The report of a published folder, if it is the unchanged result of the run of this key.
 
     Args:
-        folder: Anything, or nothing.
+        folder: Any path; it may not exist.
         run_key: From `stages.key`.
 
     Returns:
@@ -163,7 +161,7 @@ def read(folder: Path, run_key: str) -> tuple[Report, MergeReport] | None:
     except VersionError:
         raise
     except (InputError, OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None  # anything may lie in that folder
+        return None  # the folder may contain anything
     return report, MergeReport(weights, coupling, rows)
 
 

@@ -1,6 +1,6 @@
 """The training baselines of a merge: other starts, the same data, steps and rates to try.
 
-Every arm is a stage, so that a run resumes behind the last one that is finished. Rates are chosen
+Every arm is a stage, so that a run resumes after the last finished one. Rates are chosen
 on the dev split; the held-out text is scored once for each arm, at its chosen rate.
 """
 
@@ -19,19 +19,15 @@ import numpy as np
 
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.evaluation import nll
-from ot_merge_jax.experiments import baseline_summary as reporting
-from ot_merge_jax.experiments import controls, trial
+from ot_merge_jax.experiments import baseline_summary, controls, trial
 from ot_merge_jax.experiments.baseline_summary import ArmOutcome
 from ot_merge_jax.io import arrays, hf
 from ot_merge_jax.merging import fuse
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.recipes.training import Adaptation
 from ot_merge_jax.reports.schema import Report
-from ot_merge_jax.runs import adapt, stages
-from ot_merge_jax.runs import adapt_inputs as checking
-from ot_merge_jax.training import residual as residuals
-from ot_merge_jax.training import step as training
-from ot_merge_jax.training import tuning
+from ot_merge_jax.runs import adapt, adapt_inputs, stages
+from ot_merge_jax.training import residual, step, tuning
 from ot_merge_jax.training.initial import Parts, Start
 from ot_merge_jax.training.loop import TrainHistory
 from ot_merge_jax.training.step import Problem
@@ -49,7 +45,7 @@ def compare(settings: Adaptation, out: Path, **given: Any) -> adapt.AdaptResult:
         given: As in `adapt.adapt`.
 
     Returns:
-        What was found; ``baselines`` of the report says how the arms compare.
+        The result; ``baselines`` of the report says how the arms compare.
 
     Raises:
         OtMergeError: as in `adapt.adapt`.
@@ -66,7 +62,7 @@ def inapplicable_reason(start: Start, name: str) -> str | None:
 
 
 def rule_of(start: Start) -> Any:
-    """The rule that a merge was made by, as its folder says."""
+    """The rule of a merge, from the recipe in its folder."""
     return loading.load(start.folder.path / "ot_merge" / "recipe.yaml")["rule"]
 
 
@@ -103,7 +99,7 @@ def starting(name: str, start: Start, parts: Parts, *, seed: int) -> dict[str, j
         spec, strength = MergeSpec(rule="interpolate"), start.merged
         moved = controls.shrink(added)
     fused = fuse.fuse(base, moved, strength, spec=spec, mask=masks)
-    return nothing | residuals.between(trial.as_stored(fused, hf.stored_dtypes(start.folder)), base)
+    return nothing | residual.between(trial.as_stored(fused, hf.stored_dtypes(start.folder)), base)
 
 
 def update_of(path: str, added: jax.Array) -> jax.Array:
@@ -113,27 +109,27 @@ def update_of(path: str, added: jax.Array) -> jax.Array:
         >>> update_of("lm_head/kernel", jnp.array([[0.0, 1.0], [0.0, 0.0], [0.0, 2.0]])).tolist()
         [[0.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
     """
-    found = added != 0
+    mask = added != 0
     if not path.endswith("bias"):
-        found = found.any(-1, keepdims=True) & found.any(-2, keepdims=True)
-    return found.astype(jnp.float32)
+        mask = mask.any(-1, keepdims=True) & mask.any(-2, keepdims=True)
+    return mask.astype(jnp.float32)
 
 
 def _compare(job: adapt.Job) -> Report:
     """The stages, up to the folder that is published."""
     settings = job.found.settings
     parts, source = adapt.load(job)
-    trainable, frozen = training.begin(job.found.problem, *parts, source)
+    trainable, frozen = step.begin(job.found.problem, *parts, source)
     before = adapt.scores_before(job, trainable, frozen)
     applicable = {
         name: inapplicable_reason(job.found.start, name) for name in settings.baselines or ()
     }
-    names = ["merge", *_ordered([one for one, why in applicable.items() if why is None])]
+    names = ["merge", *_ordered([name for name, why in applicable.items() if why is None])]
     problems = _problems(job)
-    found: dict[str, dict[str, list[ArmOutcome]]] = {}
+    arms: dict[str, dict[str, list[ArmOutcome]]] = {}
     for objective in settings.objectives:
-        found[objective] = {name: [] for name in names}
-        for name, outcomes in found[objective].items():
+        arms[objective] = {name: [] for name in names}
+        for name, outcomes in arms[objective].items():
             for seed, problem in problems.items():
                 rates = [outcomes[0].rate] if outcomes else settings.grid
                 kind = problem.objective._replace(kind=objective)
@@ -144,39 +140,39 @@ def _compare(job: adapt.Job) -> Report:
                     "%s from %s, seed %d: dev loss %.4f at rate %g",
                     objective, name, seed, outcomes[-1].dev[-1][1], outcomes[-1].rate,
                 )  # fmt: skip
-    best = min(found, key=lambda one: found[one]["merge"][0].dev[-1][1])
-    missing = [one for one in ("shrink", "noise") if one not in applicable]
-    missing = [one for one in missing if inapplicable_reason(job.found.start, one) is None]
-    comparison = reporting.summary(
-        found, seed=settings.seed, rates=settings.grid, best=best, missing=missing,
+    best = min(arms, key=lambda objective: arms[objective]["merge"][0].dev[-1][1])
+    missing = [name for name in ("shrink", "noise") if name not in applicable]
+    missing = [name for name in missing if inapplicable_reason(job.found.start, name) is None]
+    comparison = baseline_summary.summary(
+        arms, seed=settings.seed, rates=settings.grid, best=best, missing=missing,
         not_applicable={name: why for name, why in applicable.items() if why is not None},
     )  # fmt: skip
-    chosen = found[best]["merge"][0]
+    chosen = arms[best]["merge"][0]
     stage = _name(best, "merge", settings.seed)
     trained = _trained(job.run.folder / "state" / stage, trainable)
-    plan = training.step_config(job.found.problem)
+    plan = step.step_config(job.found.problem)
     whole = adapt.TrainedModel(
-        parts._replace(base=training.base_of(trained, frozen, plan=plan)),
-        training.params_of(trained, frozen, plan=plan),
+        parts._replace(base=step.base_of(trained, frozen, plan=plan)),
+        step.params_of(trained, frozen, plan=plan),
         TrainHistory(None, chosen.losses, (), chosen.dev),  # pyright: ignore[reportArgumentType]
-        _events(found),
+        _events(arms),
     )
     return adapt.finish(job, whole, before, needs=[stage], more=comparison._asdict())
 
 
 def _ordered(names: Sequence[str]) -> list[str]:
-    """The base first, and once."""
-    return ["base", *(one for one in ("shrink", "noise") if one in names)]
+    """``base``, then the other starts among the names, in a fixed order."""
+    return ["base", *(name for name in ("shrink", "noise") if name in names)]
 
 
 def _problems(job: adapt.Job) -> dict[int, Problem]:
-    """Seed -> what is to be learned, with its own dev split and order; the same numbers."""
+    """Seed -> training problem, with its own dev split and order and the same settings."""
     settings = job.found.settings
-    found = {settings.seed: job.found.problem}
+    problems = {settings.seed: job.found.problem}
     for seed in range(settings.seed + 1, settings.seed + settings.seeds):
         again = settings.model_copy(update={"seed": seed})
-        found[seed] = checking.check(again, job.run.folder / "unused", offline=True).problem
-    return found
+        problems[seed] = adapt_inputs.check(again, job.run.folder / "unused", offline=True).problem
+    return problems
 
 
 def _name(objective: str, name: str, seed: int) -> str:
@@ -194,8 +190,8 @@ def _arm(
 ) -> ArmOutcome:
     """Trains one arm with one seed, and scores it.
 
-    A rate that was best with the first seed and diverges with a later one is no end of the run:
-    that seed then tries them all.
+    A rate that was best with the first seed and diverges with a later one does not end the
+    run: that seed then tries all rates.
     """
     seed, objective = problem.settings.seed, problem.objective.kind
     teacher = source if objective == "kd" else None
@@ -204,7 +200,7 @@ def _arm(
 
     def make(folder: Path) -> None:
         added = starting(name, job.found.start, parts, seed=seed)
-        trainable, frozen = training.begin(problem, parts.base, added, parts.factor, teacher)
+        trainable, frozen = step.begin(problem, parts.base, added, parts.factor, teacher)
         tune = functools.partial(
             tuning.tune, problem, trainable, frozen, name=f"{objective} from {name}"
         )
@@ -218,23 +214,23 @@ def _arm(
                 objective, name, *rates, seed,
             )  # fmt: skip
             arm = tune(grid)
-        params = training.params_of(arm.trained, frozen, plan=training.step_config(problem))
+        params = step.params_of(arm.trained, frozen, plan=step.step_config(problem))
         scores = adapt.score(
             job.found, trial.as_stored(params, hf.stored_dtypes(job.found.start.folder))
         )
         if is_published:
             leaves = jax.tree.leaves(arm.trained)
             arrays.save_tree(folder / "trained", {_key(i): x for i, x in enumerate(leaves)})
-        best = arm.best._asdict() | {"tried": [(one.rate, one.loss) for one in arm.tried]}
+        best = arm.best._asdict() | {"tried": [(tried.rate, tried.loss) for tried in arm.tried]}
         arrays.save_json(folder / "arm.json", best)
         arrays.save_arrays(folder / "scores", scores._asdict())
 
     def load(folder: Path) -> ArmOutcome:
-        kept = arrays.load_json(folder / "arm.json")
+        saved = arrays.load_json(folder / "arm.json")
         scores = nll.Scores(**arrays.load_arrays(folder / "scores"))  # pyright: ignore[reportArgumentType]
-        dev = [(step, loss) for step, loss in kept["dev"]]
-        tried = [(rate, loss) for rate, loss in kept["tried"]]
-        return ArmOutcome(seed, kept["rate"], tried, kept["losses"], dev, scores)
+        dev = [(number, loss) for number, loss in saved["dev"]]
+        tried = [(rate, loss) for rate, loss in saved["tried"]]
+        return ArmOutcome(seed, saved["rate"], tried, saved["losses"], dev, scores)
 
     return stages.stage(job.run, _name(objective, name, seed), make, load)
 
@@ -245,28 +241,28 @@ def _key(place: int) -> str:
 
 
 def _trained(folder: Path, like: Any) -> Any:
-    """What an arm trained, as `_arm` kept it."""
-    kept = arrays.load_tree(folder / "trained")
+    """The parameters that an arm trained, as `_arm` saved them."""
+    saved = arrays.load_tree(folder / "trained")
     leaves, treedef = jax.tree.flatten(like)
     return jax.tree.unflatten(
         treedef,
         [
-            jax.device_put(np.asarray(kept[_key(place)], leaf.dtype), leaf.sharding)
+            jax.device_put(np.asarray(saved[_key(place)], leaf.dtype), leaf.sharding)
             for place, leaf in enumerate(leaves)
         ],
     )
 
 
-def _events(found: dict[str, dict[str, list[ArmOutcome]]]) -> list[str]:
+def _events(arms: dict[str, dict[str, list[ArmOutcome]]]) -> list[str]:
     """Lines of ``events.jsonl``: every step of every arm at its chosen rate."""
     lines = []
-    for objective, of_name in found.items():
+    for objective, of_name in arms.items():
         for name, outcomes in of_name.items():
-            for one in outcomes:
-                dev = dict(one.dev)
-                shared = {"objective": objective, "start": name, "seed": one.seed}
-                for step, loss in enumerate(one.losses, 1):
-                    seen = {"step": step, "rate": one.rate, "loss": loss}
-                    seen |= {"dev_loss": dev[step]} if step in dev else {}
-                    lines.append(json.dumps(shared | seen) + "\n")
+            for outcome in outcomes:
+                dev = dict(outcome.dev)
+                shared = {"objective": objective, "start": name, "seed": outcome.seed}
+                for number, loss in enumerate(outcome.losses, 1):
+                    line = {"step": number, "rate": outcome.rate, "loss": loss}
+                    line |= {"dev_loss": dev[number]} if number in dev else {}
+                    lines.append(json.dumps(shared | line) + "\n")
     return lines

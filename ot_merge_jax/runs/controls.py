@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.experiments import trial
-from ot_merge_jax.runs import inputs as preflight
 from ot_merge_jax.runs import stages, stages_merge
-from ot_merge_jax.runs.inputs import MergeInputs
+from ot_merge_jax.runs.inputs import MergeInputs, reseeded
 from ot_merge_jax.types import AlignedBatches, Merged
 
 _LOG = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def every_seed(
     first = inputs.recipe.seed
     for seed in range(first + 1, first + inputs.recipe.seeds):
         _LOG.info("calibration seed %d", seed)
-        again = split(preflight.reseeded(inputs, seed))
+        again = split(reseeded(inputs, seed))
         stage = stages_merge.keeping(run._replace(part=f"seed-{seed}/"))
         every_trial.append(trial.again(context, stage, again, names))
     return every_trial

@@ -1,8 +1,8 @@
 """How many transport problems a merge solves, and how much arithmetic it takes, from shapes alone.
 
-Each stage says beside its code what it takes (``flops``). Counted are products of matrices, two
-FLOPs for a multiplication and an addition; the rest of the work follows them. Seconds are not
-derived: they depend on the machine and on how many iterations the problems take.
+Each stage defines its own count (``flops``) beside its code. Only products of matrices are counted,
+two FLOPs for a multiplication and an addition. Seconds are not derived: they depend on the machine
+and on how many iterations the problems take.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Work(NamedTuple):
     """The work of a merge, without choosing its strength, scores and controls.
 
     Attributes:
-        problems: Site -> its neuron problems; the layers of each site are one small problem more.
-        flops: Step -> floating point operations; of an iteration, those of one of all problems.
+        problems: Site -> its neuron problems; the layers of each site are one more, small problem.
+        flops: Step -> floating point operations; for `ITERATION`, of one iteration of each problem.
     """
 
     problems: dict[str, Problems]
     flops: dict[str, int]
 
 
-#: The step of which every problem takes as many as it needs.
+#: The step that every problem repeats as often as it needs.
 ITERATION = "one Sinkhorn iteration of all problems"
 
 
@@ -65,7 +65,7 @@ def of_merge(
         matched: Tokens that the two vocabularies share.
 
     Returns:
-        The problems, and the FLOPs of every step that there is.
+        The problems, and the FLOPs of every step of this merge.
 
     Example:
         >>> from ot_merge_jax.models.config import Rope

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax.data import calibration, chat
-from ot_merge_jax.data import documents as texts
-from ot_merge_jax.data import sources as records
-from ot_merge_jax.data import tokenizers as tokenizers_module
-from ot_merge_jax.data import vocabulary as spelling
 from ot_merge_jax.data.chat import Document
-from ot_merge_jax.data.documents import documents_of, sampled
-from ot_merge_jax.data.tokenizers import tokenizer_of
+from ot_merge_jax.data.documents import documents_of, sampled, split
+from ot_merge_jax.data.sources import Source, locate
+from ot_merge_jax.data.tokenizers import is_same_tokenizer, tokenizer_of
+from ot_merge_jax.data.vocabulary import matched_vocabulary
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import atomic, resolve
 from ot_merge_jax.io.folder import ModelFolder, open_folder
@@ -55,7 +53,7 @@ class MergeInputs(NamedTuple):
     texts: list[Document]
     dev: list[Document]
     held_out: list[Document] | None
-    sources: dict[str, records.Source]
+    sources: dict[str, Source]
     data: calibration.Calibration
     held_out_data: calibration.Calibration | None
     is_one_tokenizer: bool
@@ -68,18 +66,16 @@ def check(
     """Checks folders, tokenizers and texts, and tokenises; reads no weights.
 
     What is named by a hub id is fetched first, weights too; this is all that uses the network.
-    Without ``out`` nothing will be written, and no place for it is checked.
+    Without ``out`` no place for the output is checked.
     """
     paths = {"target": recipe.target, "source": recipe.source, BASE: recipe.source_base}
     paths = {role: path for role, path in paths.items() if path is not None}
     if out is not None:
         named = [side for path in paths.values() for side in resolve.split(path) if side]
         named += [text.path for text in _texts(recipe).values()]
-        local = [path for one in named if (path := Path(one).expanduser()).exists()]
+        local = [path for name in named if (path := Path(name).expanduser()).exists()]
         atomic.check_output(out, inputs=local, overwrite=overwrite)
-    sources = {
-        name: records.locate(text.path, offline=offline) for name, text in _texts(recipe).items()
-    }
+    sources = {name: locate(text.path, offline=offline) for name, text in _texts(recipe).items()}
     folders = {role: open_folder(path, offline=offline) for role, path in paths.items()}
     if BASE in folders:
         merge.check_base(folders["source"].cfg, folders[BASE].cfg)
@@ -91,7 +87,7 @@ def check(
 
 
 def reseeded(inputs: MergeInputs, seed: int) -> MergeInputs:
-    """The same inputs with another sample, split and choice of rows; what was fetched stays."""
+    """The same inputs with another sample, split and choice of rows; nothing is fetched again."""
     return _again(inputs, seed=seed)
 
 
@@ -110,7 +106,7 @@ def _calibrated(
     recipe: Recipe,
     folders: dict[str, ModelFolder],
     tokenizers: dict[str, Any],
-    sources: dict[str, records.Source],
+    sources: dict[str, Source],
     held_out: list[Document] | None,
 ) -> MergeInputs:
     """Everything that follows from the calibration text and the seed."""
@@ -120,7 +116,7 @@ def _calibrated(
         samples=recipe.calibration.samples,
         seed=recipe.seed,
     )
-    train, dev = texts.split(documents, seed=recipe.seed)
+    train, dev = split(documents, seed=recipe.seed)
     if not documents:
         raise InputError(f"{recipe.calibration.path} has 0 documents; add text.")
     if recipe.strength == "auto" and not dev:
@@ -129,10 +125,10 @@ def _calibrated(
             f"add text or give a strength."
         )
     both = tokenizers["target"], tokenizers["source"]
-    is_one = tokenizers_module.is_same_tokenizer(*both, documents)
+    is_one = is_same_tokenizer(*both, documents)
     # a base often has no chat template: it reads what the source's own template writes
-    as_source = [chat.render(one, tokenizers["source"]).text for one in documents]
-    if BASE in tokenizers and not tokenizers_module.is_same_tokenizer(
+    as_source = [chat.render(document, tokenizers["source"]).text for document in documents]
+    if BASE in tokenizers and not is_same_tokenizer(
         tokenizers[BASE], tokenizers["source"], as_source
     ):
         raise InputError(
@@ -154,7 +150,7 @@ def _calibrated(
         unseen = None  # too few dev documents for held-out diagnostics
     matched = None
     if set(recipe.weights) & set(VOCABULARY):
-        matched = spelling.matched_vocabulary(
+        matched = matched_vocabulary(
             *both,
             target_size=folders["target"].cfg.vocab_size,
             source_size=folders["source"].cfg.vocab_size,
@@ -169,8 +165,8 @@ def _calibrated(
 
 def _texts(recipe: Recipe) -> dict[str, Text]:
     """The texts a recipe reads."""
-    said: dict[str, Text] = {"calibration": recipe.calibration}
-    return said if recipe.evaluation is None else said | {"evaluation": recipe.evaluation}
+    texts: dict[str, Text] = {"calibration": recipe.calibration}
+    return texts if recipe.evaluation is None else texts | {"evaluation": recipe.evaluation}
 
 
 def _by_frequency(
@@ -184,7 +180,7 @@ def _by_frequency(
 
 
 def log_matches(inputs: MergeInputs) -> None:
-    """How much of the two models' texts and vocabularies corresponds."""
+    """Logs how much of the two models' texts and vocabularies corresponds."""
     data, vocabulary = inputs.data, inputs.vocabulary
     if data.target_matched is not None and data.source_matched is not None:
         _LOG.info(
@@ -196,7 +192,7 @@ def log_matches(inputs: MergeInputs) -> None:
 
 
 def calibration_summary(inputs: MergeInputs) -> dict[str, Any]:
-    """What the rows were made from."""
+    """Where the rows came from, as counts and shares."""
     return {
         "documents": inputs.data.documents,
         "dev_documents": len(inputs.dev),

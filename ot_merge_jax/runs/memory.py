@@ -1,10 +1,10 @@
-"""How much host memory a run needs, said before it starts, and what makes it fit into less.
+"""How much host memory a run needs, known before it starts, and what makes it fit into less.
 
-Each stage says beside its code what it takes (``peak_bytes``); here that is added to the models and
-to what lies between the stages. No weights are read.
+Each stage defines its own peak (``peak_bytes``) beside its code; here that is added to the models
+and to what is kept between the stages. No weights are read.
 
-The figures are arithmetic and not XLA's own count (``memory_analysis``), which tests hold them
-against. A compilation is shared with the later call if all its types are those of the call (jax
+The figures are arithmetic and not XLA's own count (``memory_analysis``); tests compare the two. A
+compilation is shared with the later call if all its types are those of the call (jax
 0.10: 0.2 s instead of 3.9 s). But ``plan`` calls none of the programs, a resumed run few of them,
 and every budget that is tried is a program of its own: at the demo's sizes scoring, gathering and
 one layer of the coupling take 3.9 s, 3.6 s and 6.5 s to compile on one core.
@@ -27,8 +27,7 @@ from ot_merge_jax.merging import diagnostics, weight_transport
 from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.sites import site_width, sites_of
-from ot_merge_jax.transport import coupling as couplings
-from ot_merge_jax.transport import sinkhorn
+from ot_merge_jax.transport import coupling, sinkhorn
 from ot_merge_jax.types import BUDGET, Budget, MergeSpec
 
 #: The interpreter, its libraries and compiled programs (measured: 0.5 to 0.8 GiB).
@@ -41,12 +40,12 @@ _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 
 class MemoryPlan(NamedTuple):
-    """What a run will hold.
+    """The memory that a run will use.
 
     Attributes:
         offloaded: Roles whose weights are read layer by layer and never held whole.
         stages: Stage -> bytes at its peak.
-        budget: How much each stage takes up at a time.
+        budget: How much each stage works on at a time.
     """
 
     offloaded: frozenset[str]
@@ -60,9 +59,11 @@ class MemoryPlan(NamedTuple):
 
     def __str__(self) -> str:
         """One line for the log."""
-        held = f", {' and '.join(sorted(self.offloaded))} layer by layer" if self.offloaded else ""
+        offloaded = (
+            f", {' and '.join(sorted(self.offloaded))} layer by layer" if self.offloaded else ""
+        )
         stage = max(self.stages, key=self.stages.__getitem__)
-        return f"about {gib(self.peak)} at most (to {stage}){held}"
+        return f"about {gib(self.peak)} at most (to {stage}){offloaded}"
 
 
 def gib(size: int) -> str:
@@ -85,22 +86,22 @@ def parse(text: str) -> int:
         >>> parse("8GiB") == parse("8 G") == 8 << 30
         True
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or not float(found[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
         raise RecipeError(f"--memory-limit {text!r} is not a size; write it as in 8GiB.")
-    return int(float(found[1]) * 2 ** _UNITS[found[2].upper()])
+    return int(float(match[1]) * 2 ** _UNITS[match[2].upper()])
 
 
 def of_machine(files: Iterable[str] = _CGROUP) -> int:
     """Bytes this process may use: the machine's memory, or the limit of its container.
 
     Args:
-        files: Where a container's limit may stand.
+        files: Files that may state a container's limit.
     """
     limits = [psutil.virtual_memory().total]
     for file in files:
-        if Path(file).is_file() and (said := Path(file).read_text().strip()).isdigit():
-            limits.append(int(said))  # without a limit it says `max`, or more than any machine has
+        if Path(file).is_file() and (limit := Path(file).read_text().strip()).isdigit():
+            limits.append(int(limit))  # no limit: `max`, or more than any machine has
     return min(limits)
 
 
@@ -141,7 +142,7 @@ def choose(
         if plan.peak <= most:
             return plan
     allowed, more = (
-        ("this machine has", "say --memory-limit if you know better")
+        ("this machine has", "set --memory-limit if you know better")
         if limit is None
         else ("--memory-limit allows", "raise it")
     )
@@ -166,14 +167,14 @@ def _in_smaller_blocks(
     is_lower = True
     while plan.peak > most and is_lower:
         is_lower = False
-        # all of them each time: a block that does not count yet may once another one is smaller
+        # all of them each time: a block without effect may have one once another is smaller
         for field in _BLOCKS:
             smaller = _halved(plan, of_budget, most, field, pairs)
             if smaller is not None:
                 plan, is_lower = smaller, True
             if plan.peak <= most:
                 return plan
-    if plan.peak > most:  # parts that are equally large count only together
+    if plan.peak > most:  # equally large parts lower the peak only together
         smallest = of_budget(budget=plan.budget._replace(**dict.fromkeys(_BLOCKS, 1)))
         plan = min(plan, smallest, key=lambda each: each.peak)
     return plan
@@ -225,16 +226,16 @@ def needed(
         scored: Tokens, at most, of each document that is scored.
         offloaded: Roles that are read layer by layer.
         controls: Kinds of control that the merge is compared with.
-        budget: How much each stage takes up at a time.
+        budget: How much each stage works on at a time.
 
     Returns:
         The sums, by stage.
     """
     target, source = cfgs["target"], cfgs["source"]
-    held = {
+    weights = {
         role: 0 if role in offloaded else _FLOAT * specs.count(cfg) for role, cfg in cfgs.items()
     }
-    models, moved = sum(held.values()), weight_transport.result_bytes(target, spec)
+    models, moved = sum(weights.values()), weight_transport.result_bytes(target, spec)
     rows, problems = data.rows, _problems(cfgs, spec)
     plan_block, logits = budget.plan_block, budget.logits
     stages = {}
@@ -244,7 +245,7 @@ def needed(
             stages[f"gather the {role}"] = models + gather.peak_bytes(
                 cfg, batches, is_resident=role not in offloaded, hidden_at_once=budget.hidden
             )
-        stages["couple"] = models + couplings.peak_bytes(
+        stages["couple"] = models + coupling.peak_bytes(
             problems, rows=rows, source_layers=source.num_layers,
             pairs_at_once=budget.pairs, rows_at_once=budget.source_rows,
         )  # fmt: skip
@@ -255,18 +256,18 @@ def needed(
     )
     stages["transport"] = models + moved + carried
     if controls:
-        # what is broken is aligned and carried like the merge, beside it; so is a random source
-        reference = "source base" if "source base" in held else "source"
-        stranger = held[reference] if "wrong-source" in controls else 0
-        beside = 2 * moved + held["target"] + stranger
+        # a control is aligned and carried like the merge, beside it; so is a random source
+        reference = "source base" if "source base" in weights else "source"
+        stranger = weights[reference] if "wrong-source" in controls else 0
+        beside = 2 * moved + weights["target"] + stranger
         stages["run the controls"] = max(stages.values()) + beside
     if "unigram" in controls:
         fitted = token_bias.peak_bytes(
             target, tokens=data.target_tokens, predictions=budget.predictions
         )
-        stages["fit the unigram control"] = models + fitted + held["target"] + moved
+        stages["fit the unigram control"] = models + fitted + weights["target"] + moved
     # the merged model beside the target it came from
-    merged = models + moved + held["target"]
+    merged = models + moved + weights["target"]
     scores = nll.peak_bytes(target, scored, logits_at_once=logits)
     stages["choose the strength"] = models + 2 * moved + scores
     if controls:  # how far the merge has moved
@@ -276,7 +277,7 @@ def needed(
         source, scored,
         is_resident="source" not in offloaded, hidden_at_once=budget.hidden, logits_at_once=logits,
     )  # fmt: skip
-    # the merge beside the target and what moved; of the file one piece at a time
+    # the merge, the target and what moved; the file is read one piece at a time
     pieces = 3 * _FLOAT * specs.largest_piece(target)
     stages["check what was written"] = models + 2 * moved + pieces
     return MemoryPlan(offloaded, {name: PROCESS + size for name, size in stages.items()}, budget)

@@ -1,4 +1,4 @@
-"""A whole run: folders and texts in, one published folder out. Strings the stages; no maths.
+"""A whole run: folders and texts in, one published folder out. Calls the stages in order; no maths.
 
 Everything is checked that can be checked without reading weights before any weight is read.
 """
@@ -19,13 +19,12 @@ import numpy as np
 import yaml
 
 from ot_merge_jax.data import batching, calibration, tokenizers
-from ot_merge_jax.data import documents as texts
+from ot_merge_jax.data.documents import DEV_FRACTION
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluation import nll, samples, saved_scores
 from ot_merge_jax.evaluation.kl import divergence
-from ot_merge_jax.experiments import controls as controls_module
-from ot_merge_jax.experiments import summary, sweep, trial
-from ot_merge_jax.experiments import verdict as verdicts
+from ot_merge_jax.experiments import summary, sweep, trial, verdict
+from ot_merge_jax.experiments.controls import arms, inapplicable_reasons
 from ot_merge_jax.io import arrays, atomic, hf, lazy, safetensors
 from ot_merge_jax.io.folder import ModelFolder, eos_token_ids, open_folder
 from ot_merge_jax.merging.merge import Stage, gather_rows, merge
@@ -37,8 +36,7 @@ from ot_merge_jax.recipes.recipe import Recipe
 from ot_merge_jax.reports import schema
 from ot_merge_jax.reports.schema import Report
 from ot_merge_jax.runs import artifacts, controls, memory, plan, provenance, stages, stages_merge
-from ot_merge_jax.runs import inputs as preflight
-from ot_merge_jax.runs.inputs import MergeInputs
+from ot_merge_jax.runs.inputs import MergeInputs, calibration_summary, log_matches
 from ot_merge_jax.transport import cost, site_diagnostics
 from ot_merge_jax.types import BUDGET, Alignment, Budget, MergeReport, MergeSpec, Params
 
@@ -46,7 +44,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class RunResult(NamedTuple):
-    """What a run found.
+    """The result of a run.
 
     Attributes:
         out: The published folder.
@@ -90,7 +88,7 @@ def run(
         keep: Whether a run that is interrupted, or finds the disk or the memory full, keeps its
             finished stages beside ``out``.
         strict: Whether a solver that did not converge, or a worse verdict, is an error.
-        offline: Whether the network is forbidden; the hub's local cache is used all the same.
+        offline: Whether the network is forbidden; the hub's local cache is still used.
         mesh: Where models and batches live; None: one device.
         memory_limit: Bytes of host memory the run may use; None: those of the machine. If that is
             too little, stages work in smaller blocks, and then the source and its base are read
@@ -100,29 +98,29 @@ def run(
         show: Called with the recipe once everything in it is decided, before weights are read.
 
     Returns:
-        What was found. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
+        The result. ``out`` is a Hugging Face folder with the details in ``ot_merge/``.
 
     Raises:
-        OtMergeError: with an exit code; nothing has been written then, but for the stages of a
-            `ResourceError`.
+        OtMergeError: with an exit code; nothing has been written then, except the finished stages
+            after a `ResourceError`.
         KeyboardInterrupt: saying how to resume.
     """
     started = time.monotonic()
-    inputs, held = plan.checked(
+    inputs, memory_plan = plan.checked(
         recipe, out, overwrite=overwrite or resume, offline=offline, limit=memory_limit
     )
     recipe = inputs.recipe
     if show is not None:
         show(recipe)
-    preflight.log_matches(inputs)
-    _LOG.info("memory: %s", held)
-    if held.budget != BUDGET:
-        _LOG.info("memory: in smaller blocks, at a time %s", held.budget)
+    log_matches(inputs)
+    _LOG.info("memory: %s", memory_plan)
+    if memory_plan.budget != BUDGET:
+        _LOG.info("memory: in smaller blocks, at a time %s", memory_plan.budget)
     side = artifacts.inputs(inputs.folders, inputs.sources)
     # reading layer by layer, or in other blocks, rounds differently, so it is another run
-    decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(held.offloaded)}
-    if held.budget != BUDGET:
-        decided["budget"] = held.budget._asdict()
+    decided: dict[str, Any] = {"versions": _versions(), "on disk": sorted(memory_plan.offloaded)}
+    if memory_plan.budget != BUDGET:
+        decided["budget"] = memory_plan.budget._asdict()
     key = stages.key({"recipe": recipe.to_yaml(), **decided, **side})
     side = {"run": key, "command": command, **side}
     with atomic.locked(out):
@@ -134,7 +132,7 @@ def run(
             out, key, command=command, resume=resume, overwrite=overwrite, keep=keep
         ) as state:
             return _merge(
-                state, inputs, out, side, known or {}, held,
+                state, inputs, out, side, known or {}, memory_plan,
                 strict=strict, mesh=mesh, started=started,
             )  # fmt: skip
 
@@ -145,7 +143,7 @@ def _merge(
     out: Path,
     side: dict[str, Any],
     known: Mapping[str, nll.Scores],
-    held: memory.MemoryPlan,
+    memory_plan: memory.MemoryPlan,
     *,
     strict: bool,
     mesh: jax.sharding.Mesh | None,
@@ -153,9 +151,9 @@ def _merge(
 ) -> RunResult:
     """The stages of a run, up to the folder that is published."""
     recipe, seed = inputs.recipe, inputs.recipe.seed
-    spec, hparams, budget = recipe.spec(), recipe.hparams(), held.budget
+    spec, hparams, budget = recipe.spec(), recipe.hparams(), memory_plan.budget
     is_chosen = recipe.strength == "auto"
-    deferred = _deferred(inputs.folders, held.offloaded, mesh)
+    deferred = _deferred(inputs.folders, memory_plan.offloaded, mesh)
     models = Models(deferred[TARGET], deferred[SOURCE], deferred.get(BASE))
     split, stage = controls.split(inputs), stages_merge.keeping(state)
     _LOG.info("transport: %s", ", ".join(spec.weights))
@@ -178,28 +176,28 @@ def _merge(
         needs=["moved", *(["sweep"] if merged.choice.tried else [])],
         folder=stages.MODEL,
     )
-    merged = merged._replace(params=None)  # the files hold it now
+    merged = merged._replace(params=None)  # read from the files from here on
     sites = _site_facts(stage, models, merged.alignment, inputs.held_out_data, spec, seed, budget)
     unconverged = _unconverged(merged.report)
     chosen, points = merged.choice
     warnings = [
         *_silent(merged.alignment, spec), *unconverged, *sweep.at_the_edge(points, chosen),
     ]  # fmt: skip
-    if inputs.held_out is not None and (too_few := verdicts.few(len(inputs.held_out))):
+    if inputs.held_out is not None and (too_few := verdict.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
     scores, evaluation = _evaluate(stage, inputs, models, model, known, budget)
-    measured, against, shown = verdicts.judge(None, {}, missing=[]), None, {}
+    measured, against, shown = verdict.judge(None, {}, missing=[]), None, {}
     controlled: dict[str, schema.Entry] = {}
     if inputs.held_out is not None:
         context = trial.TrialContext(
             models, hparams, spec, is_chosen, controls.target_windows(inputs, inputs.held_out),
             scores["target"], hf.stored_dtypes(inputs.folders["target"]), budget,
         )  # fmt: skip
-        reasons = controls_module.inapplicable_reasons(
+        reasons = inapplicable_reasons(
             recipe.controls, spec=spec, source_layers=models.source.cfg.num_layers,
             has_dev=split.dev is not None,
         )  # fmt: skip
-        names = [name for name in controls_module.arms(recipe.controls) if name not in reasons]
+        names = [name for name in arms(recipe.controls) if name not in reasons]
         arm = trial.Arm(chosen.strength, points, scores["merge"])
         measured, against, by_seed = summary.outcome(
             controls.every_seed(state, inputs, context, merged, arm, names),
@@ -209,14 +207,14 @@ def _merge(
         models_alone = {name: evaluation[name] for name in ("target", "source")}
         controlled = models_alone | shown.pop("controls")
     for role in deferred.keys() - {TARGET}:
-        deferred[role].release()  # what follows reads the target and the merge
-    verdict = verdicts.of_merge(measured, merged.report, chosen, spec, against, is_auto=is_chosen)
+        deferred[role].release()  # only the target and the merge are read from here on
+    judgement = verdict.of_merge(measured, merged.report, chosen, spec, against, is_auto=is_chosen)
     if strict and (unconverged or measured.outcome == "worse"):
-        raise StrictError(f"--strict: {(unconverged or [verdict.sentence])[0]}")
+        raise StrictError(f"--strict: {(unconverged or [judgement.sentence])[0]}")
     report = Report(
         version=schema.VERSION,
-        verdict=verdict.sentence,
-        outcome=verdict.outcome,
+        verdict=judgement.sentence,
+        outcome=judgement.outcome,
         warnings=warnings,
         controls=controlled,
         evaluation=evaluation,
@@ -226,14 +224,14 @@ def _merge(
             split=schema.Split(
                 train_documents=len(inputs.texts),
                 dev_documents=len(inputs.dev),
-                fraction=texts.DEV_FRACTION,
+                fraction=DEV_FRACTION,
                 seed=seed,
             ),
         ),
         samples=_samples(stage, inputs, models, model),
         weights=summary.weights(merged.report),
         sites=sites,
-        calibration=arrays.plain(preflight.calibration_summary(inputs)),
+        calibration=arrays.plain(calibration_summary(inputs)),
         settings=yaml.safe_load(provenance.public(recipe.to_yaml())),
         **shown,
     )
@@ -281,7 +279,7 @@ def _site_facts(
     seed: int,
     budget: Budget,
 ) -> dict[str, schema.Site]:
-    """Diagnostics of every site, with rows that the plans have not seen if there are any."""
+    """Diagnostics of every site, also on held-out rows if there are any."""
     held_out, needs = None, []
     if alignment is not None and unseen is not None:
         rows = functools.partial(
@@ -308,7 +306,7 @@ def _site_facts(
 
 
 def _versions() -> list[str]:
-    """What else than settings and inputs decides the numbers."""
+    """Versions that decide the numbers, beside settings and inputs."""
     named = ("ot-merge-jax", "jax", "numpy", "ott-jax", "tokenizers", "transformers")
     return [importlib.metadata.version(name) for name in named]
 
@@ -328,7 +326,7 @@ def _open(folder: ModelFolder) -> Params:
 def _write_model(
     folder: Path, params: Params, cfg: ModelConfig, folders: Mapping[str, ModelFolder]
 ) -> None:
-    """The fused parameters as a Hugging Face folder, read back and tried."""
+    """The fused parameters as a Hugging Face folder, read back and checked."""
     hf.write_model(folder, params, cfg=cfg, like=folders["target"].path)
     _self_check(folder, params)
 
@@ -337,11 +335,12 @@ def _unconverged(report: MergeReport) -> list[str]:
     """Sentences about plans that did not converge."""
     return [
         f"{name}: the neuron transport did not converge in "
-        f"{int(np.sum(~np.asarray(one.converged)))} "
-        f"of {len(one.converged)} layers (largest marginal error {float(np.max(one.error)):.1e}); "
+        f"{int(np.sum(~np.asarray(weight.converged)))} "
+        f"of {len(weight.converged)} layers "
+        f"(largest marginal error {float(np.max(weight.error)):.1e}); "
         f"raise epsilon or max_iterations."
-        for name, one in report.weights.items()
-        if not np.all(one.converged)
+        for name, weight in report.weights.items()
+        if not np.all(weight.converged)
     ]
 
 
@@ -355,10 +354,10 @@ def _silent(alignment: Alignment | None, spec: MergeSpec) -> list[str]:
     }
     return [
         f"The target's activations at {site} never change in layer "
-        f"{', '.join(map(str, found))}; the weights at it stay the target's: check them, or use "
-        "more varied text."
-        for site, found in layers.items()
-        if len(found)
+        f"{', '.join(map(str, unchanging))}; the weights at it stay the target's: check them, or "
+        "use more varied text."
+        for site, unchanging in layers.items()
+        if len(unchanging)
     ]
 
 
@@ -372,10 +371,10 @@ def _self_check(folder: Path, fused: Params) -> None:
     for spec in specs.param_specs(cfg):
         ours, theirs = np.asarray(specs.get(fused, spec.path)), specs.get(written, spec.path)
         pieces = zip(ours, theirs, strict=True) if spec.is_stacked else [(ours, theirs)]
-        for name, (one, other) in zip(spec.tensor_names(), pieces, strict=True):
-            # the layers of a stack may have dtypes of their own
+        for name, (expected, read) in zip(spec.tensor_names(), pieces, strict=True):
+            # the layers of a stack may have different dtypes
             dtype = safetensors.DTYPES[opened.tensors[name].dtype]
-            if not np.array_equal(one.astype(dtype), np.asarray(other).astype(dtype)):
+            if not np.array_equal(expected.astype(dtype), np.asarray(read).astype(dtype)):
                 raise OSError(f"{folder} does not hold the merged parameters; check the disk.")
     tokenizers.load_tokenizer(folder)
     batch = batching.batches([[0, 1 % cfg.vocab_size]], [([-1], [0])])[0]
@@ -394,13 +393,13 @@ def _evaluate(
     known: Mapping[str, nll.Scores],
     budget: Budget,
 ) -> tuple[dict[str, nll.Scores], dict[str, schema.Entry]]:
-    """Scores on the held-out text, and what they say of every model."""
+    """Scores on the held-out text, and the entry of every model in the report."""
     documents = inputs.held_out
     if documents is None:
         return {}, {}
     roles = ("target", "merge", "source")
 
-    def one(role: str) -> nll.Scores:
+    def score(role: str) -> nll.Scores:
         if role in known:
             return known[role]
         model = _scored_model(role, models, merged)
@@ -412,15 +411,15 @@ def _evaluate(
         )  # fmt: skip
 
     read = stage(
-        "evaluation", lambda: {role: one(role) for role in roles}, *saved_scores.SCORES,
+        "evaluation", lambda: {role: score(role) for role in roles}, *saved_scores.SCORES,
         needs=["model"],
     )  # fmt: skip
     scores = {role: read[role] for role in roles}
     same, seed = {"merge": True, "source": inputs.is_one_tokenizer}, inputs.recipe.seed
-    found = summary.compared(scores, has_one_tokenizer=same, seed=seed)
-    if inputs.recipe.controls:  # two passes more, spared like the controls
-        found["merge"].kl_to_base = _divergence(stage, inputs, models, merged, budget.logits)
-    return scores, found
+    entries = summary.compared(scores, has_one_tokenizer=same, seed=seed)
+    if inputs.recipe.controls:  # two more passes, so only with controls
+        entries["merge"].kl_to_base = _divergence(stage, inputs, models, merged, budget.logits)
+    return scores, entries
 
 
 def _divergence(
@@ -440,7 +439,7 @@ def _divergence(
 def _samples(
     stage: Stage, inputs: MergeInputs, models: Models, merged: Path
 ) -> list[schema.Sample]:
-    """What target and merge make of the beginnings of a few held-out documents."""
+    """Continuations by target and merge of the beginnings of a few held-out documents."""
     count = inputs.recipe.continuations
     if inputs.held_out is None or not count:
         return []
@@ -448,13 +447,13 @@ def _samples(
     prompts = samples.prompts(inputs.held_out[:count], tokenizer)
 
     def compute() -> list[dict[str, Any]]:
-        found = {}
+        continuations = {}
         for role in ("target", "merge"):
             model = _scored_model(role, models, merged)
-            found[role] = samples.sample(
+            continuations[role] = samples.sample(
                 model.params, model.cfg, tokenizer, prompts, stop=eos_token_ids(folder)
             )
-        return samples.summary(prompts, found)
+        return samples.summary(prompts, continuations)
 
     written = stage("samples", compute, *arrays.JSON, needs=["model"])
     return [schema.Sample.model_validate(sample) for sample in written]

@@ -25,7 +25,7 @@ from ot_merge_jax.runs.inputs import MergeInputs
 from ot_merge_jax.transport import coupling
 
 _LOG = logging.getLogger(__name__)
-_FEWEST_ROWS = 1024  # to which max_rows is lowered where memory asks for it
+_FEWEST_ROWS = 1024  # max_rows is not lowered below it when memory is short
 
 
 class Needs(NamedTuple):
@@ -35,9 +35,9 @@ class Needs(NamedTuple):
         inputs: The checked inputs; their recipe has everything decided.
         memory: Host memory by stage, and which models stay on disk.
         limit: Bytes of host memory that are allowed.
-        disk: What lies on the disk of the output when the run ends -> bytes.
+        disk: Kind of file on the disk of the output when the run ends -> bytes.
         free: Bytes that are free there.
-        place: The existing folder that was asked for them.
+        place: The existing folder whose disk it is.
         work: Transport problems and arithmetic of one calibration seed.
     """
 
@@ -75,36 +75,38 @@ def needs(
         ResourceError: if memory or free disk is too small, naming what is needed.
         OtMergeError: for whatever a run would refuse before it starts.
     """
-    inputs, held = checked(recipe, out, overwrite=overwrite, offline=offline, limit=limit)
+    inputs, memory_plan = checked(recipe, out, overwrite=overwrite, offline=offline, limit=limit)
     place = (out or Path("run")).expanduser().absolute().parent
     place = next(folder for folder in (place, *place.parents) if folder.exists())
     cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
-    gathered = [one for one in (inputs.data, inputs.held_out_data) if one is not None]
+    gathered = [data for data in (inputs.data, inputs.held_out_data) if data is not None]
     matched = 0 if inputs.vocabulary is None else len(inputs.vocabulary.target_ids)
-    found = Needs(
+    run_needs = Needs(
         inputs,
-        held,
+        memory_plan,
         memory.of_machine() if limit is None else limit,
         disk(inputs),
         shutil.disk_usage(place).free,
         place,
         flops.of_merge(cfgs, gathered, spec=inputs.recipe.spec(), matched=matched),
     )
-    needed = sum(found.disk.values())
-    if needed > found.free:
-        parts = ", ".join(f"{name} {memory.gib(size)}" for name, size in found.disk.items() if size)
+    needed = sum(run_needs.disk.values())
+    if needed > run_needs.free:
+        parts = ", ".join(
+            f"{name} {memory.gib(size)}" for name, size in run_needs.disk.items() if size
+        )
         raise ResourceError(
             f"The run needs about {memory.gib(needed)} of disk ({parts}), and "
-            f"{memory.gib(found.free)} are free in {place}; make room, choose another --out, use "
-            "fewer --samples or --max-rows, or move fewer --weights."
+            f"{memory.gib(run_needs.free)} are free in {place}; make room, choose another --out, "
+            "use fewer --samples or --max-rows, or move fewer --weights."
         )
-    return found
+    return run_needs
 
 
 def checked(
     recipe: Recipe, out: Path | None, *, overwrite: bool, offline: bool, limit: int | None
 ) -> tuple[MergeInputs, memory.MemoryPlan]:
-    """The checked inputs, and what the run will hold; with fewer rows if it would be too much.
+    """The checked inputs and the plan of memory, with fewer rows if memory is too small.
 
     Args:
         recipe: The resolved recipe.
@@ -131,12 +133,12 @@ def checked(
 
 
 def _memory(inputs: MergeInputs, limit: int | None) -> memory.MemoryPlan:
-    """What the run will hold."""
+    """The plan of memory of the run."""
     cfgs = {role: folder.cfg for role, folder in inputs.folders.items()}
     documents = [*inputs.dev, *(inputs.held_out or [])]
     both = [inputs.tokenizers[role] for role in ("target", "source")]
     scored = [
-        max(len(tokenizers.tokenize(one, document)["input_ids"]) for one in both)
+        max(len(tokenizers.tokenize(tokenizer, document)["input_ids"]) for tokenizer in both)
         for document in documents
     ]
     recipe = inputs.recipe
@@ -147,16 +149,16 @@ def _memory(inputs: MergeInputs, limit: int | None) -> memory.MemoryPlan:
 
 
 def disk(inputs: MergeInputs) -> dict[str, int]:
-    """Bytes that lie beside the output, and in it, when a run has made everything.
+    """Bytes that lie beside the output, and in it, at the end of a run.
 
-    Stages are kept until the output is published, since a run that dies goes on from them. The
+    Stages are kept until the output is published, since a killed run continues from them. The
     report and its plots, a few MB, are not counted; nor is what an existing output holds.
 
     Args:
         inputs: Checked inputs.
 
     Returns:
-        What -> bytes, before any compression.
+        Kind of file -> bytes, before any compression.
     """
     recipe, target = inputs.recipe, inputs.folders["target"]
     spec, source = recipe.spec(), inputs.folders["source"].cfg
@@ -176,7 +178,7 @@ def disk(inputs: MergeInputs) -> dict[str, int]:
         ],
         layers=(target.cfg.num_layers, source.num_layers),
     )
-    names = {name for one in specs.param_specs(target.cfg) for name in one.tensor_names()}
+    names = {name for param in specs.param_specs(target.cfg) for name in param.tensor_names()}
     return {
         "activations": rows_of(target.cfg, rows=shared) + rows_of(source, rows=shared + alone),
         "coupling": (seeds + 1) * couplings,  # the stages, and the copy that is published

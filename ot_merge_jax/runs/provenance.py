@@ -1,4 +1,4 @@
-"""Where a merged model comes from: the model card and the side file with every hash."""
+"""Hashes, versions and redacted texts for ``provenance.json`` and the model card."""
 
 from __future__ import annotations
 

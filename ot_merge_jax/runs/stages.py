@@ -1,8 +1,8 @@
 """The state of a run on disk: finished stages, checked by their hashes, so that a run can resume.
 
-A run works in ``OUT.partial-KEY/``. `stage` is the one mechanism: whatever a stage makes lies in
+A run works in ``OUT.partial-KEY/``. `stage` is the only mechanism: whatever a stage makes is in
 files, the manifest names them with their hashes once they are whole, and every run, resumed or not,
-goes on with what it reads back from them. Imports errors, publish and provenance.
+goes on with what it reads back from them. Imports errors, atomic and provenance.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODEL = "model"
 
 
 class File(pydantic.BaseModel):
-    """What a finished file was."""
+    """Hash and size of a finished file."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -50,7 +50,7 @@ class StageEntry(pydantic.BaseModel):
 
 
 class Manifest(pydantic.BaseModel):
-    """All finished stages in order, and the hash of that list, since no file vouches for it."""
+    """All finished stages in order, and the hash of that list, which shows damage to it."""
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
@@ -63,7 +63,7 @@ class RunFolder(NamedTuple):
 
     Attributes:
         folder: ``OUT.partial-KEY``.
-        part: Of the names of the stages made through this one, ending in a slash; or empty.
+        part: Prefix of the names of its stages; empty, or ends in a slash.
     """
 
     folder: Path
@@ -100,10 +100,10 @@ def stage(
         run: The run folder.
         name: Of the stage.
         make: Writes files into the folder it is given.
-        load: Reads them. Called whether or not they were there before: one road for every run.
+        load: Reads them. Called also right after ``make``, so that every run reads what it uses.
         needs: Stages of the same part whose results ``make`` uses; if one is redone, so is this.
         folder: Where the files go, relative to the run folder; None: ``state/NAME``. Stages may
-            share a folder: what lies there and belongs to no other stage is this stage's.
+            share a folder: files there that belong to no other stage are this stage's.
 
     Returns:
         What ``load`` returns.
@@ -111,12 +111,12 @@ def stage(
     Example:
         >>> import tempfile
         >>> run = RunFolder(Path(tempfile.mkdtemp()))
-        >>> made = []
+        >>> calls = []
         >>> def make(folder):
-        ...     made.append("once")
+        ...     calls.append("once")
         ...     (folder / "a.txt").write_text("one")
         >>> read = lambda folder: (folder / "a.txt").read_text()
-        >>> [stage(run, "a", make, read) for _ in range(2)], made
+        >>> [stage(run, "a", make, read) for _ in range(2)], calls
         (['one', 'one'], ['once'])
     """
     name = run.part + name
@@ -131,7 +131,7 @@ def stage(
             for file in _files(run.folder, place)
             if file not in known
         }
-        entry = StageEntry(stage=name, needs=[run.part + one for one in needs], files=files)
+        entry = StageEntry(stage=name, needs=[run.part + need for need in needs], files=files)
         _commit_point(f"before {name}")
         _write_manifest(run.folder, [*entries.values(), entry])
         _commit_point(f"after {name}")
@@ -139,9 +139,9 @@ def stage(
 
 
 def drop(run: RunFolder, names: Sequence[str]) -> None:
-    """Takes finished stages back and deletes their files; the manifest forgets them first.
+    """Deletes finished stages and their files; the manifest is rewritten first.
 
-    For stages that newer ones replace, as a training's checkpoints do.
+    For stages that newer ones replace, such as the checkpoints of a training.
 
     Example:
         >>> import tempfile
@@ -180,7 +180,7 @@ def run_folder(
     Args:
         out: The folder to publish.
         run_key: From `key`.
-        command: What the user typed, to be told with ``--resume`` where stages are kept.
+        command: What the user typed, shown with ``--resume`` when stages are kept.
         resume: Whether finished stages of a run of this key are used; otherwise they are deleted.
         overwrite: Whether an existing ``out`` is replaced.
         keep: Whether stages are kept at all.
@@ -207,8 +207,8 @@ def run_folder(
         folder.mkdir(exist_ok=True)
         _mention_others(out, folder)
         if resume:
-            if kept := _verified(folder):
-                _write_manifest(folder, kept)
+            if entries := _verified(folder):
+                _write_manifest(folder, entries)
             else:
                 (folder / _MANIFEST).unlink(missing_ok=True)
             _delete_others(run)
@@ -242,8 +242,8 @@ def run_folder(
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"interrupted; {left}") from error
         if has_diverged and is_kept:  # the same settings would diverge again
-            kept = f"what was good before is kept in {folder.name}"
-            raise DivergedError(f"{str(error).rstrip('.')}; {kept}.") from error
+            left = f"what was good before is kept in {folder.name}"
+            raise DivergedError(f"{str(error).rstrip('.')}; {left}.") from error
         raise
     clear(out, run_key)
 
@@ -262,7 +262,7 @@ def _places(out: Path, run_key: str) -> tuple[Path, Path]:
 
 
 def _mention_others(out: Path, folder: Path) -> None:
-    """Says what other runs have left; it is the user's to delete."""
+    """Logs what other runs have left; only the user deletes it."""
     others = sorted(
         path.name
         for path in out.parent.iterdir()
@@ -278,27 +278,27 @@ def _mention_others(out: Path, folder: Path) -> None:
 
 
 def _verified(folder: Path) -> list[StageEntry]:
-    """The finished stages whose files, and whose needs' files, are what they were."""
-    kept: dict[str, StageEntry] = {}
+    """The finished stages whose files, and those of the stages they need, are unchanged."""
+    intact: dict[str, StageEntry] = {}
     again, damaged = [], []
     for entry in _read_manifest(folder):
         bad = [file for file, was in entry.files.items() if not _is_intact(folder / file, was)]
         damaged += bad
-        if bad or not kept.keys() >= set(entry.needs):
+        if bad or not intact.keys() >= set(entry.needs):
             again.append(entry.stage)
         else:
-            kept[entry.stage] = entry
+            intact[entry.stage] = entry
     if again:
         _LOG.warning(
             "resume: %s: not what was written; done again: %s", ", ".join(damaged), ", ".join(again)
         )
-    if kept:
-        _LOG.info("resume: taken from %s: %s", folder.name, ", ".join(kept))
-    return list(kept.values())
+    if intact:
+        _LOG.info("resume: taken from %s: %s", folder.name, ", ".join(intact))
+    return list(intact.values())
 
 
 def _is_intact(path: Path, was: File) -> bool:
-    """Whether a file has the size and the hash it had."""
+    """Whether a file still has its size and its hash."""
     try:
         return _bytes(path) == was.bytes and provenance.sha256(path) == was.sha256
     except OSError:
@@ -321,9 +321,9 @@ def _read_manifest(folder: Path) -> list[StageEntry]:
 
 
 def _write_manifest(folder: Path, entries: Sequence[StageEntry]) -> None:
-    """Replaces the manifest; at every moment the old or the new one is there, whole.
+    """Replaces the manifest atomically: a crash leaves the old one or the new one.
 
-    The files it names are not flushed: one that a power cut takes away no longer has its hash.
+    The files it names are not flushed to disk: if a power cut damages one, its hash is wrong.
     """
     new = folder / f"{_MANIFEST}.new"
     manifest = Manifest(sha256=_digest(entries), stages=list(entries))
@@ -335,11 +335,13 @@ def _write_manifest(folder: Path, entries: Sequence[StageEntry]) -> None:
 
 def _digest(entries: Sequence[StageEntry]) -> str:
     """SHA-256 of the list of stages."""
-    return hashlib.sha256("\n".join(one.model_dump_json() for one in entries).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(entry.model_dump_json() for entry in entries).encode()
+    ).hexdigest()
 
 
 def _delete_others(run: RunFolder) -> None:
-    """Deletes what belongs to no finished stage: the files and folders a dying run was making."""
+    """Deletes what belongs to no finished stage: files and folders of an interrupted stage."""
     known = {_MANIFEST} | {file for entry in finished(run).values() for file in entry.files}
     for file in _files(run.folder, run.folder):
         if file not in known:
@@ -357,12 +359,12 @@ def _delete_empty(run: RunFolder) -> None:
 
 def _files(root: Path, folder: Path) -> list[str]:
     """All files below a folder, as POSIX paths relative to ``root``; links are not followed."""
-    found = [
+    paths = [
         Path(parent, name).relative_to(root).as_posix()
         for parent, _, names in os.walk(folder)
         for name in names
     ]
-    return sorted(found)
+    return sorted(paths)
 
 
 def _bytes(path: Path) -> int:
@@ -371,6 +373,6 @@ def _bytes(path: Path) -> int:
 
 
 def _commit_point(name: str) -> None:
-    """Where tests let a run die as by ``kill -9``: ``OT_MERGE_CRASH_AT="before coupling"``."""
+    """Where tests can kill a run, like ``kill -9``: ``OT_MERGE_CRASH_AT="before coupling"``."""
     if os.environ.get("OT_MERGE_CRASH_AT") == name:
         os._exit(137)

@@ -36,10 +36,10 @@ class Start(NamedTuple):
 
     Attributes:
         folder: What is trained.
-        target: What it was merged from, for a folder of `ot-merge run`; else None.
+        target: The target of the merge, for a folder of `ot-merge run`; else None.
         stored: The folder of its residual, for one of `ot-merge adapt`; else None.
         merged: Group -> strength of the merge; None without a residual.
-        held: Group -> at what multiple of the merge ``folder`` holds the residual.
+        held: Group -> factor at which ``folder`` contains the residual, 1 for the merge itself.
     """
 
     folder: ModelFolder
@@ -55,7 +55,7 @@ class Parts(NamedTuple):
     Attributes:
         base: What trains, float32.
         residual: Path -> what the merge added; empty for any other model.
-        factor: Group -> how much of it is held.
+        factor: Group -> how much of the residual is added.
     """
 
     base: Params
@@ -68,26 +68,26 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
 
     Args:
         model: A folder of `ot-merge run` or `ot-merge adapt`, or any other model.
-        target: What the merge was made from; None: what its recipe says.
+        target: The target of the merge; None: the one that its recipe names.
         offline: Whether the network is forbidden.
 
     Returns:
         The start.
 
     Raises:
-        InputError: if the target of a merge is not there or fits no longer, or its details are
+        InputError: if the target of a merge is missing or no longer fits, or its details are
             damaged or of a later version.
-        RecipeError: if a target is named for what is no merge.
+        RecipeError: if a target is named for a model that is not a merge.
     """
     folder = open_folder(model, offline=offline)
     details = folder.path / "ot_merge"
     if (details / RESIDUAL).is_dir():
         if (details / "report.json").is_file():
             schema.read(details / "report.json")  # a later version may mean something else
-        said = resolve.read_json(details / RESIDUAL / _STRENGTH)
+        strengths = resolve.read_json(details / RESIDUAL / _STRENGTH)
         return Start(
-            folder, None, details / RESIDUAL, _by_group(said.get("merged"), details),
-            _by_group(said.get("held"), details),
+            folder, None, details / RESIDUAL, _by_group(strengths.get("merged"), details),
+            _by_group(strengths.get("held"), details),
         )  # fmt: skip
     settings = {}
     if (details / "recipe.yaml").is_file():
@@ -149,9 +149,9 @@ def verify(start: Start, hashes: Mapping[str, Any]) -> None:
 
 
 def _files(model: Any) -> dict[str, Any]:
-    """File name -> hash of a model and its adapter, as far as an entry of the provenance says."""
-    said = _object(model)
-    return {**_object(said.get("files")), **_object(_object(said.get("adapter")).get("files"))}
+    """File name -> hash, for a model and its adapter, as far as the provenance records them."""
+    entry = _object(model)
+    return {**_object(entry.get("files")), **_object(_object(entry.get("adapter")).get("files"))}
 
 
 def _object(value: Any) -> Mapping[str, Any]:
@@ -160,17 +160,17 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 
 def factor_of(start: Start, strength: float | None) -> dict[str, float]:
-    """How much of the residual is held for a strength, in multiples of the merge.
+    """The factor of the residual that a strength stands for, 1 for the merge itself.
 
     Args:
         start: From `open_start`.
-        strength: alpha or lambda of all groups; None: as the folder holds it.
+        strength: alpha or lambda of all groups; None: as it is in the folder.
 
     Returns:
         Group -> factor; empty without a residual.
 
     Raises:
-        RecipeError: if a strength is given for what has no residual.
+        RecipeError: if a strength is given and there is no residual.
     """
     if strength is None:
         return start.held
@@ -188,15 +188,15 @@ def load(
 
     Args:
         start: From `open_start`.
-        strength: alpha or lambda at which the residual shall be held; None: as it is.
+        strength: alpha or lambda of the residual; None: as it is in the folder.
         mesh: Where parameters live.
 
     Returns:
-        Base and residual; `residual.fold` of them is the folder's parameters where ``strength`` is
-        None, to one rounding of float32.
+        Base and residual. If ``strength`` is None, `residual.fold` of them gives the folder's
+        parameters, up to one rounding in float32.
 
     Raises:
-        RecipeError: if a strength is given for what has no residual.
+        RecipeError: if a strength is given and there is no residual.
     """
     factor = factor_of(start, strength)
     _, params = hf.load_folder(start.folder, mesh=mesh, dtype=jnp.float32)
@@ -214,15 +214,15 @@ def _read(start: Start, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:
     if start.stored is None:
         return {}
     known = {spec.path: spec for spec in specs.param_specs(start.folder.cfg) if spec.weight}
-    found = arrays.load_arrays(start.stored)
-    for path, leaf in found.items():
+    leaves = arrays.load_arrays(start.stored)
+    for path, leaf in leaves.items():
         if path not in known or leaf.shape != known[path].shape or not np.isfinite(leaf).all():
             raise InputError(f"{start.stored} does not fit the model at {path}; {_REMADE}.")
     places = {
         path: None if mesh is None else sharding.leaf_sharding(mesh, spec.axes, spec.shape)
         for path, spec in known.items()
     }
-    return {path: jax.device_put(leaf, places[path]) for path, leaf in found.items()}
+    return {path: jax.device_put(leaf, places[path]) for path, leaf in leaves.items()}
 
 
 def save_residual(folder: Path, start: Start, parts: Parts) -> None:
@@ -231,10 +231,10 @@ def save_residual(folder: Path, start: Start, parts: Parts) -> None:
     Args:
         folder: ``OUT/ot_merge``.
         start: Where the training started.
-        parts: What was held constant.
+        parts: Base and residual; the residual, which did not train, is written.
     """
     if start.merged is None:
         return
     arrays.save_arrays(folder / RESIDUAL, parts.residual)
-    said = {"merged": start.merged, "held": parts.factor}
-    arrays.save_json(folder / RESIDUAL / _STRENGTH, said)
+    strengths = {"merged": start.merged, "held": parts.factor}
+    arrays.save_json(folder / RESIDUAL / _STRENGTH, strengths)

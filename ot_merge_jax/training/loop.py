@@ -44,7 +44,7 @@ class StepMetrics(NamedTuple):
 
 
 class TrainHistory(NamedTuple):
-    """A training run so far; all of it is kept in a checkpoint.
+    """A training run so far; a checkpoint holds all of it.
 
     Attributes:
         state: Parameters and optimiser.
@@ -65,7 +65,7 @@ class TrainingDivergedError(DivergedError):
     """Training diverged.
 
     Attributes:
-        history: How far it came; its parameters may be broken already.
+        history: The run until then; its parameters may be broken already.
     """
 
     def __init__(self, message: str, history: TrainHistory) -> None:
@@ -85,24 +85,25 @@ def start(params: Any, transform: optax.GradientTransformation) -> TrainState:
 
 
 def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int = 1) -> Step:
-    """One step of training as a pure function; `compiled` jits it, ``vmap`` sweeps it.
+    """One step of training as a pure function, to be jitted (`compiled`) or swept with ``vmap``.
 
     A step whose loss or gradient is not finite changes nothing, so the last good state survives.
 
     Args:
-        loss: ``(what trains, frozen, batch) -> scalar``; over the parts of a batch it adds up.
+        loss: ``(what trains, frozen, batch) -> scalar``; the losses of the parts of a batch are
+            summed.
         transform: An optax transformation.
         parts: Parts a batch is computed in, one after the other, their gradients added up
             (gradient accumulation); if more than 1, batches have a leading axis of that size.
 
     Returns:
-        ``(state, frozen, batch) -> (state, seen)``.
+        ``(state, frozen, batch) -> (state, metrics)``.
 
     Example:
         >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
         >>> halve = one_step(square, optax.sgd(0.25))
-        >>> state, seen = halve(start(jnp.ones(()), optax.sgd(0.25)), 0.0, jnp.ones(()))
-        >>> float(state.params), float(seen.loss)
+        >>> state, metrics = halve(start(jnp.ones(()), optax.sgd(0.25)), 0.0, jnp.ones(()))
+        >>> float(state.params), float(metrics.loss)
         (0.5, 1.0)
     """
 
@@ -133,7 +134,7 @@ def one_step(loss: Loss, transform: optax.GradientTransformation, *, parts: int 
 
 
 def compiled(step: Step) -> Step:
-    """A step jitted once; it takes its state over, and everything else stays the caller's."""
+    """A jitted step; its state is donated, everything else stays the caller's."""
     return jax.jit(step, donate_argnums=0)
 
 
@@ -151,29 +152,29 @@ def fit(
     on_divergence: Callable[[TrainHistory], None] = lambda history: None,
     progress_of: Callable[[range], Any] = lambda steps: steps,
 ) -> TrainHistory:
-    """Trains from where a history stands to its end.
+    """Trains from where a history stands to the last step.
 
     Args:
-        history: A new one holds `start` of the parameters; its state is taken over.
+        history: A new one has `start` of the parameters as its state; the state is donated.
         step: From `compiled`.
-        frozen: What the loss needs beside what trains.
+        frozen: What the loss needs besides what trains.
         batch_at: The batch of a step by its number: the position in the data is that number.
         steps: Optimiser steps in all.
-        dev_loss: Of what trains, on the dev split.
+        dev_loss: The loss of what trains, on the dev split.
         eval_every: Steps between evaluations; the start and the end are always evaluated.
         patience: Evaluations without a new best after which training stops and the best parameters
             are kept; None: never.
-        on_step: Called with the history after every step and evaluation: events, checkpoints. What
-            it raises ends the training.
-        on_divergence: Called with the history before a step that diverged, before the error. What
-            it holds may be broken already, by the update before.
+        on_step: Called with the history after every step and evaluation, for events and
+            checkpoints. An error that it raises ends the training.
+        on_divergence: Called before the error of a step that diverged, with the history before
+            that step. Its parameters may be broken already, by the previous update.
         progress_of: Wraps the numbers of the steps to come, to show progress.
 
     Returns:
         The finished history; `result` takes the parameters out of it.
 
     Raises:
-        CourseError: naming the step, if a loss, also on dev, or a gradient is not finite.
+        TrainingDivergedError: naming the step, if a loss, also on dev, or a gradient is not finite.
 
     Example:
         >>> square = lambda x, target, batch: jnp.sum((x - target) ** 2 * batch)
@@ -188,18 +189,18 @@ def fit(
     def evaluated(history: TrainHistory) -> TrainHistory:
         done = len(history.losses)
         if history.dev and history.dev[-1][0] == done:
-            return history  # before the checkpoint that was taken up
-        found = dev_loss(history.state.params)
-        is_best = all(found < loss for _, loss in history.dev)
-        history = history._replace(dev=(*history.dev, (done, found)))
-        if not np.isfinite(found):
+            return history  # evaluated already, before the checkpoint that the run resumes from
+        value = dev_loss(history.state.params)
+        is_best = all(value < loss for _, loss in history.dev)
+        history = history._replace(dev=(*history.dev, (done, value)))
+        if not np.isfinite(value):
             when, rest = "before training", "use --dtype float32"
             if done:
                 when, rest = f"after training step {done}", "lower the learning rate"
-            raise TrainingDivergedError(f"The dev loss is {found} {when}; {rest}.", history)
+            raise TrainingDivergedError(f"The dev loss is {value} {when}; {rest}.", history)
         if patience is None or not is_best:
             return history
-        # a copy: the next step takes the state over
+        # a copy: the next step donates the state
         best = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), history.state.params)
         return history._replace(best=best)
 
@@ -208,9 +209,9 @@ def fit(
     for index in progress_of(range(len(history.losses), steps)):
         if should_stop_early(history.dev, patience):
             break
-        state, seen = step(history.state, frozen, batch_at(index))
+        state, metrics = step(history.state, frozen, batch_at(index))
         history = history._replace(state=state)
-        loss, norm = float(seen.loss), float(seen.norm)
+        loss, norm = float(metrics.loss), float(metrics.norm)
         if not np.isfinite(loss) or not np.isfinite(norm):
             what = f"loss is {loss}" if not np.isfinite(loss) else f"gradient's norm is {norm}"
             on_divergence(history)
@@ -240,5 +241,5 @@ def should_stop_early(dev: Sequence[tuple[int, float]], patience: int | None) ->
 
 
 def result(history: TrainHistory) -> Any:
-    """The parameters a history ends with: the best on the dev split where that stops it."""
+    """The parameters a history ends with: with early stopping, the best on the dev split."""
     return history.state.params if history.best is None else history.best

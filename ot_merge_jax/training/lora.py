@@ -23,23 +23,23 @@ Factors = dict[str, dict[str, jax.Array]]
 
 
 def init(key: jax.Array, cfg: ModelConfig, *, rank: int, targets: Sequence[str]) -> Factors:
-    """Factors that change nothing yet: ``A`` is random, ``B`` is 0.
+    """Factors that do not change the model yet: ``A`` is random, ``B`` is 0.
 
     Args:
         key: PRNG key.
         cfg: The model.
-        rank: Columns of ``A``; not more than the smaller side of a weight is used.
+        rank: Columns of ``A``, at most the smaller side of a weight.
         targets: Names of projections (`ot_merge_jax.models.sites.PROJECTIONS`).
 
     Returns:
-        Float32 factors of the kernel of each of them.
+        Float32 factors for the kernel of each projection.
 
     Example:
         >>> from ot_merge_jax.models.config import Rope
         >>> cfg = ModelConfig("llama", 99, 64, 128, 2, 4, 1, 16, 512, 1e-5,
         ...                   Rope(1e4), True, False, "float32")
-        >>> found = init(jax.random.key(0), cfg, rank=4, targets=["down"])
-        >>> {path: (x["a"].shape, x["b"].shape) for path, x in found.items()}
+        >>> factors = init(jax.random.key(0), cfg, rank=4, targets=["down"])
+        >>> {path: (x["a"].shape, x["b"].shape) for path, x in factors.items()}
         {'layers/mlp/down_proj/kernel': ((2, 128, 4), (2, 4, 64))}
 
     Source: Hu et al. 2021 (arXiv 2106.09685), initialised as PEFT does: ``A`` uniform in
@@ -51,10 +51,10 @@ def init(key: jax.Array, cfg: ModelConfig, *, rank: int, targets: Sequence[str])
         if spec.weight in targets and spec.path.endswith("/kernel")
     ]
     factors = {}
-    for spec, one in zip(rows, jax.random.split(key, len(rows)), strict=True):
+    for spec, subkey in zip(rows, jax.random.split(key, len(rows)), strict=True):
         layers, d_in, d_out = spec.shape
         width, bound = min(rank, d_in, d_out), 1 / math.sqrt(d_in)
-        a = jax.random.uniform(one, (layers, d_in, width), jnp.float32, -bound, bound)
+        a = jax.random.uniform(subkey, (layers, d_in, width), jnp.float32, -bound, bound)
         factors[spec.path] = {"a": a, "b": jnp.zeros((layers, width, d_out), jnp.float32)}
     return factors
 

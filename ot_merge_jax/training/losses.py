@@ -1,7 +1,7 @@
 """What training minimises: the next token, distillation, or both. Pure functions. Imports models.
 
-Every loss is a sum with weights that the batch carries, already divided by their total, so that
-parts of a batch add up to the mean of the whole, whatever they are split into.
+Every loss is a weighted sum. The weights come with the batch and are already divided by their
+total, so that the parts of a batch add up to its mean, however it is split.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.models.decoder import token_nll
 from ot_merge_jax.types import Batch, Params
 
-#: How much the Wasserstein term counts beside the next token in universal distillation.
+#: Weight of the Wasserstein term in universal distillation; the next token has weight 1.
 UNIVERSAL_WEIGHT = 1.5
 
 
@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
         mask: Which of them are real.
         position: Places in the student's sequence that end where a token of the teacher's ends.
         source_position: Those places in the teacher's sequence.
-        weight: How much each place counts, summing to 1 over the whole batch; 0: filling.
+        weight: How much each place counts, summing to 1 over the whole batch; 0: padding.
     """
 
     tokens: Int[jax.Array, "b q"]
@@ -90,11 +90,11 @@ def next_token(logits: Float[Array, "b s v"], examples: Examples) -> Float[Array
     .. math:: -\sum_t w_t \log q_{t-1}(x_t)
 
     Args:
-        logits: Of the student.
-        examples: What they came from.
+        logits: The student's logits.
+        examples: The examples they belong to.
 
     Returns:
-        The sum; the mean over counted tokens for a whole batch.
+        The sum, which for a whole batch is the mean over counted tokens.
     """
     losses, _ = token_nll(logits, _batch(examples.tokens, examples.mask))
     return jnp.sum(losses * examples.weight[:, 1:])
@@ -107,16 +107,16 @@ def divergence(
 
     .. math:: \sum_t w_t \sum_x p_{t-1}(x) \log\frac{p_{t-1}(x)}{q_{t-1}(x)}
 
-    Tables of one vocabulary may be padded to different lengths; what only one of them has, no
-    token uses, and it is left out of both distributions.
+    Tables of one vocabulary may be padded to different lengths; rows that only one of them has
+    belong to no token and are left out of both distributions.
 
     Args:
-        logits: Of the student.
-        source_logits: Of the teacher, on the same tokens.
-        examples: What they came from.
+        logits: The student's logits.
+        source_logits: The teacher's logits, on the same tokens.
+        examples: The examples they belong to.
 
     Returns:
-        The sum; the mean over counted tokens for a whole batch.
+        The sum, which for a whole batch is the mean over counted tokens.
     """
     width = min(logits.shape[-1], source_logits.shape[-1])
     p = jax.nn.log_softmax(source_logits[:, :-1, :width])
@@ -131,23 +131,23 @@ def sorted_distance(
 
     .. math:: \sum_i |p_{(i)} - q_{(i)}|
 
-    with the shorter filled up with 0: the Wasserstein-1 distance under a uniform cost.
+    with the shorter padded with 0: the Wasserstein-1 distance under a uniform cost.
 
     Args:
-        logits: Of the student.
-        source_logits: Of the teacher.
+        logits: The student's logits.
+        source_logits: The teacher's logits.
 
     Returns:
-        In [0, 2]; 0 for equal sorted probabilities.
+        A number in [0, 2]; 0 for equal sorted probabilities.
 
     Example:
         >>> float(sorted_distance(jnp.array([0.0, 5.0]), jnp.array([5.0, 0.0, -jnp.inf])))
         0.0
 
-    Source: Boizard et al. 2024 (arXiv 2402.12030). Differs: positions are those where both
-    tokenizations end a token, and not those of equal number.
+    Source: Boizard et al. 2024 (arXiv 2402.12030). Differs: compared at positions
+    where both tokenizations end a token, not at positions with equal index.
     """
-    p, q = (jnp.sort(jax.nn.softmax(one), -1) for one in (source_logits, logits))  # ascending
+    p, q = (jnp.sort(jax.nn.softmax(values), -1) for values in (source_logits, logits))  # ascending
     missing = p.shape[-1] - q.shape[-1]
     lead = [(0, 0)] * (p.ndim - 1)
     p = jnp.pad(p, [*lead, (max(0, -missing), 0)])
@@ -160,8 +160,8 @@ def universal(
 ) -> Float[Array, ""]:
     """Weighted `sorted_distance` at the places where both tokenizations end a token."""
     at, source_at = (
-        jnp.take_along_axis(one, place[..., None], 1)
-        for one, place in ((logits, pairs.position), (source_logits, pairs.source_position))
+        jnp.take_along_axis(values, place[..., None], 1)
+        for values, place in ((logits, pairs.position), (source_logits, pairs.source_position))
     )
     return jnp.sum(sorted_distance(at, source_at) * pairs.weight)
 
@@ -171,18 +171,18 @@ def loss(
 ) -> Float[Array, ""]:
     """What a batch, or a part of one, adds to the loss.
 
-    Logits of student and teacher are computed in the same program; nothing flows into the teacher.
+    Logits of student and teacher are computed in the same program; the teacher gets no gradient.
 
     Args:
-        params: Of the student, in the dtype to compute in.
-        source_params: Of the teacher; None for ``sft``.
+        params: The student's parameters, in the dtype to compute in.
+        source_params: The teacher's parameters; None for ``sft``.
         examples: Blocks; their weights sum to 1 over the batch.
         objective: What is minimised.
 
     Returns:
         Nats per counted token; across vocabularies, next token plus `UNIVERSAL_WEIGHT` times a
-        distance that has no unit. That distance says nothing of WHICH token is likely, so it never
-        stands alone.
+        distance that has no unit. That distance does not say WHICH token is likely, so it is
+        never used alone.
 
     Source: for different vocabularies Boizard et al. 2024 (arXiv 2402.12030).
     """
@@ -195,7 +195,7 @@ def loss(
             _residual(source_params, read.tokens, read.mask, objective.source_cfg, remat=False)
         )
 
-    def one(x: jax.Array, y: jax.Array | None, examples: Examples) -> jax.Array:
+    def head_loss(x: jax.Array, y: jax.Array | None, examples: Examples) -> jax.Array:
         logits = decoder.head(params, x, cfg=objective.cfg)
         total = plain * next_token(logits, examples) if plain else jnp.zeros(())
         if y is None or source_params is None or objective.source_cfg is None:
@@ -208,14 +208,14 @@ def loss(
         return total + distilled * divergence(logits, source_logits, examples)
 
     if not objective.remat:
-        return one(x, y, examples)
+        return head_loss(x, y, examples)
     # one sequence at a time: the logits of a whole batch are gigabytes where vocabularies are large
     lead = jax.tree.map(lambda leaf: leaf[:, None], (x, y, examples))
-    return jnp.sum(jax.lax.map(lambda args: jax.checkpoint(one)(*args), lead))
+    return jnp.sum(jax.lax.map(lambda args: jax.checkpoint(head_loss)(*args), lead))
 
 
 def _batch(tokens: jax.Array, mask: jax.Array) -> Batch:
-    """Tokens without rows."""
+    """Tokens as a batch from which no rows are taken."""
     none = jnp.full((tokens.shape[0], 1), -1, jnp.int32)
     return Batch(tokens, mask, none, none)
 
@@ -223,5 +223,5 @@ def _batch(tokens: jax.Array, mask: jax.Array) -> Batch:
 def _residual(
     params: Params, tokens: jax.Array, mask: jax.Array, cfg: ModelConfig, remat: bool
 ) -> jax.Array:
-    """The residual stream behind the last layer."""
+    """The residual stream after the last layer."""
     return decoder.hidden_states(params, _batch(tokens, mask), cfg=cfg, remat=remat)[0]

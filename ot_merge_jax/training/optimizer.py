@@ -25,8 +25,8 @@ def optimizer(
         learning_rate: Peak rate. It, ``weight_decay`` and ``clip`` may be traced, so that they
             sweep under ``vmap``.
         steps: Length of the schedule.
-        warmup: Fraction of the steps that warm up, rounded up; never all of them, so that one step
-            trains.
+        warmup: Fraction of the steps that warm up, rounded up; never all steps, so that at least
+            one trains.
         weight_decay: Decoupled weight decay, on every parameter.
         clip: Largest global gradient norm.
         schedule: How the rate falls after the warm-up.
@@ -35,6 +35,7 @@ def optimizer(
         An optax transformation.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> transform = optimizer(learning_rate=0.1, steps=10)
         >>> state = transform.init(jnp.zeros(()))
         >>> updates, state = transform.update(jnp.ones(()), state, jnp.zeros(()))

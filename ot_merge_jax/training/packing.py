@@ -1,7 +1,7 @@
-"""Documents to blocks of tokens: which tokens count, packing, batches by their number.
+"""From documents to blocks of tokens: which tokens count, packing, batches by their number.
 
 A batch is a function of its number and the seed, so the position in the data is one integer and
-nothing is hidden. Imports texts, calibration, rows and objectives.
+there is no hidden state. Imports data and losses.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ot_merge_jax.data.chat import Chat, Document
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.training.losses import Examples, Pairs
 
-#: Who is imitated in a chat.
+#: The role whose messages are learned in a chat.
 RESPONDER = "assistant"
 #: Universal distillation is refused where fewer tokens than this end at a common place.
 FEWEST_ALIGNED = 0.3
@@ -29,8 +29,8 @@ class TrainingTokens(NamedTuple):
     Attributes:
         ids: Token ids, after the prefix that evaluation puts before a document too.
         loss_mask: Whether the prediction of each token counts.
-        is_special: Which of them are special.
-        ends: Where tokens end (`rows.ends`); empty unless asked for.
+        is_special: Whether each token is special.
+        ends: Where tokens end (`alignment.token_ends`); empty unless asked for.
     """
 
     ids: list[int]
@@ -44,11 +44,11 @@ class PairBlocks(NamedTuple):
 
     Attributes:
         tokens: The teacher's.
-        mask: Which are real.
+        mask: Which of them are real.
         position: Places in the student's block.
         source_position: The same places in the teacher's.
         target_matched: Fraction of the student's ordinary tokens that end at such a place.
-        source_matched: The same of the teacher's.
+        source_matched: The same for the teacher's tokens.
     """
 
     tokens: np.ndarray
@@ -64,8 +64,8 @@ class Blocks(NamedTuple):
 
     Attributes:
         tokens: ``[n, s]`` int32.
-        mask: ``[n, s]`` which are real.
-        loss_mask: ``[n, s]`` the prediction of which counts.
+        mask: ``[n, s]`` which tokens are real.
+        loss_mask: ``[n, s]`` whether the prediction of each token counts.
         pairs: For a teacher with another vocabulary; else None.
     """
 
@@ -85,15 +85,15 @@ def tokenize_for_training(
 ) -> TrainingTokens:
     """Tokenises a document and says which tokens count.
 
-    The prefix (BOS, else EOS) is written before it if the tokenizer or the template does not, as in
-    evaluation. It is not predicted itself, unless it is the EOS, which then ends the document
-    before.
+    As in evaluation, the prefix (BOS, else EOS) is added unless the tokenizer or the template
+    already writes it. Its prediction does not count, unless it is the EOS, which then ends the
+    previous document.
 
     Args:
         document: A text or a chat.
-        tokenizer: Of the model.
-        responses_only: Whether of a chat only what the assistant says counts, with the special
-            token behind it that ends a turn. Of a text every token counts.
+        tokenizer: The model's tokenizer.
+        responses_only: Whether in a chat only the assistant's messages count, each with the special
+            token after it that ends a turn. In a text every token counts.
         has_ends: Whether to say where tokens end.
 
     Returns:
@@ -111,30 +111,33 @@ def tokenize_for_training(
             "tokenizer.json), which chats and teachers with other tokens need; use plain texts and "
             "a teacher of the same vocabulary."
         )
-    one = tokenizer(
+    encoding = tokenizer(
         rendered.text,
         add_special_tokens=not rendered.has_special,
         return_special_tokens_mask=True,
         return_offsets_mapping=needs_offsets,
-        verbose=False,  # of texts longer than a context: they are cut into blocks
+        verbose=False,  # no warning about texts longer than a context: they are cut into blocks
     )
-    ids, special = list(one["input_ids"]), vocabulary.special_ids(tokenizer)
+    ids, special = list(encoding["input_ids"]), vocabulary.special_ids(tokenizer)
     is_special = [
         bool(added) or token in special
-        for token, added in zip(ids, one["special_tokens_mask"], strict=True)
+        for token, added in zip(ids, encoding["special_tokens_mask"], strict=True)
     ]
     loss_mask = [True] * len(ids)
     ends: dict[alignment.TokenEnd, int] = {}
     if is_masked and isinstance(document, Chat):
-        said = [
+        spans = [
             span
             for turn, span in zip(document.turns, rendered.contents, strict=True)
             if turn.role == RESPONDER
         ]
-        loss_mask = _responses(one["offset_mapping"], is_special, said)
+        loss_mask = _responses(encoding["offset_mapping"], is_special, spans)
     if has_ends:
         ends = alignment.token_ends(
-            rendered.text, one["offset_mapping"], is_special=is_special, contents=rendered.contents
+            rendered.text,
+            encoding["offset_mapping"],
+            is_special=is_special,
+            contents=rendered.contents,
         )
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prefix = eos if bos is None else bos
@@ -148,11 +151,11 @@ def tokenize_for_training(
 
 
 def _responses(
-    offsets: Sequence[alignment.Span], is_special: Sequence[bool], said: Sequence[alignment.Span]
+    offsets: Sequence[alignment.Span], is_special: Sequence[bool], spans: Sequence[alignment.Span]
 ) -> list[bool]:
-    """Tokens that touch what the assistant says, and the special token right behind."""
+    """Whether each token overlaps a message of the assistant, or is the special token after one."""
     loss_mask = [
-        start < stop and any(start < end and begin < stop for begin, end in said)
+        start < stop and any(start < end and begin < stop for begin, end in spans)
         for start, stop in offsets
     ]
     behind = [
@@ -160,7 +163,7 @@ def _responses(
         for index in range(1, len(loss_mask))
         if loss_mask[index - 1] and not loss_mask[index] and is_special[index]
     ]
-    return [one or index in set(behind) for index, one in enumerate(loss_mask)]
+    return [is_counted or index in set(behind) for index, is_counted in enumerate(loss_mask)]
 
 
 def pack(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool = False) -> Blocks:
@@ -169,17 +172,17 @@ def pack(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool = F
     Args:
         documents: From `tokenize_for_training`.
         length: Tokens of a block.
-        has_tail: Whether the incomplete last block is kept, filled up with masked tokens.
+        has_tail: Whether the incomplete last block is used, padded with masked tokens.
 
     Returns:
-        The blocks that predict anything.
+        The blocks in which a prediction counts.
 
     Raises:
         InputError: if the text is too short for one block, or nothing in it counts.
 
     Example:
-        >>> one = TrainingTokens([5, 6, 7], [True] * 3, [False] * 3, {})
-        >>> pack([one, one], 2).tokens.tolist()
+        >>> document = TrainingTokens([5, 6, 7], [True] * 3, [False] * 3, {})
+        >>> pack([document, document], 2).tokens.tolist()
         [[5, 6], [7, 5], [6, 7]]
     """
     return _with_predictions(_cut(documents, length, has_tail=has_tail))
@@ -187,8 +190,8 @@ def pack(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool = F
 
 def _cut(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool) -> Blocks:
     """All blocks of a stream of documents."""
-    ids = [token for one in documents for token in one.ids]
-    loss_mask = [flag for one in documents for flag in one.loss_mask]
+    ids = [token for document in documents for token in document.ids]
+    loss_mask = [flag for document in documents for flag in document.loss_mask]
     mask = [True] * len(ids)
     if has_tail and ids:
         missing = -len(ids) % length
@@ -216,7 +219,7 @@ def pair(
     length: int,
     responses_only: bool = True,
 ) -> Blocks:
-    """Blocks of whole documents in the tokens of two models, and where both end a token.
+    """Blocks of whole documents in the tokens of two models, with the places where both end one.
 
     Long texts are cut, near the middle and after a space where there is one, until both
     tokenizations fit; a chat that does not fit is cut at its end. As many documents as fit share a
@@ -224,8 +227,8 @@ def pair(
 
     Args:
         documents: Texts and chats.
-        tokenizer: Of the student.
-        source_tokenizer: Of the teacher.
+        tokenizer: The student's tokenizer.
+        source_tokenizer: The teacher's tokenizer.
         length: Tokens of a block, for both.
         responses_only: As in `tokenize_for_training`.
 
@@ -240,19 +243,19 @@ def pair(
     """
     bins: list[tuple[list[TrainingTokens], list[TrainingTokens]]] = []
     filled = [length, length]
-    ordinary, found = np.zeros(2, int), 0
+    ordinary, common = np.zeros(2, int), 0
     for document in documents:
         for both in _fitting(document, (tokenizer, source_tokenizer), length, responses_only):
-            sizes = [len(one.ids) for one in both]
+            sizes = [len(tokenized.ids) for tokenized in both]
             if any(size + more > length for size, more in zip(filled, sizes, strict=True)):
                 bins.append(([], []))
                 filled = [0, 0]
-            for one, part in zip(bins[-1], both, strict=True):
-                one.append(part)
+            for members, part in zip(bins[-1], both, strict=True):
+                members.append(part)
             filled = [size + more for size, more in zip(filled, sizes, strict=True)]
-            ordinary += [one.is_special.count(False) for one in both]
-            found += len(alignment.common_boundaries(both[0].ends, both[1].ends))
-    matched = [float(found / max(1, one)) for one in ordinary]
+            ordinary += [tokenized.is_special.count(False) for tokenized in both]
+            common += len(alignment.common_boundaries(both[0].ends, both[1].ends))
+    matched = [float(common / max(1, count)) for count in ordinary]
     if min(matched, default=0) < FEWEST_ALIGNED:
         raise InputError(
             "Teacher and student have different vocabularies, and their tokens end at too few "
@@ -260,12 +263,12 @@ def pair(
             f"tokens and {100 * matched[1]:.0f} % of the teacher's, where "
             f"{100 * FEWEST_ALIGNED:.0f} % are needed; use --objective sft or another source."
         )
-    student, teacher = (_filled([one[side] for one in bins], length) for side in (0, 1))
-    places = [_places(*one) for one in bins]
+    student, teacher = (_filled([block[side] for block in bins], length) for side in (0, 1))
+    places = [_places(*block) for block in bins]
     width = max(1, max(map(len, places), default=1))
     position = np.full((len(bins), width, 2), -1, np.int32)
-    for row, one in enumerate(places):
-        position[row, : len(one)] = np.reshape(one, (-1, 2))
+    for row, block_places in enumerate(places):
+        position[row, : len(block_places)] = np.reshape(block_places, (-1, 2))
     pairs = PairBlocks(teacher.tokens, teacher.mask, position[..., 0], position[..., 1], *matched)
     return _with_predictions(student._replace(pairs=pairs))
 
@@ -275,7 +278,9 @@ def _fitting(
 ) -> Iterator[tuple[TrainingTokens, TrainingTokens]]:
     """A document, or its parts, in the tokens of both models."""
     options = {"responses_only": responses_only, "has_ends": True}
-    student, teacher = (tokenize_for_training(document, one, **options) for one in tokenizers)
+    student, teacher = (
+        tokenize_for_training(document, tokenizer, **options) for tokenizer in tokenizers
+    )
     if max(len(student.ids), len(teacher.ids)) > length and isinstance(document, str):
         middle = len(document) // 2
         space = document.rfind(" ", 1, middle + 1)
@@ -287,23 +292,25 @@ def _fitting(
     yield _shortened(student, length), _shortened(teacher, length)
 
 
-def _shortened(one: TrainingTokens, length: int) -> TrainingTokens:
-    """A document without what is beyond the length."""
-    ends = {place: token for place, token in one.ends.items() if token < length}
-    return TrainingTokens(one.ids[:length], one.loss_mask[:length], one.is_special[:length], ends)
+def _shortened(document: TrainingTokens, length: int) -> TrainingTokens:
+    """The first ``length`` tokens of a document."""
+    ends = {place: token for place, token in document.ends.items() if token < length}
+    return TrainingTokens(
+        document.ids[:length], document.loss_mask[:length], document.is_special[:length], ends
+    )
 
 
 def _filled(bins: Sequence[Sequence[TrainingTokens]], length: int) -> Blocks:
-    """Each bin as one block, filled up."""
-    parts = [_cut(one, length, has_tail=True) for one in bins]
-    tokens, mask, loss_mask = map(np.concatenate, zip(*(one[:3] for one in parts), strict=True))
+    """Each bin as one block, padded."""
+    parts = [_cut(documents, length, has_tail=True) for documents in bins]
+    tokens, mask, loss_mask = map(np.concatenate, zip(*(block[:3] for block in parts), strict=True))
     return Blocks(tokens, mask, loss_mask)
 
 
 def _places(
     student: Sequence[TrainingTokens], teacher: Sequence[TrainingTokens]
 ) -> list[tuple[int, int]]:
-    """Common places of the documents of one bin whose next token counts."""
+    """Places in one bin where both models end a token and the next token counts."""
     places, begun = [], (0, 0)
     for mine, other in zip(student, teacher, strict=True):
         for here, there in alignment.common_boundaries(mine.ends, other.ends):
@@ -336,7 +343,7 @@ def _rows(blocks: Blocks, chosen: np.ndarray) -> Blocks:
     """Some of the blocks, by a mask or by their numbers."""
     pairs = blocks.pairs
     if pairs is not None:
-        tokens, mask, position, source_position = (one[chosen] for one in pairs[:4])
+        tokens, mask, position, source_position = (array[chosen] for array in pairs[:4])
         pairs = pairs._replace(
             tokens=tokens, mask=mask, position=position, source_position=source_position
         )
@@ -344,7 +351,7 @@ def _rows(blocks: Blocks, chosen: np.ndarray) -> Blocks:
 
 
 def per_epoch(blocks: Blocks, batch_size: int) -> int:
-    """Whole batches that the blocks give."""
+    """How many whole batches the blocks give."""
     return max(1, len(blocks.tokens) // min(batch_size, len(blocks.tokens)))
 
 
@@ -355,8 +362,8 @@ def batch_at(blocks: Blocks, index: int, *, batch_size: int, seed: int, parts: i
         blocks: All of them.
         index: Number of the step, from 0.
         batch_size: Blocks in a batch; lowered to the number of blocks.
-        seed: Of the orders.
-        parts: Parts for gradient accumulation; divides the batch.
+        seed: Seed of the orders.
+        parts: Parts for gradient accumulation; must divide the size of the batch.
 
     Returns:
         Examples whose weights sum to 1, with a leading axis ``[parts]`` if there are several.
@@ -373,12 +380,12 @@ def batch_at(blocks: Blocks, index: int, *, batch_size: int, seed: int, parts: i
     epoch, place = divmod(index, per_epoch(blocks, batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(len(blocks.tokens))
     chosen = order[place * size : (place + 1) * size]
-    made = _examples(blocks, chosen)
+    examples = _examples(blocks, chosen)
     if parts == 1:
-        return made
+        return examples
     if size % parts:
         raise ValueError(f"{parts} parts do not divide a batch of {size} blocks.")
-    return jax.tree.map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), made)
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, size // parts, *leaf.shape[1:]), examples)
 
 
 def in_order(blocks: Blocks, *, batch_size: int) -> list[Examples]:
@@ -386,7 +393,7 @@ def in_order(blocks: Blocks, *, batch_size: int) -> list[Examples]:
 
     Args:
         blocks: All of them.
-        batch_size: Blocks in a batch; the last is filled up with blocks that do not count.
+        batch_size: Blocks in a batch; the last batch is padded with blocks that do not count.
 
     Returns:
         Examples whose weights sum to 1 over all batches.
@@ -405,7 +412,7 @@ def in_order(blocks: Blocks, *, batch_size: int) -> list[Examples]:
 
 
 def _examples(blocks: Blocks, chosen: np.ndarray) -> Examples:
-    """Some blocks with their weights; numpy arrays, for jit to take."""
+    """Some blocks with their weights, as numpy arrays, which jit takes."""
     some = _rows(blocks, chosen)
     predicted = _predicted(some)
     weight = (predicted / max(1, predicted.sum())).astype(np.float32)
@@ -413,6 +420,9 @@ def _examples(blocks: Blocks, chosen: np.ndarray) -> Examples:
     if some.pairs is not None:
         is_there = some.pairs.position >= 0
         share = (is_there / max(1, is_there.sum())).astype(np.float32)
-        places = (np.maximum(one, 0) for one in (some.pairs.position, some.pairs.source_position))
+        places = (
+            np.maximum(position, 0)
+            for position in (some.pairs.position, some.pairs.source_position)
+        )
         pairs = Pairs._make([some.pairs.tokens, some.pairs.mask, *places, share])
     return Examples._make([some.tokens, some.mask, weight, pairs])

@@ -2,10 +2,10 @@ r"""The frozen residual: what a merge added to a target, held constant while the
 
 .. math:: W = W_{base} + s\, R
 
-``R`` is what the merge added, the mask and the rule included (for ``interpolate`` it is ``mask *
-(W~ - W_target)``, fixed at the start), ``s`` a factor, 1 for the merge as it was. Without weight
-decay this is exactly training the folded weights; the two parts are kept apart so that the residual
-can be rescaled, removed or audited later. Pure functions of pytrees. Imports fuse and models.specs.
+``R`` is what the merge added, including mask and rule (for ``interpolate`` it is ``mask * (W~ -
+W_target)``, fixed at the start); ``s`` is a factor, 1 for the unchanged merge. Without weight decay
+this is exactly training the folded weights; the two parts stay separate so that the residual can be
+rescaled, removed or audited later. Pure functions of pytrees. Imports merging.fuse, models.specs.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from ot_merge_jax.types import Params
 
 #: Path of a parameter -> what was added to it.
 Leaves = Mapping[str, jax.Array]
-#: The merge as it was.
+#: The factors of the unchanged merge.
 AS_MERGED: dict[str, float] = dict.fromkeys(GROUPS, 1.0)
 
 
 def between(merged: Params, target: Params) -> dict[str, jax.Array]:
     """What a merge added to its target.
 
-    The difference is taken in float32 of what the two folders hold, so that the target plus the
-    residual is the merge, to the last bit of float32; what the merge lost when it was rounded to
-    the dtype of its files (2^-9 of a weight in bfloat16) is lost here too.
+    The difference of the two folders is taken in float32, so that target plus residual is the
+    merge, to the last bit of float32. What the merge lost when it was rounded to the dtype of its
+    files (2^-9 of a weight in bfloat16) is lost here too.
 
     Args:
         merged: Parameters of the merge.
         target: Parameters of its target.
 
     Returns:
-        Path -> difference, float32, of the leaves that differ.
+        Path -> difference in float32, for the leaves that differ.
 
     Raises:
-        InputError: if something differs that no merge moves.
+        InputError: if a parameter differs that merges never change.
 
     Example:
-        >>> one, two = ({"lm_head": {"kernel": jnp.full((1, 1), x)}} for x in (3.0, 1.0))
-        >>> between(one, two)["lm_head/kernel"].tolist()
+        >>> merged, target = ({"lm_head": {"kernel": jnp.full((1, 1), x)}} for x in (3.0, 1.0))
+        >>> between(merged, target)["lm_head/kernel"].tolist()
         [[2.0]]
     """
-    found = {}
+    added = {}
     for path, leaf in _leaves(merged):
         before = jnp.asarray(specs.get(target, path), jnp.float32)
         change = jnp.asarray(leaf, jnp.float32) - before
@@ -62,8 +62,8 @@ def between(merged: Params, target: Params) -> dict[str, jax.Array]:
                 f"{path} of the merge differs from its target, and no merge moves it; give the "
                 "target it was made from with --target."
             )
-        found[path] = change
-    return found
+        added[path] = change
+    return added
 
 
 def fold(base: Params, residual: Leaves, strength: Any) -> Params:
@@ -72,8 +72,8 @@ def fold(base: Params, residual: Leaves, strength: Any) -> Params:
     Args:
         base: What trains.
         residual: From `between`; a constant, its gradient is exactly 0.
-        strength: One number, or one for each group (``projections``, ``vocabulary``); a number may
-            be one for each layer ``[L]``. A constant too.
+        strength: A number, or a number for each group (``projections``, ``vocabulary``); each may
+            also be an array of numbers for each layer ``[L]``. A constant too.
 
     Returns:
         New parameters in the dtype of the base; leaves without a residual are the base's own.
@@ -95,7 +95,7 @@ def fold(base: Params, residual: Leaves, strength: Any) -> Params:
 
 
 def unfold(folded: Params, residual: Leaves, strength: Any) -> Params:
-    """The base of plain parameters: `fold` of the result gives them back, but for one rounding.
+    """The base of plain parameters: `fold` of it gives them back, up to one rounding.
 
     Example:
         >>> folded, added = {"lm_head": {"kernel": jnp.ones((1, 1))}}, jnp.ones((1, 1))
@@ -109,18 +109,18 @@ def rescale(folded: Params, residual: Leaves, strength: Any, new: Any) -> Params
     """Plain parameters with another strength of the residual; 0 removes it.
 
     Args:
-        folded: Parameters that hold the residual at ``strength``.
+        folded: Parameters that contain the residual, times ``strength``.
         residual: From `between`.
-        strength: What they hold it at.
-        new: What they shall hold it at.
+        strength: The present strength.
+        new: The new strength.
 
     Returns:
         New parameters.
 
     Example:
         >>> residual = {"lm_head/kernel": jnp.ones((1, 1))}
-        >>> held = {"lm_head": {"kernel": jnp.ones((1, 1))}}
-        >>> rescale(held, residual, 0.5, 0.25)["lm_head"]["kernel"].tolist()
+        >>> folded = {"lm_head": {"kernel": jnp.ones((1, 1))}}
+        >>> rescale(folded, residual, 0.5, 0.25)["lm_head"]["kernel"].tolist()
         [[0.75]]
     """
     return fold(unfold(folded, residual, strength), residual, new)
@@ -136,5 +136,5 @@ def _factor(strength: Any, path: str, added: jax.Array) -> jax.Array:
 
 def _leaves(params: Params) -> list[tuple[str, jax.Array]]:
     """(path, leaf) of nested parameters."""
-    found, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [("/".join(key.key for key in keys), leaf) for keys, leaf in found]
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [("/".join(key.key for key in keys), leaf) for keys, leaf in flat]

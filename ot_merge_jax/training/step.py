@@ -1,7 +1,7 @@
-"""A training problem without disks: what trains, what is constant, the step, the history.
+"""A training problem, without files: what trains, what is constant, the step, the history.
 
-`train` is what the command, and every arm of a comparison, calls: arms that share a `Problem` see
-the same data in the same order. Imports the rest of adapt.
+The command, and every arm of a comparison, calls `train`: arms that share a `Problem` see the same
+data in the same order. Imports the rest of training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
         settings: Resolved: steps, batch size, dtype and intervals are numbers.
         objective: What is minimised.
         train: Blocks to learn from.
-        dev: Blocks that choose.
+        dev: Blocks of the dev split, by which choices are made.
     """
 
     settings: Adaptation
@@ -42,11 +42,11 @@ class Problem(NamedTuple):
 
 
 class OptimizerHParams(NamedTuple):
-    """Numbers of the optimiser that trace: they sweep under ``vmap`` without a new compilation.
+    """Traced numbers of the optimiser: ``vmap`` sweeps them without compiling anew.
 
     Attributes:
         learning_rate: The peak rate.
-        weight_decay: Of what trains.
+        weight_decay: Weight decay of what trains.
         clip: Largest global norm of a gradient.
     """
 
@@ -56,14 +56,14 @@ class OptimizerHParams(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """What the loss needs beside what trains.
+    """What the loss needs besides what trains.
 
     Attributes:
         base: The model below adapters; None where it trains itself.
         residual: Path -> what a merge added.
-        factor: Group -> how much of it is held.
+        factor: Group -> how much of the residual is added.
         source: The teacher, in the dtype to compute in; None without one.
-        rates: Of the optimiser.
+        rates: Numbers of the optimiser.
     """
 
     base: Params | None
@@ -116,7 +116,7 @@ def begin(
     Args:
         problem: What is to be learned; with ``lora_rank`` in its settings only adapters train.
         base: The trainable part of the weights.
-        residual: The frozen part (`residual.between`); empty for a model that is no merge.
+        residual: The frozen part (`residual.between`); empty for a model that is not a merge.
         factor: Group -> strength of the residual.
         source: The teacher's parameters.
 
@@ -159,7 +159,7 @@ def loss_of(plan: StepConfig) -> loop.Loss:
 
 
 def optimizer_hparams(problem: Problem) -> OptimizerHParams:
-    """The numbers of the optimiser that the settings say."""
+    """The numbers of the optimiser, from the settings."""
     s = problem.settings
     return OptimizerHParams(s.learning_rate, s.weight_decay, s.max_grad_norm)
 
@@ -180,13 +180,13 @@ def step(
     weights, their data or their rates share one program, and rates sweep under ``vmap``.
 
     Args:
-        state: What trains; of a jitted step it is taken over.
-        frozen: What does not.
+        state: What trains; a jitted step donates it.
+        frozen: What does not train.
         examples: From `packing.batch_at`.
         plan: What fixes the program.
 
     Returns:
-        The next state, and what was seen.
+        The next state, and the loss and gradient norm of the step.
     """
     transform = transform_of(plan, frozen.rates)
     return loop.one_step(loss_of(plan), transform, parts=plan.parts)(state, frozen, examples)
@@ -212,15 +212,17 @@ def _cast(params: Params, dtype: str) -> Params:
 def next_token_loss(params: Params, problem: Problem) -> float:
     """The next-token loss of plain parameters on the dev split, in nats per counted token.
 
-    Whatever the objective of a problem, so that arms compare.
+    It does not depend on the objective of a problem, so that arms can be compared.
     """
     plan = step_config(problem)
     objective = Objective("sft", plan.objective.cfg, remat=plan.objective.remat)
     size = max(1, problem.settings.batch_size // plan.parts)
     mesh = sharding.mesh_of(params)
     return sum(
-        float(_plain_loss(params, _placed(one, mesh, 0), objective=objective, dtype=plan.dtype))
-        for one in packing.in_order(problem.dev, batch_size=size)
+        float(
+            _plain_loss(params, _placed(examples, mesh, 0), objective=objective, dtype=plan.dtype)
+        )
+        for examples in packing.in_order(problem.dev, batch_size=size)
     )
 
 
@@ -230,16 +232,16 @@ def dev_loss(trainable: Any, frozen: Frozen, problem: Problem) -> float:
 
 
 def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = None) -> Examples:
-    """The batch of a step, by the seed and the number of the step alone, on its devices."""
+    """The batch of a step, on its devices; only the seed and the number of the step decide it."""
     s = problem.settings
-    made = packing.batch_at(
+    examples = packing.batch_at(
         problem.train, index, batch_size=s.batch_size, seed=s.seed, parts=s.grad_accum_steps
     )
-    return _placed(made, mesh, int(s.grad_accum_steps > 1))
+    return _placed(examples, mesh, int(s.grad_accum_steps > 1))
 
 
 def new_history(problem: Problem, trainable: Any) -> TrainHistory:
-    """A history before its first step; the caller keeps what it gave."""
+    """A history before its first step; it has a copy of ``trainable``."""
     transform = transform_of(step_config(problem), optimizer_hparams(problem))
     return TrainHistory(loop.start(trainable, transform))
 
@@ -257,7 +259,7 @@ def train(
 
     Args:
         problem: What is to be learned.
-        history: From `new_history`, or taken up again; its arrays are taken over.
+        history: From `new_history` or from a checkpoint; its arrays are donated.
         frozen: From `begin`.
         on_step: As in `loop.fit`.
         on_divergence: As in `loop.fit`.
@@ -297,12 +299,12 @@ def _placed(examples: Examples, mesh: jax.sharding.Mesh | None, lead: int) -> Ex
 
 
 def peak_bytes(problem: Problem, *, residuals: int = 0, source: ModelConfig | None = None) -> int:
-    """Bytes that a step needs at least: arrays that live together in it, without activations.
+    """The least bytes that a step needs: arrays that are in memory together, without activations.
 
     Args:
         problem: What is to be learned.
-        residuals: Models' worth of weights that merges added: that of the start (1), and a
-            baseline's beside it (2).
+        residuals: How many residuals, each as large as the model, are in memory: that of the start
+            (1), or that of a baseline too (2).
         source: The teacher; None without one.
 
     Returns:
@@ -326,10 +328,10 @@ def peak_bytes(problem: Problem, *, residuals: int = 0, source: ModelConfig | No
 
 
 def lane_bytes(problem: Problem, trainable: Any) -> int:
-    """Bytes that one of several rates holds, activations included, beside what all of them share.
+    """Bytes that each of several rates needs, with activations, without what all of them share.
 
-    What trains, its gradient and moments; folded weights; activations. Counted in float32, whatever
-    is computed in.
+    What trains, its gradient and moments; folded weights; activations. Counted as float32, whatever
+    the dtype to compute in.
     """
     s, cfg = problem.settings, problem.objective.cfg
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))

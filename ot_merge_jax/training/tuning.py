@@ -1,7 +1,7 @@
 """One arm of a comparison: a start trained at several learning rates, the best chosen on dev.
 
 Arms that share a `Problem` see the same batches in the same order. Rates train together under
-``vmap`` where the model is small, otherwise one after the other, with the same results. No disks.
+``vmap`` where the model is small, otherwise one after the other, with the same results. No files.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ot_merge_jax.training.loop import StepMetrics, TrainingDivergedError, Train
 from ot_merge_jax.training.losses import Examples
 from ot_merge_jax.training.step import Frozen, OptimizerHParams, Problem, StepConfig
 
-#: Bytes that rates which train together may hold on an accelerator; none on CPU, where products in
-#: a batch, each with its own weights, are no faster (the demo's sibling, 3 rates: 1.2 times the CPU
-#: time of a loop).
+#: Bytes that rates which train together may use on an accelerator. On CPU it is 0, because batched
+#: products, each with its own weights, are not faster there (the demo's sibling, 3 rates: 1.2 times
+#: the CPU time of a loop).
 TOGETHER = 1 << 30
 
 
 class TriedRate(NamedTuple):
-    """One learning rate.
+    """The training at one learning rate.
 
     Attributes:
         rate: The peak.
-        losses: Of every step, in what is minimised; fewer than there are steps if it diverged.
+        losses: The minimised loss of every step; fewer than there are steps if it diverged.
         dev: ``(steps done, next-token loss on the dev split)`` of every evaluation.
-        loss: The last of them; infinite if it diverged.
+        loss: The last dev loss; infinite if it diverged.
     """
 
     rate: float
@@ -50,7 +50,7 @@ class TunedStart(NamedTuple):
 
     Attributes:
         tried: Every rate, in order.
-        best: The rate with the lowest dev loss at the end; of equal ones the first.
+        best: The rate with the lowest dev loss at the end; of equal rates the first.
         trained: What trains, after training at the best rate.
     """
 
@@ -60,7 +60,7 @@ class TunedStart(NamedTuple):
 
 
 def budget() -> int:
-    """Bytes that rates which train together may hold on this machine."""
+    """Bytes that rates which train together may use on this machine."""
     return 0 if jax.default_backend() == "cpu" else TOGETHER
 
 
@@ -75,19 +75,19 @@ def tune(
 ) -> TunedStart:
     """Trains one start at every rate and takes the best on the dev split.
 
-    A rate that diverges is a bad rate, not the end of the run.
+    A rate that diverges is not chosen, and does not end the run.
 
     Args:
         problem: What is to be learned; its own rate is not used.
-        trainable: What trains, from `training.begin`; kept.
-        frozen: Likewise.
+        trainable: What trains, from `training.begin`; it is not donated.
+        frozen: What does not train, from `training.begin`.
         rates: Peak learning rates.
         name: Shown with the progress.
         is_together: Whether the rates train under one ``vmap``; None: if there are several, on one
             device, and all lanes (`training.lane_bytes`) fit into `budget`.
 
     Returns:
-        The arm.
+        The rates that were tried, and what the best one trained.
 
     Raises:
         DivergedError: if every rate diverged.
@@ -103,7 +103,7 @@ def tune(
     best = _best(tried)
     if not math.isfinite(best.loss):
         raise DivergedError(
-            f"Every learning rate of {name} ({', '.join(f'{one:g}' for one in rates)}) diverged; "
+            f"Every learning rate of {name} ({', '.join(f'{rate:g}' for rate in rates)}) diverged; "
             "lower --rates or --learning-rate."
         )
     return TunedStart(tried, best, trained)
@@ -111,23 +111,23 @@ def tune(
 
 def _best(tried: Sequence[TriedRate]) -> TriedRate:
     """The lowest dev loss at the end."""
-    return min(tried, key=lambda one: one.loss)
+    return min(tried, key=lambda trial: trial.loss)
 
 
 def _one_by_one(
     problem: Problem, trainable: Any, frozen: Frozen, rates: Sequence[float], name: str
 ) -> tuple[list[TriedRate], Any]:
-    """Every rate with the loop that `ot-merge adapt` has; only the best is held."""
+    """Every rate in the loop of `ot-merge adapt`; only parameters of the best stay in memory."""
     tried, trained = [], None
     for rate in rates:
-        given = frozen._replace(rates=frozen.rates._replace(learning_rate=rate))
+        with_rate = frozen._replace(rates=frozen.rates._replace(learning_rate=rate))
         history = training.new_history(problem, trainable)
         loss, result = math.inf, None
         try:
             history = training.train(
                 problem,
                 history,
-                given,
+                with_rate,
                 progress_of=lambda steps, rate=rate: _shown(steps, name, [rate]),
             )
             loss, result = _finite(history.dev[-1][1]), loop.result(history)
@@ -154,14 +154,14 @@ def _together(
 
     def evaluate(done: int) -> None:
         for lane in sorted(alive):
-            found = training.dev_loss(_lane(states.params, lane), frozen, problem)
-            dev[lane].append((done, found))
+            value = training.dev_loss(_lane(states.params, lane), frozen, problem)
+            dev[lane].append((done, value))
 
     evaluate(0)
     for index in _shown(range(plan.steps), name, rates):
         batch = training.batch_of(problem, index)
-        states, seen = _steps(states, swept, batch, plan=plan)
-        for lane, loss, norm in zip(lanes, *(one.tolist() for one in seen), strict=True):
+        states, metrics = _steps(states, swept, batch, plan=plan)
+        for lane, loss, norm in zip(lanes, *(values.tolist() for values in metrics), strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 alive.discard(lane)  # its state has stopped moving
             elif lane in alive:
@@ -192,7 +192,7 @@ def _steps(
 
 
 def _lane(tree: Any, lane: int) -> Any:
-    """What one lane holds."""
+    """The part of a tree that belongs to one lane."""
     return jax.tree.map(lambda leaf: leaf[lane], tree)
 
 
@@ -203,5 +203,5 @@ def _finite(loss: float | None) -> float:
 
 def _shown(steps: range, name: str, rates: Sequence[float]) -> Any:
     """The steps with their progress."""
-    said = f"rate {rates[0]:g}" if len(rates) == 1 else f"{len(rates)} rates together"
-    return progress.track(steps, f"adapt {name}, {said} (steps)")
+    what = f"rate {rates[0]:g}" if len(rates) == 1 else f"{len(rates)} rates together"
+    return progress.track(steps, f"adapt {name}, {what} (steps)")

@@ -2,14 +2,14 @@
 
 Near the solution the logarithm ``x`` of the column scalings moves by nearly a linear map of itself,
 and the residual ``r``, the move that the textbook's update would make, falls with it. Each step is
-the one that would have led where the last residuals, combined, are smallest: of 12, 34 and over 150
-textbook iterations at epsilon 0.1, 0.05 and 0.02 it leaves 8, 16 and 48 (activations of the demo's
-models widened to 2048 and 4096 neurons).
+the one that would have led to where a combination of the last residuals is smallest. At epsilon
+0.1, 0.05 and 0.02 that takes 8, 16 and 48 iterations instead of the textbook's 12, 34 and over 150
+(activations of the demo's models widened to 2048 and 4096 neurons).
 
-Far from the solution it needs two guards. Where two groups of neurons are nearly apart, mass crawls
-from one to the other at the same pace for hundreds of iterations: differences of residuals are
-rounding there, and the step is doubled instead. And where an error grows, what was learned before
-is dropped.
+Far from the solution it needs two guards. Where two groups of neurons are nearly separate, mass
+crawls from one group to the other at the same pace for hundreds of iterations: there the
+differences of residuals are mere rounding, so the step is doubled instead. And where an error
+grows, the differences so far are dropped.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _LONGEST = 5.0
 _WORSE = 2.0
 #: The error, a share of the mass, above which a residual may crawl.
 _FAR = 3e-4
-#: It crawls if it fell by less than this share of the move.
+#: A residual crawls if it fell by less than this share of the move.
 _CRAWLS = 1e-3
-#: Added to the correlations of the differences, whose rounding it must exceed.
+#: Added to the diagonal of the differences' correlations; it must exceed their rounding.
 _RIDGE = 1e-5
 
 
@@ -57,13 +57,12 @@ class History(NamedTuple):
 
 
 def start(b: int, m: int, independent: int) -> History:
-    """Before the first iteration.
+    """The history before the first iteration.
 
     Args:
         b: Problems.
         m: Columns.
-        independent: How many differences of a problem can be independent: of fewer neurons fewer
-            are kept.
+        independent: How many differences of a problem can be independent; no more are kept.
     """
     window = max(1, min(_WINDOW, independent))
     return History(
@@ -93,7 +92,7 @@ def step(
 
     Args:
         columns: Column marginals after an exact update of the rows.
-        history: Of the iterations before.
+        history: The history of the iterations before.
         error: The marginal error of ``columns``.
         before: The error an iteration ago.
 
@@ -134,12 +133,13 @@ def step(
 
 
 def _combined(history: History, mass: jax.Array) -> jax.Array:
-    """The step of least squares ``[b, m]``, where differences are known, of columns with masses."""
+    """The least-squares step ``[b, m]`` from the known differences; columns count by mass."""
     is_known, root = history.is_known[..., None], jnp.sqrt(mass)
     residuals = jnp.where(is_known, history.residuals * root, 0.0)
     norm = jnp.sqrt((residuals**2).sum(-1))
     norm = jnp.where(norm > 0, norm, 1.0)
-    # of length 1: correlations, whose size does not fall with the error; an unknown one has none
+    # scaled to length 1: their products are correlations, which do not shrink with the error; an
+    # unknown difference stays 0
     units = residuals / norm[..., None]
     with jax.default_matmul_precision("highest"):
         gram = jnp.einsum("wbm,xbm->bwx", units, units)

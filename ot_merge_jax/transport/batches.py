@@ -24,7 +24,7 @@ def in_batches(
         solve_batch: From leaves ``[size, ...]`` to leaves ``[size, ...]``.
         problems: Leaves ``[count, ...]``.
         size: Entries at a time.
-        groups: The entries are so many groups of one length, and no batch has entries of two.
+        groups: The entries form this many groups of equal length; no batch mixes two groups.
 
     Returns:
         Leaves ``[count, ...]``.
@@ -55,14 +55,14 @@ def listed(solve_batch: Callable[..., Any], size: int, *, groups: int = 1) -> Ca
     """The solver of a list of problems, whose lanes under ``vmap`` become problems of the list.
 
     Lanes of one ``while_loop`` wait for the slowest. Lanes that differ in epsilon or threshold
-    differ in iterations; so they are never solved side by side, only what each of them holds is.
-    Lanes that differ in cost alone are.
+    differ in iterations; so such lanes are solved one after the other, and only the problems of
+    one lane side by side. Lanes that differ in cost alone are solved side by side.
 
     Args:
         solve_batch: From costs ``[b, n, m]``, epsilon ``[b]`` and threshold ``[b]`` to a pytree of
             leaves ``[b, ...]``.
         size: Problems side by side at most.
-        groups: Stretches of the list that are not solved side by side.
+        groups: How many stretches of the list are solved one after the other.
 
     Returns:
         A function of costs ``[c, n, m]``, the index of each problem's cost ``[p]`` (None: each
@@ -99,7 +99,7 @@ def listed(solve_batch: Callable[..., Any], size: int, *, groups: int = 1) -> Ca
         costs, which, epsilon, threshold = problems
         cost_is_batched, which_is_batched, *numbers_are_batched = is_batched
         count = epsilon.shape[-1]
-        # lanes become groups, [lane, group, problem], or problems of the groups that there are,
+        # lanes become groups, [lane, group, problem], or further problems of the existing groups,
         # [group, lane, problem]
         is_apart = any(numbers_are_batched)
 

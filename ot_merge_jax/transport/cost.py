@@ -51,7 +51,7 @@ def is_nonconstant(values: Any) -> np.ndarray:
         >>> is_nonconstant(np.array([[[1.0, 2.0], [1.0, 3.0]], [[1.0, 2.0], [1.0, 2.0]]])).tolist()
         [True, False]
     """
-    return np.array([not _is_constant(one.min(0), one.max(0)).all() for one in values])
+    return np.array([not _is_constant(layer.min(0), layer.max(0)).all() for layer in values])
 
 
 def standardize(x: Float[Array, "t n"]) -> tuple[Float[Array, "t n"], Float[Array, " n"]]:

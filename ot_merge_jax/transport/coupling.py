@@ -21,7 +21,7 @@ from ot_merge_jax.types import BUDGET, Activations, Coupling, HParams, MergeSpec
 
 #: The paper's iteration limit for the layer problem (Transport and Merge, A.3).
 LAYER_ITERATIONS = 1000
-#: Numbers of one problem beside its two potentials: the other fields of `Potentials`.
+#: Numbers kept for each problem beside its two potentials: the other fields of `Potentials`.
 _NUMBERS = len(Potentials._fields) - 2
 
 
@@ -130,10 +130,10 @@ def peak_bytes(
         rows_at_once: As for `couple`.
 
     Returns:
-        Of a site: the rows of one target layer and of a block of source layers; those of the target
-        layer standardised, and turned for the product; of each pair that is solved its rows,
-        standardised and, where not all pairs are solved at once, picked; its cost, reduced cost
-        and kernel, and what is between them.
+        The most that a site needs: the rows of one target layer and of a block of source layers;
+        the target layer's rows standardised, and transposed for the product; for each pair being
+        solved its rows, standardised and, where not all pairs are solved at once, copied; its cost,
+        reduced cost and kernel, and intermediate results.
     """
     peak = 0
     for n, m in problems:
@@ -174,8 +174,8 @@ def flops(problems: Iterable[tuple[int, int]], *, rows: int, pairs: int) -> tupl
 def _blocks(shape: tuple[int, ...], rows_at_once: int) -> list[slice]:
     """Stretches of source layers ``[M, t, m]`` whose rows stay within so many entries.
 
-    All have one length, so that one program solves them; the last may begin before its neighbour
-    ends, and what it solves again is dropped.
+    All have the same length, so that one program solves them; the last may overlap the one before
+    it, and what it solves again is dropped.
     """
     layers, at_once = shape[0], max(1, rows_at_once // (shape[1] * shape[2]))
     count = math.ceil(layers / at_once)
@@ -193,14 +193,14 @@ def _stacked(
     for solved in blocks:
         potentials, _, std_source = zip(*solved, strict=True)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *potentials)
-        parts.append((stacked, std_source[0]))  # of the source they are all the same
+        parts.append((stacked, std_source[0]))  # the source's are the same in all
     joined = jax.tree.map(lambda *leaves: _joined(leaves, layers), *parts)
     potentials = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), joined[0])
     return potentials, jnp.stack([std for _, std, _ in blocks[0]]), joined[1]
 
 
 def _joined(blocks: tuple[jax.Array, ...], layers: int) -> jax.Array:
-    """Blocks of source layers in a row, less what the last one has of its neighbour."""
+    """Blocks of source layers joined; the last one without its overlap with the one before."""
     *whole, last = blocks
     return jnp.concatenate([*whole, last[sum(map(len, blocks)) - layers :]])
 
@@ -260,7 +260,7 @@ def layer_plan(
 
     Returns:
         ``[L, M]``, summing to 1; rows sum to 1/L and columns to 1/M. NaN where costs span too many
-        epsilons for the scaling form and there is no other, under a trace or by ``solver``.
+        epsilons for the scaling form and no other is allowed, under a trace or by ``solver``.
 
     Raises:
         ValueError: for an unknown ``layer_cost`` or ``solver``, or an epsilon that is not positive
@@ -302,7 +302,7 @@ def _layer_plan(
     )
     potentials, is_too_wide = jax.tree.map(lambda leaf: leaf[0], solved)
     plan = sinkhorn.plan(costs, potentials)
-    if solver == "scaling":  # a plan has no flag that would say that it was not solved
+    if solver == "scaling":  # a plan has no flag to say that it was not solved
         plan = jnp.where(is_too_wide, jnp.nan, plan)
     return plan, is_too_wide
 
@@ -357,7 +357,7 @@ def rebuild(
         potentials: Those of the pair.
         rows: Target neurons whose rows are wanted; None: all.
         signed: Whether the coupling was made with ``signed``.
-        plan_at_once: Entries of the plan that are made at a time, at least one row's; static.
+        plan_at_once: Entries of the plan that are computed at a time, at least one row's; static.
 
     Returns:
         Rows of the plan; those of all neurons sum to 1.
@@ -370,10 +370,10 @@ def rebuild(
 
     def block(chosen: jax.Array) -> jax.Array:
         rho = cost.correlation_from_standardized(units[:, chosen], others)
-        found = sinkhorn.plan(
+        mass = sinkhorn.plan(
             1.0 - (jnp.abs(rho) if signed else rho), potentials._replace(f=f[chosen])
         )
-        return found * jnp.sign(rho) if signed else found
+        return mass * jnp.sign(rho) if signed else mass
 
     return batches.in_batches(block, jnp.arange(len(f)), at_once)
 
@@ -396,8 +396,8 @@ def plan_bytes(
         plan_at_once: As for `rebuild`.
 
     Returns:
-        The plan, and its correlations or its blocks before they are joined; of a block, if there
-        are several, its correlations and its part of the plan; both layers' activations,
+        The plan, and its correlations or its blocks before they are joined; for one block, if
+        there are several, its correlations and its part of the plan; both layers' activations,
         standardised and not.
     """
     k = n if picked is None else min(n, picked)

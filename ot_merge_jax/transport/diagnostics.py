@@ -1,4 +1,4 @@
-"""How sharp a plan is and how much it knows (method: Diagnostics)."""
+"""How sharp a plan is and how well it predicts (method: Diagnostics)."""
 
 from __future__ import annotations
 
@@ -93,16 +93,16 @@ def held_out_r2(
     Args:
         plan: Plan between the two, fitted on other rows.
         fitted: Target and source activations of those rows, for means and standard deviations.
-        held_out: Target and source activations of rows that the plan has not seen.
+        held_out: Target and source activations of rows that the plan was not fitted on.
 
     Returns:
         R^2 over all neurons in units of their standard deviation: 1 is perfect, 0 is the mean.
     """
     (x, y), (x_new, y_new) = fitted, held_out
 
-    def standardised(new: jax.Array, seen: jax.Array) -> jax.Array:
-        deviation = seen.std(0)
-        return (new - seen.mean(0)) / jnp.where(deviation > 0, deviation, 1.0)
+    def standardised(new: jax.Array, reference: jax.Array) -> jax.Array:
+        deviation = reference.std(0)
+        return (new - reference.mean(0)) / jnp.where(deviation > 0, deviation, 1.0)
 
     wanted = standardised(x_new, x)
     mapped = jnp.matmul(

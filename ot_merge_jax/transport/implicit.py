@@ -42,22 +42,22 @@ def pullback(
 
     Args:
         cost: Target by source.
-        potentials: Its solution. If it has not converged, the result is that of the plan as it
-            is, and not a derivative of anything.
+        potentials: Its solution. If it has not converged, the result is computed from the
+            plan as it is, and is not a derivative of anything.
         f: Cotangent of ``potentials.f``.
         g: Cotangent of ``potentials.g``.
         transported: Cotangent of ``potentials.cost``.
         epsilon: Cotangent of ``potentials.epsilon``.
 
     Returns:
-        Cotangents of the cost and of epsilon. Without a cotangent there is none, even where a
-        problem has failed: a ``where`` over ``converged`` keeps such a problem out of a gradient.
+        Cotangents of the cost and of epsilon. If all that come in are 0, so are these, even where
+        a problem has failed: a ``where`` over ``converged`` keeps such a problem out of a gradient.
 
     Example:
         >>> from ot_merge_jax.transport import sinkhorn
         >>> cost = jnp.array([[0.0, 1.0], [1.0, 0.0]])
         >>> zero = (jnp.zeros(2), jnp.zeros(2))
-        >>> potentials = solve.solve(cost, epsilon=0.1)
+        >>> potentials = sinkhorn.solve(cost, epsilon=0.1)
         >>> of_cost, _ = pullback(cost, potentials, *zero, jnp.array(1.0), jnp.array(0.0))
         >>> of_cost.diagonal().round(2).tolist()  # the plan's
         [0.5, 0.5]
@@ -76,10 +76,10 @@ def pullback(
     of_cost = transported * (plan - weighted / eps) + spread
     of_epsilon = (spread * exponent).sum() / eps
     of_epsilon = of_epsilon - transported * (weighted * exponent).sum() / eps**2
-    is_asked = (f != 0).any() | (g != 0).any() | (transported != 0)
+    has_cotangent = (f != 0).any() | (g != 0).any() | (transported != 0)
     return (
-        jnp.where(is_asked, of_cost, 0.0),
-        epsilon + jnp.where(is_asked, of_epsilon, 0.0),
+        jnp.where(has_cotangent, of_cost, 0.0),
+        epsilon + jnp.where(has_cotangent, of_epsilon, 0.0),
     )
 
 
@@ -89,19 +89,19 @@ def _solve(plan: jax.Array, right_f: jax.Array, right_g: jax.Array) -> tuple[jax
     if n > m:
         y, x = _solve(plan.T, right_g, right_f)
         return x, y
-    # the matrix is singular along (1, -1); what the right side has of it is dropped
+    # the matrix is singular along (1, -1); the right side's part along it is dropped
     gauge = (right_f.sum() - right_g.sum()) / (n + m)
     right_f, right_g = right_f - gauge, right_g + gauge
     row, column = jnp.sqrt(plan.sum(1)), jnp.sqrt(plan.sum(0))
     with jax.default_matmul_precision("highest"):
-        # of spectral norm 1, which it takes at `unit`: there the complement is 0, and 1 is added
+        # its spectral norm is 1, reached at `unit`: there the complement is 0, and 1 is added
         scaled = plan / row[:, None] / column
         unit = row / jnp.linalg.norm(row)
         right = (right_f - plan @ (right_g / column**2)) / row
         right = right - unit * (unit @ right)
         factors = jax.scipy.linalg.lu_factor(jnp.eye(n) - scaled @ scaled.T + jnp.outer(unit, unit))
         x = jax.scipy.linalg.lu_solve(factors, right)
-        # what the rounding of the product has cost is made good by the factors themselves
+        # one step of refinement undoes the rounding of the product
         rest = right - (x - scaled @ (x @ scaled) + unit * (unit @ x))
         x = (x + jax.scipy.linalg.lu_solve(factors, rest)) / row
         return x, (right_g - x @ plan) / column**2

@@ -2,7 +2,7 @@
 
 The textbook update reads the kernel twice, once for the rows and once for the columns. Here a block
 of rows is read, its row scalings follow, and its share of the column sums is added while it is
-still in cache: one read of the kernel for both. Two things more cut the iterations and make float32
+still in cache: one read of the kernel for both. Two more things cut the iterations and make float32
 enough:
 
 - **Anderson acceleration** of the column scalings (`transport.anderson`);
@@ -33,13 +33,13 @@ T = TypeVar("T")
 #: Entries of a block of rows on CPU (4 MiB, which the last cache holds); other devices take all
 #: rows at once, because one block after the other would leave them idle.
 BLOCK = 1 << 20
-#: Blocks at most, because each is a piece of the program. Larger ones are read twice.
+#: Blocks at most, because each adds to the program. Blocks too large for the cache are read twice.
 _MOST_BLOCKS = 32
 #: Scalings beyond exp(+-this) are absorbed.
 _DRIFT = 20.0
-#: A mass that is further from 1, or by as much as one row has, is no rounding.
+#: A mass further from 1 than this, or than half of one row's mass, is not a matter of rounding.
 _ROUNDING = 1e-4
-#: Terms of a row that a CPU sums side by side; of a column it sums the rows of a block in turn.
+#: Terms of a row that a CPU sums side by side; for a column it sums a block's rows in turn.
 _LANES = 8
 #: Rows of a block at most, as long as `_MOST_BLOCKS` allows, so that the columns' sums stay short.
 _LONGEST_SUM = 512
@@ -130,7 +130,7 @@ def solve(
         )
         f = f + epsilon[:, None] * jnp.log(state.u)
         g = g + epsilon[:, None] * jnp.log(state.v)
-        # here, where the kernel still stands, it takes no exponentials
+        # here, while the kernel is in memory, it takes no exponentials
         return f, g, state, _transported(kernel, cost, state)
 
     f, g, state, total = jax.lax.while_loop(
@@ -232,8 +232,8 @@ def _iterate(kernel: _Kernel, state: _State, threshold: Any, max_iterations: int
     is_active = _is_active(state.error, state.iterations, threshold, max_iterations)
     u, columns = _scaled(kernel, state.v, n)
     columns = state.v * columns
-    # a long sum in float32 loses what is small beside it, by more than 1e-6 where it is of 14336
-    # terms; so the mass is not 1, and whichever sum is the longer one is to blame
+    # a long sum in float32 loses small terms, more than 1e-6 in all where it has 14336 terms; then
+    # the mass is not 1, and the longer of the two sums is to blame
     mass = columns.sum(1, keepdims=True)
     mass = jnp.where(jnp.abs(mass - 1) < min(_ROUNDING, 0.5 / n), mass, 1.0)
     columns = columns / mass
@@ -257,7 +257,7 @@ def _transported(kernel: _Kernel, cost: jax.Array, state: _State) -> jax.Array:
     b, n, _ = cost.shape
 
     def block(part: jax.Array, rows: slice, total: jax.Array) -> jax.Array:
-        # an infinite cost has no mass
+        # where the cost is infinite there is no mass
         mass = jnp.where(part > 0, part * cost[:, rows], 0.0)
         return total + (state.u[:, rows] * jnp.einsum("brm,bm->br", mass, state.v)).sum(1)
 

@@ -30,7 +30,7 @@ T = TypeVar("T")
 MAX_COST_OVER_EPSILON = 1000.0
 #: Entries of the cost matrices that are solved side by side where the cache is the limit (CPU).
 _ENTRIES_IN_CACHE = 1 << 18
-#: Of a device with memory of its own, the share that costs, reduced costs and kernels may take.
+#: The share of a device's own memory that costs, reduced costs and kernels may take.
 _SHARE = 1 / 8
 #: Potentials, and which problems span too many epsilons for the scaling form.
 _Solved = tuple[Potentials, jax.Array]
@@ -112,7 +112,7 @@ def solve(
 
 
 def by_solver(solver: Solver, attempt: Callable[[Solver], tuple[T, jax.Array]]) -> T:
-    """Solves in scaling form, and again if some problem needs the log domain; or as it is told.
+    """Solves in scaling form, again if a problem needs the log domain; or as ``solver`` says.
 
     The log domain is seldom needed and takes as long to compile as everything else, so it is
     compiled when it is. Under a trace nothing is known yet, and there is only the scaling form: a
@@ -120,11 +120,11 @@ def by_solver(solver: Solver, attempt: Callable[[Solver], tuple[T, jax.Array]]) 
 
     Args:
         solver: As for `solve`.
-        attempt: Solves problems by `solve_batch`'s ``solver``; returns what is wanted and which
+        attempt: Solves problems by `solve_batch`'s ``solver``; returns the result and which
             problems span too many epsilons for the scaling form.
 
     Returns:
-        What is wanted.
+        The result.
 
     Raises:
         ValueError: if ``solver`` is unknown.
@@ -179,14 +179,14 @@ def solve_batch(
     solver: Solver,
     size: int | None = None,
 ) -> _Solved:
-    """`solve` of a batch inside a program, where nothing is checked or decided.
+    """`solve` for a batch inside a program, where nothing is checked or decided.
 
     Args:
         cost: Target by source.
         epsilon: A number, or one for each problem.
         threshold: L1 marginal error at which to stop; likewise.
         max_iterations: At most.
-        solver: As for `solve`, but that ``auto`` has the log domain in the program, for the
+        solver: As for `solve`, but ``auto`` compiles the log domain into the program, for the
             problems that need it.
         size: Problems side by side at most; None: `pairs_at_once`.
 
@@ -243,7 +243,7 @@ _differentiable.defvjp(_forward, _backward)
 
 @functools.cache
 def _listed(max_iterations: int, solver: Solver, size: int) -> Callable[..., _Solved]:
-    """The solver of a list of problems; made once, so that it is one and the same function."""
+    """The solver of a list of problems; made once, so that all callers get the same one."""
     return batches.listed(
         functools.partial(_at_once, max_iterations=max_iterations, solver=solver), size
     )
@@ -257,8 +257,8 @@ def _at_once(
     max_iterations: int,
     solver: Solver,
 ) -> _Solved:
-    """`solve_batch` of problems that are all held at once."""
-    # the minima of rows are needed again
+    """`solve_batch` for problems that are all in memory at once."""
+    # row by row, because the solver needs the minima of the rows too
     is_too_wide = cost.max((1, 2)) - cost.min(2).min(1) > MAX_COST_OVER_EPSILON * epsilon
 
     def in_log_domain(problem: tuple[jax.Array, ...]) -> Potentials:

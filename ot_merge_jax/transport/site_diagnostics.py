@@ -30,17 +30,17 @@ class MassCurve(NamedTuple):
 
 
 class SiteDiagnostics(NamedTuple):
-    """Diagnostics of a site; what needs one pair of layers is of the most coupled source layer.
+    """Diagnostics of a site; those of a pair of layers use the most coupled source layer.
 
     Attributes:
         layer_cost: ``[L, M]``.
         layer_plan: ``[L, M]``.
         mass_curve: Of every target layer.
         r2: Held-out R^2 of every target layer; None for each without held-out rows.
-        r2_permuted: The same of the permuted plans.
+        r2_permuted: The same for the permuted plans.
         sorted_heat: A sorted picture of the first target layer's plan.
         largest_error: Largest marginal error of all plans.
-        most_iterations: Of all plans.
+        most_iterations: Most iterations of any plan.
         converged: Share of the plans that converged.
         in_log_form: Share of the plans that were solved in log domain.
     """
@@ -69,13 +69,13 @@ def sites(
 
     Args:
         alignment: The coupling and the rows it was made from.
-        held_out: Activations of rows the plans have not seen, or None if there are none.
+        held_out: Activations of rows the plans were not fitted on, or None if there are none.
         signed: Whether the coupling was made with ``signed``.
         seed: Of the permutation the plan is compared with.
         plan_at_once: Entries of a plan that are rebuilt at a time, at least one row's.
 
     Returns:
-        Site -> diagnostics. Of a wide site a sample of target neurons stands for all
+        Site -> diagnostics. For a wide site a sample of target neurons stands for all
         (`diagnostics.sample`).
     """
     coupling, x, y = alignment
@@ -83,8 +83,8 @@ def sites(
     for site, layer_plan in coupling.layer_plan.items():
         potentials = coupling.neuron_potentials[site]
         n, m = potentials.f.shape[-1], potentials.g.shape[-1]
-        seen = diagnostics.sample(n)
-        ks = tuple(max(1, round(share * len(seen) * m)) for share in _CURVE_SHARES)
+        neurons = diagnostics.sample(n)
+        ks = tuple(max(1, round(share * len(neurons) * m)) for share in _CURVE_SHARES)
         order = np.random.default_rng(seed).permutation(m)
         pairs = []
         for l, best in enumerate(np.asarray(layer_plan).argmax(1)):
@@ -94,7 +94,7 @@ def sites(
             if held_out is not None:
                 new = held_out[0].values[site][l], held_out[1].values[site][best]
             plan, r2, permuted = _pair_facts(
-                pair, rows, new, order, seen, signed=signed, plan_at_once=plan_at_once
+                pair, rows, new, order, neurons, signed=signed, plan_at_once=plan_at_once
             )
             plan = np.asarray(plan)
             heat = None if pairs else diagnostics.sorted_heat(plan)
@@ -121,23 +121,24 @@ def _pair_facts(
     rows: tuple[jax.Array, jax.Array],
     new: tuple[jax.Array, jax.Array] | None,
     order: jax.Array,
-    seen: jax.Array,
+    neurons: jax.Array,
     *,
     signed: bool,
     plan_at_once: int,
 ) -> tuple[jax.Array | None, ...]:
     """The plan, its held-out R^2, and that of the permuted plan.
 
-    Of the target's neurons that are ``seen``; their rows of the plan are a plan of their own.
+    Only the target's ``neurons`` count; their rows of the plan are a plan of their own.
     """
-    share = pair.f.shape[0] / seen.shape[0]
-    rebuilt = couplings.rebuild(*rows, pair, seen, signed=signed, plan_at_once=plan_at_once)
+    share = pair.f.shape[0] / neurons.shape[0]
+    rebuilt = couplings.rebuild(*rows, pair, neurons, signed=signed, plan_at_once=plan_at_once)
     plan = share * rebuilt
-    rows = rows[0][:, seen], rows[1]
+    rows = rows[0][:, neurons], rows[1]
     r2 = permuted = None
     if new is not None:
-        new = new[0][:, seen], new[1]
+        new = new[0][:, neurons], new[1]
         r2, permuted = jax.lax.map(  # not written twice: it would be compiled twice
-            lambda one: diagnostics.held_out_r2(one, rows, new), jnp.stack([plan, plan[:, order]])
+            lambda tested: diagnostics.held_out_r2(tested, rows, new),
+            jnp.stack([plan, plan[:, order]]),
         )
     return plan, r2, permuted

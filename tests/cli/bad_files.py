@@ -1,9 +1,9 @@
-"""Rows of `test_bad_input`: files made to hang, to fill the memory or to run code, and models of
-kinds that are never merged."""
+"""Rows of `test_bad_input`: files made to hang, to fill the memory or to run code."""
 
 import json
 import os
 
+import pytest
 from bombs import ALIASES
 from desk import INDEX, SINGLE, row
 
@@ -15,6 +15,7 @@ LARGE = 200_000_000
 def in_place_of(name, make):
     """A run whose target has something else in the place of a file."""
 
+    @pytest.mark.catalogue("links-and-devices")
     def damage(desk):
         path = desk.target / name
         path.unlink()
@@ -24,7 +25,7 @@ def in_place_of(name, make):
     return damage
 
 
-for _name in ("config.json", "tokenizer.json", "chat_template.jinja", SINGLE):
+for _name in ("config.json", "tokenizer.json", "chat_template.jinja"):
     row(3, "copy", _name, "not a regular file", "download", name=f"pipe as {_name}")(
         in_place_of(_name, os.mkfifo)
     )
@@ -33,12 +34,14 @@ row(3, "tokenizer.json", "not a regular file", name="device as tokenizer.json")(
 )
 
 
+@pytest.mark.catalogue("links-and-devices")
 @row(3, "no text file", "texts.fifo")
 def pipe_as_calibration(desk):
     os.mkfifo(desk.folder / "texts.fifo")
     return desk.run(calibration=desk.folder / "texts.fifo")
 
 
+@pytest.mark.catalogue("links-and-devices")
 @row(2, "no recipe", "recipe.fifo")
 def pipe_as_recipe(desk):
     os.mkfifo(desk.folder / "recipe.fifo")
@@ -52,12 +55,14 @@ def sparse(path, size):
     return path
 
 
+@pytest.mark.catalogue("hostile-json")
 @row(3, "config.json", "larger than 5000000 bytes")
 def config_of_200_megabytes(desk):
     sparse(desk.target / "config.json", LARGE)
     return desk.run()
 
 
+@pytest.mark.catalogue("hostile-json")
 @row(3, INDEX, "larger than 100000000 bytes")
 def index_of_200_megabytes(desk):
     (desk.target / SINGLE).unlink()
@@ -65,6 +70,7 @@ def index_of_200_megabytes(desk):
     return desk.run()
 
 
+@pytest.mark.catalogue("hostile-json")
 @row(3, SINGLE, "truncated or corrupt", "200000000 bytes")
 def header_of_200_megabytes(desk):
     path = desk.target / SINGLE
@@ -79,11 +85,13 @@ def config_of_nested_lists(desk):
     return desk.run()
 
 
+@pytest.mark.catalogue("huge-text")
 @row(3, "endless.txt", "line 1", "longer than 10000000 characters", "one a line")
 def endless_line(desk):
     return desk.run(calibration=endless(desk.folder / "endless.txt"))
 
 
+@pytest.mark.catalogue("huge-text")
 @row(3, "endless.jsonl", "line 1", "longer than 10000000 characters")
 def endless_line_of_jsonl(desk):
     return desk.run(calibration=endless(desk.folder / "endless.jsonl"))
@@ -97,6 +105,7 @@ def endless(path):
     return path
 
 
+@pytest.mark.catalogue("huge-text")
 @row(3, "late.txt", "byte 150000000 ", "line 15001", "--encoding")
 def bad_byte_late_in_a_large_text(desk):
     path = desk.folder / "late.txt"
@@ -110,22 +119,25 @@ def bad_byte_late_in_a_large_text(desk):
 # ---- YAML ----
 
 
+@pytest.mark.catalogue("hostile-yaml")
 @row(2, "recipe.yaml", "not YAML", "aliases")
 def recipe_that_is_an_alias_bomb(desk):
     return ["run", desk.write("recipe.yaml", ALIASES), "--out", desk.out]
 
 
+@pytest.mark.catalogue("hostile-yaml")
 @row(2, "recipe.yaml", "not YAML")
 def recipe_of_nested_lists(desk):
     return ["run", desk.write("recipe.yaml", "a: " + "[" * 20_000), "--out", desk.out]
 
 
+@pytest.mark.catalogue("hostile-yaml")
 @row(2, "recipe.yaml", "larger than 1000000 bytes")
 def recipe_of_200_megabytes(desk):
     return ["run", sparse(desk.folder / "recipe.yaml", LARGE), "--out", desk.out]
 
 
-#: Rows that must also be refused in little time and memory.
+#: Rows that must be refused in little time and memory.
 BOMBS = [
     "pipe as config.json", "pipe as tokenizer.json", "device as tokenizer.json",
     "config of 200 megabytes", "index of 200 megabytes", "header of 200 megabytes",
@@ -134,43 +146,10 @@ BOMBS = [
     "recipe that is an alias bomb", "recipe of nested lists", "recipe of 200 megabytes",
 ]  # fmt: skip
 
-# ---- kinds of models that are never merged ----
-
-KINDS = {
-    "mixture of experts": ({"model_type": "mixtral", "num_local_experts": 8}, "experts"),
-    "mixture of experts by its keys": (
-        {"model_type": "made_up", "n_routed_experts": 64},
-        "experts",
-    ),
-    "vision model": ({"model_type": "qwen2_vl"}, "vision"),
-    "vision model by its keys": ({"model_type": "gemma3", "vision_config": {"depth": 2}}, "vision"),
-    "state-space model": ({"model_type": "mamba", "state_size": 16}, "state-space"),
-    "state-space model by its keys": ({"model_type": "made_up", "state_size": 16}, "state-space"),
-    "encoder-decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "two stacks"),
-    "encoder-decoder by its keys": (
-        {"model_type": "made_up", "is_encoder_decoder": True},
-        "two stacks",
-    ),
-}
-
-
-def of_kind(changes):
-    def damage(desk):
-        desk.edit_config(architectures=["Other"], **changes)
-        return desk.run()
-
-    return damage
-
-
-for _name, (_changes, _reason) in KINDS.items():
-    row(3, "copy/config.json", repr(_changes["model_type"]), _reason, "supported are", name=_name)(
-        of_kind(_changes)
-    )
-
-
 # ---- tokenizers ----
 
 
+@pytest.mark.catalogue("broken-tokenizer")
 @row(3, "copy", "tokenizer", "cannot be loaded")
 def damaged_sentencepiece_alone(desk):
     (desk.target / "tokenizer.json").unlink()
@@ -178,6 +157,7 @@ def damaged_sentencepiece_alone(desk):
     return desk.run()
 
 
+@pytest.mark.catalogue("vocabulary-padding")
 @row(3, "copy", "tokens but the model has")
 def added_tokens_beyond_the_rows(desk):
     path = desk.target / "tokenizer.json"
@@ -195,24 +175,10 @@ def added_tokens_beyond_the_rows(desk):
 CHAT = json.dumps(
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 )
-TEMPLATES = {
-    "dunder": ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    "endless loop": ("{% for i in range(1000000000) %}a{% endfor %}", "ange"),
-}
 
 
-def rendering(template):
-    """A run on chats with a target that has this template."""
-
-    def damage(desk):
-        (desk.target / "chat_template.jinja").write_text(template)
-        chats = desk.write("chats.jsonl", f"{CHAT}\n" * 20)
-        return desk.run("--field", "messages", calibration=chats)
-
-    return damage
-
-
-for _name, (_template, _reason) in TEMPLATES.items():
-    row(3, "chat template of", "copy", _reason, "mend", name=f"chat template with {_name}")(
-        rendering(_template)
-    )
+@pytest.mark.catalogue("hostile-template")
+@row(3, "chat template of", "copy", "unsafe")
+def chat_template_that_reaches_for_classes(desk):
+    (desk.target / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    return desk.run("--field", "messages", calibration=desk.write("chats.jsonl", f"{CHAT}\n" * 20))

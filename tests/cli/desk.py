@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (teaches safetensors the name bfloat16)
+import pytest
 import safetensors.numpy
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,6 +69,13 @@ class Desk:
 
 
 ROWS = {}
+
+
+def rows(names=None):
+    """Rows as parameters of a test, with the marks that stand on their functions."""
+    return [
+        pytest.param(name, marks=getattr(ROWS[name][0], "pytestmark", ())) for name in names or ROWS
+    ]
 
 
 def row(code, *words, name=None):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import safetensors
 import yaml
 from desk import INDEX, SINGLE
@@ -51,6 +52,7 @@ def has_the_files_of_the_target_and_ours_and_no_others(merge):
     assert not any(path.is_symlink() for path in merge.out.rglob("*"))
 
 
+@pytest.mark.catalogue("vocabulary-padding")
 def has_tensors_of_the_names_shapes_and_dtypes_of_the_target(merge):
     before, after = tensors(merge.target), tensors(merge.out)
     assert {k: (kind, x.shape) for k, (kind, x) in after.items()} == {
@@ -97,6 +99,7 @@ def has_the_config_of_the_target_with_both_spellings(merge):
     assert not {"auto_map", "_name_or_path", "quantization_config"} & set(after)
 
 
+@pytest.mark.catalogue("no-pad-token")
 def has_all_other_files_byte_for_byte(merge):
     names = {path.name for path in merge.target.iterdir() if path.suffix != ".safetensors"}
     names -= {"config.json", INDEX}

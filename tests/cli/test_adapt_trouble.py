@@ -154,7 +154,7 @@ def long(words):
 #: The command, killed as it is about to rename a file of this name, the so-manieth time.
 DIES = """
 import os, signal, sys
-from ot_merge_jax import cli
+from ot_merge_jax.cli import main as cli
 name, left = sys.argv.pop(1), [int(sys.argv.pop(1))]
 def hear(event, given):
     if event == "os.rename" and name in str(given[0]):

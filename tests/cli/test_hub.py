@@ -37,6 +37,7 @@ def cache(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.catalogue("secrets")
 def test_a_run_by_hub_ids_offline(cli, cache, models, text_files, tmp_path):
     """Names and commits of everything are recorded; the token is nowhere."""
     calibration, heldout = (path.read_text().splitlines() for path in text_files)
@@ -109,6 +110,7 @@ def test_a_directory_wins(cli, cache, models, tmp_path, monkeypatch):
     assert cli("inspect", "o/target@main").code == 0
 
 
+@pytest.mark.catalogue("broken-dataset")
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -61,6 +61,7 @@ def straight(desk, words, cli):
     return found
 
 
+@pytest.mark.catalogue("kill-and-resume")
 def test_killed_process_is_resumed_with_the_same_bytes(desk, words, straight, cli):
     around = {path.name for path in desk.folder.iterdir()}
     killed = started(words, OT_MERGE_CRASH_AT="after moved")
@@ -90,6 +91,7 @@ def test_killed_process_is_resumed_with_the_same_bytes(desk, words, straight, cl
     assert published(desk.out)["ot_merge/report.json"] == straight["ot_merge/report.json"]
 
 
+@pytest.mark.catalogue("kill-and-resume")
 @pytest.mark.slow
 @pytest.mark.usefixtures("every_plot")  # the processes draw them
 def test_kill_at_twenty_random_moments(desk, words, straight):

@@ -239,6 +239,7 @@ def test_strength_zero_returns_the_target_bit_for_bit(name, calls, merged, tmp_p
     assert "dev split" not in called.json["verdict"]  # nothing was chosen: the user said 0
 
 
+@pytest.mark.catalogue("source-is-target")
 def test_delta_of_a_source_that_is_its_base_is_the_target(
     calls, models, merged, tmp_path, cli, hashes
 ):

@@ -80,6 +80,7 @@ def test_matched_rows_move_and_no_others(merge, cli, tmp_path):
     assert (table(tmp_path / "out", "lm_head.weight") is None) == is_tied
 
 
+@pytest.mark.catalogue("tied-embeddings")
 def test_both_sides_of_tying_occur(merged):
     ties = [
         json.loads((merged(name).target / "config.json").read_text())["tie_word_embeddings"]

@@ -96,6 +96,7 @@ def test_path_is_never_looked_up_on_the_hub(desk, cli, monkeypatch):
     assert cli("eval", "gpt2", "--text", desk.heldout).code == 3
 
 
+@pytest.mark.catalogue("bad-output")
 def test_output_whose_parent_is_not_writable(desk, cli, everything, monkeypatch):
     parent = desk.folder / "parent"
     parent.mkdir()
@@ -114,6 +115,7 @@ def test_output_whose_parent_is_not_writable(desk, cli, everything, monkeypatch)
     assert everything() == before
 
 
+@pytest.mark.catalogue("odd-output-names")
 @pytest.mark.parametrize(
     "name", ["x" * 300, "two\nlines", "übung 河流", "-rf", "a'b\"c;$(touch x)`y`"]
 )
@@ -133,6 +135,7 @@ def test_output_names(name, desk, cli):
 # ---- what is not bad input ----
 
 
+@pytest.mark.catalogue("constant-activations")
 def test_constant_neurons_are_fine(desk, cli):
     """A neuron that never changes, in both models, is uncorrelated with everything."""
     source = desk.copy("llama-source", "source")
@@ -163,6 +166,7 @@ def test_model_without_any_signal_in_a_layer_is_fine(desk, cli):
     assert all(np.isfinite(one).all() for one in found.values())
 
 
+@pytest.mark.catalogue("not-utf8")
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
 def test_other_encodings_are_read_when_named(encoding, desk, cli):
     text = desk.write("other.txt", desk.calibration.read_text().encode(encoding, "replace"))
@@ -210,6 +214,7 @@ def test_strict_lets_a_good_run_pass(desk, cli):
 # ---- overwriting ----
 
 
+@pytest.mark.catalogue("existing-output")
 def test_overwrite_replaces_the_folder_and_leaves_nothing_else(desk, cli):
     desk.out.mkdir()
     desk.write("out/notes.txt", "mine")
@@ -245,6 +250,7 @@ def process(script, *arguments):
     )  # fmt: skip
 
 
+@pytest.mark.catalogue("disk-full")
 def test_full_disk_is_a_resource_error_and_keeps_finished_stages_alone(desk, everything):
     """A limit on the size of files stands in for a full disk, until it is just large enough.
 
@@ -328,6 +334,7 @@ def test_interrupt_when_the_folder_is_nearly_done(desk, everything, cli, monkeyp
     interrupted(before, sentence, cli)
 
 
+@pytest.mark.catalogue("signals")
 def test_interrupt_before_anything_is_finished(desk, everything, cli, monkeypatch):
     def stopped(*a, **k):
         os.kill(os.getpid(), signal.SIGINT)
@@ -341,6 +348,7 @@ def test_interrupt_before_anything_is_finished(desk, everything, cli, monkeypatc
     assert everything() == before
 
 
+@pytest.mark.catalogue("signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_interrupt_from_outside(desk, everything, number, cli, interrupted):
     """A signal that another process sends while the tool works, once a stage is finished."""
@@ -368,6 +376,7 @@ def test_interrupt_from_outside(desk, everything, number, cli, interrupted):
     interrupted(before, err.splitlines()[-1], cli)
 
 
+@pytest.mark.catalogue("existing-output")
 def test_second_run_to_the_same_folder_is_refused(desk, everything, cli):
     before = everything()
     with atomic.locked(desk.out):

@@ -32,6 +32,7 @@ def succeeds(cli):
     return run
 
 
+@pytest.mark.catalogue("hostile-names")
 def test_hostile_names_stay_text_in_the_card(desk, succeeds):
     """As HTML, Markdown and YAML; the command stands in a fence of its own."""
     source = desk.copy("llama-source", HOSTILE_NAME.replace("/", ""))
@@ -52,6 +53,7 @@ def test_hostile_names_stay_text_in_the_card(desk, succeeds):
     assert rows[0].replace("\\|", "").count("|") == 4
 
 
+@pytest.mark.catalogue("hostile-names")
 def test_code_fences_of_the_card_hold_their_content(desk, succeeds):
     out = desk.folder / "a ```` b"
     succeeds(desk.run(out=out))
@@ -61,6 +63,7 @@ def test_code_fences_of_the_card_hold_their_content(desk, succeeds):
     assert "a ```` b" in card.split(fence)[1]
 
 
+@pytest.mark.catalogue("secrets")
 def test_secrets_are_in_no_output_and_no_log(desk, succeeds, monkeypatch):
     """The user's token in the environment and in a path, another in the target's own config."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -76,6 +79,7 @@ def test_secrets_are_in_no_output_and_no_log(desk, succeeds, monkeypatch):
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
 
 
+@pytest.mark.catalogue("hostile-template")
 def test_hostile_chat_template_is_copied_and_not_rendered(desk, succeeds):
     template = b"{% for i in range(10**9) %}{{ ''.__class__ }}{% endfor %}\r\n"
     (desk.target / "chat_template.jinja").write_bytes(template)
@@ -83,6 +87,7 @@ def test_hostile_chat_template_is_copied_and_not_rendered(desk, succeeds):
     assert (desk.out / "chat_template.jinja").read_bytes() == template
 
 
+@pytest.mark.catalogue("hostile-yaml")
 def test_bombs_in_a_card_are_no_licence(desk, succeeds):
     """The card of an input is only asked for its licence."""
     (desk.target / "README.md").write_text(f"---\n{ALIASES}license: *i\n---\n")
@@ -94,6 +99,7 @@ def test_bombs_in_a_card_are_no_licence(desk, succeeds):
     assert yaml.safe_load(front)["license"] == "other"
 
 
+@pytest.mark.catalogue("source-is-target")
 def test_a_model_merged_with_itself(desk, succeeds):
     succeeds(desk.run(source=desk.target))
     output_contract.has_tensors_of_the_names_shapes_and_dtypes_of_the_target(
@@ -101,6 +107,7 @@ def test_a_model_merged_with_itself(desk, succeeds):
     )
 
 
+@pytest.mark.catalogue("vocabulary-padding")
 def test_added_tokens_within_the_rows_are_kept(desk, succeeds):
     path = desk.target / "tokenizer.json"
     state = json.loads(path.read_text())
@@ -115,6 +122,7 @@ def test_added_tokens_within_the_rows_are_kept(desk, succeeds):
     )
 
 
+@pytest.mark.catalogue("template-differences")
 def test_the_output_stops_at_the_eos_of_the_target(desk, succeeds, models):
     """Where target and source end texts with other ids, and speak other tokenizers."""
     source = models["qwen2-source"]
@@ -153,6 +161,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.catalogue("extreme-shapes")
 @pytest.mark.parametrize(
     ("name", "preset"),
     [("narrowest", "barycentric"), ("narrowest", "paper"), ("shallow from deep", "barycentric")],
@@ -164,6 +173,7 @@ def test_extreme_shapes(name, preset, desk, succeeds, tiny_checkpoint):
     output_contract.check(output_contract.Folders(desk.out, target, source))
 
 
+@pytest.mark.catalogue("constant-activations")
 def test_constant_activations_of_a_whole_layer(desk, succeeds):
     """Nothing correlates with them: the plan is flat, the numbers stay finite."""
 

@@ -203,6 +203,7 @@ def test_token_rows_need_tokenizers_that_cut_alike(texts, tokenizers, tokenizer_
         align(texts, tokenizers["bpe"], other, rows="token")
 
 
+@pytest.mark.catalogue("too-few-tokens")
 @pytest.mark.parametrize(
     ("documents", "rows"), [([], "sample"), (["one text"], "sample"), ([], "token")]
 )
@@ -229,6 +230,7 @@ def test_vocabulary_leaves_out_special_and_padded_rows(tokenizers):
     assert all(tokenizer.convert_tokens_to_ids(token) == row for token, row in tokens.items())
 
 
+@pytest.mark.catalogue("broken-tokenizer")
 @pytest.mark.parametrize("what", ["nothing", "broken"])
 def test_a_folder_without_a_usable_tokenizer_raises(tmp_path, what):
     if what == "broken":
@@ -237,6 +239,7 @@ def test_a_folder_without_a_usable_tokenizer_raises(tmp_path, what):
         tokenizers_module.load_tokenizer(tmp_path)
 
 
+@pytest.mark.catalogue("remote-code")
 def test_a_tokenizer_never_runs_code(tmp_path, tokenizer_folder):
     """``auto_map`` names a Python file of the folder; it must stay unread."""
     for name in ("tokenizer.json", "tokenizer_config.json"):

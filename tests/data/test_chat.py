@@ -162,6 +162,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.catalogue("hostile-template")
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_template_is_an_input_error(chatty, case):
     template, message = HOSTILE[case]

@@ -32,10 +32,12 @@ def test_a_text_file_has_one_document_a_line(tmp_path, content):
     assert read(write(tmp_path, content)) == ["one", "two three", "山 river"]
 
 
+@pytest.mark.catalogue("empty-calibration")
 def test_blank_lines_are_skipped(tmp_path):
     assert read(write(tmp_path, "\n  \none\n\t\n\n two \n\u3000\n")) == ["one", "two"]
 
 
+@pytest.mark.catalogue("not-utf8")
 def test_a_byte_order_mark_is_dropped(tmp_path):
     assert read(write(tmp_path, b"\xef\xbb\xbfone\ntwo\n")) == ["one", "two"]
     marked = b'\xef\xbb\xbf{"text": "one"}\n'
@@ -75,6 +77,7 @@ def test_other_encodings(tmp_path, encoding):
     assert read(path, encoding=encoding) == ["naïve", "café"]
 
 
+@pytest.mark.catalogue("not-utf8")
 @pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])
 def test_wrong_encoding_names_byte_line_and_flag(tmp_path, name):
     """The first bad byte of the file, not of a read buffer."""
@@ -88,11 +91,13 @@ def test_wrong_encoding_names_byte_line_and_flag(tmp_path, name):
     assert "utf-8" in str(caught.value)
 
 
+@pytest.mark.catalogue("not-utf8")
 def test_an_unknown_encoding_raises(tmp_path):
     with pytest.raises(InputError, match="'klingon'"):
         read(write(tmp_path, "one\n"), encoding="klingon")
 
 
+@pytest.mark.catalogue("not-utf8")
 @pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])
 def test_a_nul_byte_names_its_line(tmp_path, name):
     good = '{"text": "good"}\n' if name.endswith("l") else "good\n"
@@ -100,6 +105,7 @@ def test_a_nul_byte_names_its_line(tmp_path, name):
         read(write(tmp_path, good * 2 + "bad\0bytes\n", name))
 
 
+@pytest.mark.catalogue("broken-jsonl")
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -136,6 +142,7 @@ def test_an_empty_file_has_no_documents(tmp_path):
     assert read(write(tmp_path, "")) == []
 
 
+@pytest.mark.catalogue("huge-text")
 def test_reading_is_lazy(tmp_path):
     """A large file is not read before its documents are asked for."""
     path = write(tmp_path, "one\n" + "x" * 100 + "\0\n")

@@ -95,6 +95,7 @@ def test_a_missing_column_names_those_there_are(tmp_path):
         list(read_documents(path))
 
 
+@pytest.mark.catalogue("broken-dataset")
 @pytest.mark.parametrize("content", [b"", b"garbage", b"PAR1" + b"\xff" * 300 + b"PAR1"])
 def test_garbage_is_no_parquet(tmp_path, content):
     path = tmp_path / "t.parquet"
@@ -187,6 +188,7 @@ def test_the_commit_is_known(cache):
         assert [file.name for file in found.files] == ["held.jsonl"]
 
 
+@pytest.mark.catalogue("broken-dataset", "hostile-yaml")
 @pytest.mark.parametrize(
     ("files", "name", "message"),
     [

@@ -189,6 +189,7 @@ def test_rows_beyond_a_table_are_not_matched():
     assert pairs(*tokens, sizes=(10, 3)) == [(1, 2), (3, 1)]
 
 
+@pytest.mark.catalogue("broken-tokenizer")
 def test_slow_tokenizers_are_refused_by_name():
     slow = transformers.ByT5Tokenizer()
     slow.name_or_path = "some/slow-model"

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pytest
 from checkpoints import INDEX, NORM, SINGLE, body, edit_config, index_only, store, write_index
 from damaged_weights import ROWS, row
 
@@ -11,11 +12,13 @@ from ot_merge_jax.io.folder import open_folder
 # ---- config.json ----
 
 
+@pytest.mark.catalogue("broken-config")
 @row("config.json", "is missing", check=open_folder)
 def config_missing(folder):
     (folder / "config.json").unlink()
 
 
+@pytest.mark.catalogue("broken-config")
 @row("config.json", "not JSON", "download", check=open_folder)
 def config_is_text(folder):
     (folder / "config.json").write_text("hello")
@@ -42,11 +45,13 @@ def config_too_large(folder):
         file.truncate(10_000_000)
 
 
+@pytest.mark.catalogue("broken-config")
 @row("config.json", "hidden_size must be an integer, not '64'", check=open_folder)
 def config_number_as_text(folder):
     edit_config(folder, hidden_size="64")
 
 
+@pytest.mark.catalogue("broken-config")
 @row(
     "config.json", "hidden_size", "num_hidden_layers is missing", "rms_norm_eps", check=open_folder
 )
@@ -65,6 +70,7 @@ def config_unknown_key(folder):
 
 
 def _unsupported(model_type, *needles):
+    @pytest.mark.catalogue("unsupported-architecture")
     @row(
         "config.json",
         repr(model_type),
@@ -97,12 +103,31 @@ def model_type_is_a_list(folder):
     edit_config(folder, model_type=["llama"])
 
 
+def _unsupported_by_its_keys(what, **keys):
+    """A model of a name that nobody knows, and of a kind that its keys give away."""
+
+    @pytest.mark.catalogue("unsupported-architecture")
+    @row("config.json", repr(keys.get("model_type", "made_up")), what, check=open_folder)
+    def damage(folder):
+        edit_config(folder, **({"model_type": "made_up", "architectures": ["Other"]} | keys))
+
+    ROWS[f"{what}_by_its_keys"] = ROWS.pop("damage")
+
+
+_unsupported_by_its_keys("experts", n_routed_experts=64)
+_unsupported_by_its_keys("vision", model_type="gemma3", vision_config={"depth": 2})
+_unsupported_by_its_keys("state-space", state_size=16)
+_unsupported_by_its_keys("two stacks", is_encoder_decoder=True)
+
+
+@pytest.mark.catalogue("unsupported-architecture")
 @row("config.json", "architectures", "LlamaForSequenceClassification", check=open_folder)
 def other_head(folder):
     edit_config(folder, architectures=["LlamaForSequenceClassification"])
 
 
 def _quantised(method, config):
+    @pytest.mark.catalogue("quantised")
     @row("config.json", "quantised", method, "unquantised parent", check=open_folder)
     def damage(folder):
         edit_config(folder, quantization_config=config)
@@ -156,6 +181,7 @@ def index_too_large(folder):
 
 
 def _escaping(label, value, shown):
+    @pytest.mark.catalogue("escaping-weight-map")
     @row(INDEX, shown, "inside the folder", check=open_folder)
     def damage(folder):
         store(folder.parent, body(folder), "outside.safetensors")
@@ -182,6 +208,7 @@ _escaping("very_long", "a" * 3_000_000 + ".safetensors", "aaaa")
 _escaping("longer_than_a_file_name", "a" * 300 + ".safetensors", "aaaa")
 
 
+@pytest.mark.catalogue("escaping-weight-map")
 @row("shard.safetensors", "leaves the folder", check=open_folder)
 def link_out_of_the_folder(folder):
     tensors = body(folder)
@@ -197,12 +224,14 @@ def single_file_links_out_of_the_folder(folder):
     (folder / SINGLE).symlink_to(folder.parent / "outside.safetensors")
 
 
+@pytest.mark.catalogue("links-and-devices")
 @row(SINGLE, "link", check=open_folder)
 def link_loop(folder):
     (folder / SINGLE).unlink()
     (folder / SINGLE).symlink_to(SINGLE)
 
 
+@pytest.mark.catalogue("links-and-devices")
 @row(SINGLE, "link", check=open_folder)
 def dangling_link(folder):
     (folder / SINGLE).unlink()

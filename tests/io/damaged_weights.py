@@ -6,6 +6,7 @@ import re
 
 import ml_dtypes
 import numpy as np
+import pytest
 import safetensors.numpy
 from checkpoints import (
     INDEX,
@@ -44,6 +45,7 @@ def row(*needles, check=load_hf, **config):
 
 
 def _truncated(offset):
+    @pytest.mark.catalogue("corrupt-safetensors")
     @row(SINGLE, "bytes", "download", check=open_folder)
     def damage(folder):
         raw = (folder / SINGLE).read_bytes()
@@ -56,17 +58,20 @@ for _offset in (1, 7, 8, 9, 100, -1, -4, -5000):
     _truncated(_offset)
 
 
+@pytest.mark.catalogue("corrupt-safetensors")
 @row(SINGLE, "0 bytes", "download", check=open_folder)
 def empty_file(folder):
     (folder / SINGLE).write_bytes(b"")
 
 
+@pytest.mark.catalogue("corrupt-safetensors")
 @row(SINGLE, "bytes", "download", check=open_folder)
 def trailing_bytes(folder):
     with (folder / SINGLE).open("ab") as file:
         file.write(b"\0" * 4)
 
 
+@pytest.mark.catalogue("lfs-pointer")
 @row(SINGLE, "Git LFS pointer", "git lfs pull", check=open_folder)
 def lfs_pointer(folder):
     (folder / SINGLE).write_text(
@@ -74,6 +79,7 @@ def lfs_pointer(folder):
     )
 
 
+@pytest.mark.catalogue("lfs-pointer")
 @row(SINGLE, "web page", "download", check=open_folder)
 def html_page(folder):
     (folder / SINGLE).write_text("<!DOCTYPE html><html><body>Access restricted</body></html>")
@@ -89,6 +95,7 @@ def huge_header_length(folder):
     (folder / SINGLE).write_bytes((2**62).to_bytes(8, "little") + b"{}")
 
 
+@pytest.mark.catalogue("corrupt-safetensors")
 @row(SINGLE, "corrupt", check=open_folder)
 def header_not_json(folder):
     text, data = split_header(folder / SINGLE)
@@ -101,11 +108,13 @@ def header_not_utf8(folder):
     join_header(folder / SINGLE, text.replace(b"norm", b"\xff\xfe\xfd\xfc", 1), data)
 
 
+@pytest.mark.catalogue("hostile-json")
 @row(SINGLE, "corrupt", check=open_folder)
 def header_deeply_nested(folder):
     join_header(folder / SINGLE, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, b"")
 
 
+@pytest.mark.catalogue("duplicate-header-key")
 @row(SINGLE, repr(NORM), "twice", check=open_folder)
 def duplicate_header_key(folder):
     text, data = split_header(folder / SINGLE)
@@ -115,6 +124,7 @@ def duplicate_header_key(folder):
 
 @row(SINGLE, "download", check=open_folder)
 def overlapping_tensors(folder):
+    @pytest.mark.catalogue("corrupt-safetensors")
     def overlap(header):
         header[NORM]["data_offsets"] = header["model.layers.0.input_layernorm.weight"][
             "data_offsets"
@@ -130,6 +140,7 @@ def offsets_reversed(folder):
 
 @row(SINGLE, "download", check=open_folder)
 def size_against_shape(folder):
+    @pytest.mark.catalogue("corrupt-safetensors")
     def shrink(header):
         header[NORM]["shape"] = [23]
 
@@ -156,6 +167,7 @@ def shard_without_tensors(folder):
     store(folder, {}, "model-00002-of-00002.safetensors")
 
 
+@pytest.mark.catalogue("links-and-devices")
 @row(SINGLE, "not a regular file", check=open_folder)
 def fifo_as_weights(folder):
     (folder / SINGLE).unlink()
@@ -171,6 +183,7 @@ def folder_as_weights(folder):
 # ---- files and tensors ----
 
 
+@pytest.mark.catalogue("missing-shard")
 @row(
     "model-00001-of-00003.safetensors is missing",
     "model-00003-of-00003.safetensors is missing",
@@ -192,6 +205,7 @@ def truncated_shard(folder):
     path.write_bytes(path.read_bytes()[:-3])
 
 
+@pytest.mark.catalogue("missing-shard")
 @row(NORM, "is not in model-00001-of-00002.safetensors", check=open_folder)
 def tensor_absent_from_its_shard(folder):
     parts = halves(folder)
@@ -217,6 +231,7 @@ def tensor_in_two_files_and_not_in_the_index(folder):
     write_index(folder, index)
 
 
+@pytest.mark.catalogue("missing-shard")
 @row(
     NORM, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", check=open_folder
 )
@@ -262,6 +277,7 @@ def transposed_tensor(folder):
     edit_tensors(folder, lambda tensors: tensors.update({UP: np.ascontiguousarray(tensors[UP].T)}))
 
 
+@pytest.mark.catalogue("shape-against-config")
 @row(
     "model.layers.1.input_layernorm.weight has shape [24] where the config says [28]",
     " more",
@@ -276,20 +292,22 @@ def fewer_layers_than_the_config(folder):
     edit_config(folder, num_hidden_layers=4)
 
 
+@pytest.mark.catalogue("tied-embeddings")
 @row("lm_head.weight is missing", "tie_word_embeddings is false", check=open_folder)
 def untied_without_head(folder):
     edit_tensors(folder, lambda tensors: tensors.pop("lm_head.weight"))
 
 
-@row("lm_head.weight", "tie_word_embeddings", "mend", tied=True)
+@row("lm_head.weight", "tie_word_embeddings", tied=True)
 def tied_with_another_head(folder):
+    @pytest.mark.catalogue("tied-embeddings")
     def add(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(1e-3)
 
     edit_tensors(folder, add)
 
 
-@row("lm_head.weight", "tie_word_embeddings", "mend", tied=True)
+@row("lm_head.weight", "tie_word_embeddings", tied=True)
 def tied_with_a_head_of_another_shape(folder):
     edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": np.zeros((7, 3), "f4")}))
 
@@ -305,6 +323,7 @@ def tied_with_a_head_in_float8(folder):
 
 @row(f"{UP} (3 values)", "NaN or infinite", "download")
 def nan_weights(folder):
+    @pytest.mark.catalogue("nan-weights")
     def spoil(tensors):
         tensors[UP][2, 5:8] = np.nan
 
@@ -313,6 +332,7 @@ def nan_weights(folder):
 
 @row(f"{UP} (1 value)", f"{NORM} (2 values)", "NaN or infinite", "download")
 def infinite_weights_in_two_tensors(folder):
+    @pytest.mark.catalogue("nan-weights")
     def spoil(tensors):
         tensors[UP][0, 0], tensors[NORM][:2] = np.inf, -np.inf
 
@@ -328,18 +348,21 @@ def nan_in_a_tied_table_and_its_equal_head(folder):
     edit_tensors(folder, spoil)
 
 
+@pytest.mark.catalogue("pickle-only")
 @row("pickled", "convert", check=open_folder)
 def pickle_only(folder):
     (folder / SINGLE).unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
 
 
+@pytest.mark.catalogue("pickle-only")
 @row("pickled", "convert", check=open_folder)
 def pickle_pth_only(folder):
     (folder / SINGLE).unlink()
     (folder / "consolidated.00.pth").write_bytes(b"\x80\x02}q\x00.")
 
 
+@pytest.mark.catalogue("quantised")
 @row("GGUF", "unquantised parent", check=open_folder)
 def gguf_only(folder):
     (folder / SINGLE).unlink()
@@ -360,6 +383,7 @@ def adapter_only(folder):
     store(folder, {name: np.zeros((2, 24), "f4")}, "adapter_model.safetensors")
 
 
+@pytest.mark.catalogue("quantised")
 @row(UP, "F8_E4M3", "unquantised parent", check=open_folder)
 def float8_tensor(folder):
     edit_tensors(
@@ -367,6 +391,7 @@ def float8_tensor(folder):
     )
 
 
+@pytest.mark.catalogue("quantised")
 @row(UP, "I32", "unquantised parent", check=open_folder)
 def integer_tensor(folder):
     edit_tensors(folder, lambda tensors: tensors.update({UP: tensors[UP].astype(np.int32)}))
@@ -379,6 +404,7 @@ def float64_tensor(folder):
 
 @row(UP.replace("weight", "qweight"), "unexpected", UP, "is missing", check=open_folder)
 def gptq_tensor_names(folder):
+    @pytest.mark.catalogue("quantised")
     def rename(tensors):
         tensors[UP.replace("weight", "qweight")] = tensors.pop(UP).astype(np.int32)
 

@@ -174,6 +174,7 @@ def test_other_system_errors_are_not_called_a_full_disk(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.catalogue("disk-full")
 @pytest.mark.parametrize("limit", [1, 4096, 10_000])
 def test_file_size_limit_stands_in_for_a_full_disk(limit, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -228,6 +229,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.mark.catalogue("bad-output")
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("out", "needle"),
@@ -265,6 +267,7 @@ def test_neighbour_with_a_longer_name_is_allowed(model, tmp_path):
     check_output(tmp_path / "model-merged", inputs=[model])
 
 
+@pytest.mark.catalogue("bad-output")
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_output_that_is_a_file_is_refused(overwrite, tmp_path):
     (tmp_path / "out").write_text("mine")
@@ -273,6 +276,7 @@ def test_output_that_is_a_file_is_refused(overwrite, tmp_path):
     assert (tmp_path / "out").read_text() == "mine"
 
 
+@pytest.mark.catalogue("bad-output")
 def test_output_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="cannot be created"):
@@ -301,6 +305,7 @@ def test_unwritable_parent_is_refused_for_real(tmp_path):
         check_output(tmp_path / "out")
 
 
+@pytest.mark.catalogue("odd-output-names")
 @pytest.mark.parametrize(
     "name", ["with space", "ümlaut-模型", "new\nline", "-dash", "a.b.c", "x" * 200]
 )
@@ -310,6 +315,7 @@ def test_odd_names_work(name, tmp_path):
     assert names(tmp_path) == [name]
 
 
+@pytest.mark.catalogue("odd-output-names")
 @pytest.mark.parametrize("length", [240, 255, 300, 5000])
 def test_name_too_long_is_an_input_error(length, tmp_path):
     """The partial folder's name is longer than the output's, so 240 is too long already."""
@@ -338,6 +344,7 @@ def test_lock_names_host_and_process_and_is_gone_at_the_end(tmp_path):
         pass
 
 
+@pytest.mark.catalogue("locks")
 def test_lock_of_a_process_that_was_killed_is_no_obstacle(tmp_path):
     script = (
         "import pathlib, sys\n"

@@ -46,7 +46,8 @@ def test_every_leaf_and_layer_is_the_loaded_one(family, tiny_checkpoint):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+#: One kind of layer with and without biases, fused tensors, windows, layers without rotation.
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "gemma3_text", "smollm3"])
 def test_layer_by_layer_gathers_the_same(family, tiny_checkpoint, random_batch):
     folder = tiny_checkpoint(family)
     cfg, loaded = load_hf(folder)

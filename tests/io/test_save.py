@@ -317,6 +317,7 @@ def test_full_disk_is_a_resource_error_and_leaves_nothing(limit, tiny_checkpoint
     assert names(tmp_path) == []
 
 
+@pytest.mark.catalogue("links-and-devices")
 def test_writer_refuses_an_existing_target_and_a_link(tmp_path, rng):
     array = {"x": rng.standard_normal((2, 3)).astype(np.float32)}
     (tmp_path / "there.safetensors").write_text("mine")

@@ -419,6 +419,7 @@ def test_a_target_without_biases_gets_none(model, batches):
 # ------------------------------------------------------------------------ known answers
 
 
+@pytest.mark.catalogue("source-is-target")
 def test_a_model_merged_with_itself_finds_itself(model, batches):
     """Layers and neurons match themselves; W~ tends to W as epsilon falls (plans blur at first)."""
     target = model("target")

@@ -192,6 +192,7 @@ def test_an_unknown_preset_lists_the_known(preset):
     refused("preset", "paper, barycentric, delta", preset=preset)
 
 
+@pytest.mark.catalogue("bad-numbers")
 @pytest.mark.parametrize("key", ["epsilon", "layer_epsilon", "threshold"])
 @pytest.mark.parametrize("value", [0, -0.1, math.nan, math.inf, "much", [0.1]])
 def test_epsilons_must_be_positive_and_finite(key, value):
@@ -302,6 +303,7 @@ def test_load(tmp_path):
                                     "preset": "delta"}  # fmt: skip
 
 
+@pytest.mark.catalogue("odd-yaml")
 @pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "'0.001'"])
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, text):
     """YAML 1.1 takes 1e-3 for a string."""
@@ -323,11 +325,13 @@ def test_strength_written_as_1e_3_is_a_number(tmp_path):
     assert loading.resolve(load(tmp_path, FILE + "strength: 1e-3\n")).strength == 0.001
 
 
+@pytest.mark.catalogue("odd-yaml")
 @pytest.mark.parametrize("answer", ["yes", "on", "true", "True"])
 def test_yaml_booleans(tmp_path, answer):
     assert loading.resolve(load(tmp_path, FILE + f"signed: {answer}\n")).signed is True
 
 
+@pytest.mark.catalogue("odd-yaml")
 @pytest.mark.parametrize("key", ["target", "preset", "calibration"])
 def test_a_key_named_twice_is_refused(tmp_path, key):
     with pytest.raises(RecipeError, match=f"'{key}' is named twice"):
@@ -354,6 +358,7 @@ def test_aliases_are_refused(tmp_path, content):
         load(tmp_path, content)
 
 
+@pytest.mark.catalogue("hostile-yaml")
 @pytest.mark.parametrize(
     "tag",
     [

@@ -20,7 +20,7 @@ from ot_merge_jax.experiments import summary, verdict
 from ot_merge_jax.io import hf
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports import model_card, schema
-from ot_merge_jax.runs import artifacts, memory, merge, plan, provenance
+from ot_merge_jax.runs import artifacts, memory, merge, plan
 from ot_merge_jax.runs import inputs as preflight
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
@@ -220,7 +220,7 @@ LATE = [
     (merge, "_self_check"),
     (merge, "_evaluate"),
     (artifacts, "write"),
-    (provenance, "model_card"),
+    (model_card, "model_card"),
 ]
 each_late = pytest.mark.parametrize("place", LATE, ids=lambda place: place[1])
 

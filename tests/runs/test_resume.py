@@ -135,6 +135,7 @@ def until(resolved, out, monkeypatch):
     return run
 
 
+@pytest.mark.catalogue("kill-and-resume")
 def test_kill_at_every_commit_point_in_turn(until, out, straight):
     """One run that dies 24 times and is resumed 24 times."""
     for place in POINTS:
@@ -203,6 +204,7 @@ def test_changed_result_is_not_taken_for_the_finished_run(until, out):
     assert path.read_bytes() == bytes(content)
 
 
+@pytest.mark.catalogue("bit-flip")
 @pytest.mark.parametrize(
     "file",
     ["state/rows-target/up_out.npy", "state/coupling/layer.up_out/0.0",

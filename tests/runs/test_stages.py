@@ -234,6 +234,7 @@ def test_kill_after_publishing_leaves_the_whole_folder(work, dies_at):
     assert whole(work)
 
 
+@pytest.mark.catalogue("kill-and-resume")
 def test_kill_between_the_two_renames_brings_the_old_folder_back(half):
     """What `--overwrite` moved aside is there again, whatever the next run does."""
     half.out.with_name(f"out.replaced-{KEY}").mkdir()

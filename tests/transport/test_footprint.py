@@ -40,6 +40,7 @@ json.dump([peak(1, 4), peak(6, 4)], sys.stdout)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak cannot be reset here"
 )
