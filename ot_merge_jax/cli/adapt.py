@@ -6,110 +6,36 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ot_merge_jax.cli import compile_cache, early
 from ot_merge_jax.cli.console import (
     OUT,
-    Encoding,
-    Field,
     Json,
     NoCompileCache,
     Offline,
     Overwrite,
     Quiet,
-    Seed,
     Verbose,
     guarded,
     say,
     session,
 )
-from ot_merge_jax.recipes import training as adaptations
+from ot_merge_jax.cli.flags import with_adaptation
+from ot_merge_jax.recipes.training import Adaptation
 
 if TYPE_CHECKING:
     from ot_merge_jax.reports.schema import Report
 
 
 @guarded
+@with_adaptation
 def adapt(
-    model: Annotated[
-        str,
-        typer.Argument(help="Folder of `ot-merge run` (its residual stays frozen), or any model."),
-    ],
-    text: Annotated[
-        str, typer.Option(help="What is learned from: .txt, .jsonl, .parquet, or hub:OWNER/NAME.")
-    ],
+    settings: Adaptation,
+    *,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    objective: Annotated[
-        str, typer.Option(help="sft (next token), kd (imitate the source) or mix.")
-    ] = "sft",
-    source: Annotated[
-        str | None, typer.Option(help="Teacher of kd and mix; not used by sft.")
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="What MODEL was merged from, if it has moved.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps [one epoch].")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak rate [1e-5].")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Blocks of a step [8].")] = None,
-    accumulate: Annotated[
-        int | None, typer.Option(help="Parts a batch is computed in, to save memory [1].")
-    ] = None,
-    block: Annotated[
-        int | None, typer.Option(help="Tokens of a block [512, or the context].")
-    ] = None,
-    kd_weight: Annotated[
-        float | None, typer.Option(help="Share of the distillation in mix [0.5].")
-    ] = None,
-    loss_on: Annotated[
-        str | None, typer.Option(help="Of chats: responses (default) or all.")
-    ] = None,
-    strength: Annotated[
-        float | None, typer.Option(help="Hold the residual at this alpha or lambda.")
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="cosine (default), linear or constant.")
-    ] = None,
-    warmup: Annotated[float | None, typer.Option(help="Fraction of the steps [0.05].")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of what trains [0].")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm [1].")] = None,
-    lora: Annotated[
-        int | None, typer.Option(help="Train adapters of this rank instead of all weights.")
-    ] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Adapters count alpha/rank.")] = None,
-    lora_targets: Annotated[str | None, typer.Option(help="E.g. q,v,up,down [all seven].")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="To compute in: float32, bfloat16 [by the device].")
-    ] = None,
-    remat: Annotated[bool, typer.Option(help="Save memory, compute layers twice.")] = False,
-    samples: Annotated[int | None, typer.Option(help="Documents learned from [all].")] = None,
-    eval_text: Annotated[str | None, typer.Option(help="Held-out text, only reported.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between dev evaluations.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    log_every: Annotated[
-        int | None, typer.Option(help="Steps between lines of events [1].")
-    ] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many evaluations without a new best.")
-    ] = None,
-    baselines: Annotated[
-        str | None,
-        typer.Option(
-            help="Train other starts of a merge at equal budget too: all, or of base,shrink,noise."
-        ),
-    ] = None,
-    rates: Annotated[
-        str | None,
-        typer.Option(help="Learning rates that each of them tries [0.3, 1 and 3 times the rate]."),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Seeds that each of them is trained with [1].")
-    ] = None,
-    field: Field = None,
-    encoding: Encoding = None,
-    seed: Seed = 0,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the same training where it was interrupted.")
@@ -125,25 +51,9 @@ def adapt(
     quiet: Quiet = False,
 ) -> None:
     """Train a merged model with its residual frozen, or any model, and write a plain folder."""
-    of_text = {"field": field, "encoding": encoding}
-    of_text = {key: value for key, value in of_text.items() if value is not None}
-    said: dict[str, Any] = {
-        "model": model, "target": target, "source": source, "objective": objective,
-        "kd_weight": kd_weight, "text": {"path": text, **of_text}, "samples": samples,
-        "evaluation": {"path": eval_text, **of_text} if eval_text else None, "loss_on": loss_on,
-        "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size,
-        "accumulate": accumulate, "block": block, "schedule": schedule, "warmup": warmup,
-        "weight_decay": weight_decay, "clip": clip, "strength": strength, "lora": lora,
-        "lora_alpha": lora_alpha,
-        "lora_targets": [x.strip() for x in lora_targets.split(",")] if lora_targets else None,
-        "dtype": dtype, "remat": remat, "eval_every": eval_every, "save_every": save_every,
-        "log_every": log_every, "patience": patience, "seed": seed,
-        "baselines": _starts(baselines), "rates": _rates(rates), "seeds": seeds,
-    }  # fmt: skip
-    settings = adaptations.resolve(said)
     early.look_for(
         models=(settings.model, settings.source if settings.is_distilled else None),
-        texts=(text, eval_text),
+        texts=(settings.text.path, settings.evaluation and settings.evaluation.path),
         out=out,
         overwrite=overwrite or resume,
     )
@@ -197,17 +107,3 @@ def say_baselines(report: Report) -> None:
         say(f"not run: {sentence}", OUT)
     for sentence in report.warnings:
         say(f"warning: {sentence}", OUT)
-
-
-def _starts(names: str | None) -> list[str] | None:
-    """``all``, or some of the starts."""
-    if names is None:
-        return None
-    from ot_merge_jax.recipes.training import Baseline
-
-    return list(get_args(Baseline)) if names == "all" else [x.strip() for x in names.split(",")]
-
-
-def _rates(said: str | None) -> list[str] | None:
-    """Numbers between commas; what is none is refused with the settings."""
-    return None if said is None else [x.strip() for x in said.split(",")]

@@ -15,7 +15,7 @@ from ot_merge_jax.runs import merge as pipeline
 from ot_merge_jax.runs.adapt import AdaptResult
 
 #: Settings of all arms: three seeds of them take a few minutes on two CPU cores.
-BUDGET = {"steps": 48, "batch_size": 4, "block": 128, "eval_every": 16}
+BUDGET = {"steps": 48, "batch_size": 4, "seq_len": 128, "eval_every": 16}
 #: Learning rates that every arm tries with the first seed.
 RATES = [3e-4, 1e-3, 3e-3]
 SEEDS = 3

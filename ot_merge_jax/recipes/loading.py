@@ -40,7 +40,7 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the recipe") -> Recipe
         ...
         ot_merge_jax.errors.RecipeError: the recipe: unknown key 'tarrget' (did you mean 'target'?).
     """
-    said = {key: value for key, value in settings.items() if value is not None}
+    said = renamed(settings, Recipe, where=where)
     unknown = [_unknown(key, Recipe.model_fields) for key in said if key not in Recipe.model_fields]
     for name, kind in (("calibration", CalibrationText), ("evaluation", Text)):
         if isinstance(said.get(name), str):
@@ -60,6 +60,38 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the recipe") -> Recipe
         return Recipe.model_validate({**PRESETS[preset], **said})
     except pydantic.ValidationError as error:
         raise RecipeError(f"{where}: {'; '.join(sentences(error.errors()))}.") from error
+
+
+def renamed(
+    settings: Mapping[str, Any], kind: type[pydantic.BaseModel], *, where: str
+) -> dict[str, Any]:
+    """Settings without those that are unsaid, and by the names that they have today.
+
+    Args:
+        settings: What the user said; None values count as unsaid.
+        kind: What the settings are of; the old name of a field is its ``serialization_alias``.
+        where: Named in messages.
+
+    Raises:
+        RecipeError: if a setting is named by its old and its new name.
+    """
+    old = aliases(kind)
+    said: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = old.get(key, key)
+        if value is None:
+            continue
+        if name in said:
+            former = next(before for before, now in old.items() if now == name)
+            raise RecipeError(f"{where}: {former} is another name of {name}; give one of them.")
+        said[name] = value
+    return said
+
+
+def aliases(kind: type[pydantic.BaseModel]) -> dict[str, str]:
+    """Old name -> name of the settings that were renamed; both are accepted for good."""
+    fields = kind.model_fields.items()
+    return {one.serialization_alias: name for name, one in fields if one.serialization_alias}
 
 
 def overridden(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,18 +28,17 @@ Strength = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 class Text(pydantic.BaseModel):
     """Where documents come from.
 
-    Attributes:
-        path: A .txt, .jsonl or .parquet file, or ``hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT]``.
-        field: The field of a record that holds the text or the messages of a chat; or two, the
-            prompt and the response (also written ``prompt,response``).
-        encoding: Of a file of lines.
+    ``path`` is a .txt, .jsonl or .parquet file, or ``hub:OWNER/NAME[@REVISION][:[CONFIG/]SPLIT]``;
+    ``field`` holds the text or the messages of a chat, or two fields the prompt and the response.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
     path: str
-    field: str | list[str] = "text"
-    encoding: str = "utf-8"
+    field: str | list[str] = pydantic.Field(
+        "text", description="Field of a record that is a text, or messages; or PROMPT,RESPONSE."
+    )
+    encoding: str = pydantic.Field("utf-8", description="Encoding of the text files.")
 
     @pydantic.field_validator("field", mode="before")
     @classmethod
@@ -54,76 +53,89 @@ class Text(pydantic.BaseModel):
 class CalibrationText(Text):
     """The calibration text, and how many documents of it give rows."""
 
-    samples: Annotated[int, pydantic.Field(ge=2)] = 2000
+    samples: Annotated[int, pydantic.Field(ge=2)] = pydantic.Field(
+        2000, description="Documents that give rows."
+    )
 
 
 class Recipe(pydantic.BaseModel):
     """A fully resolved recipe.
 
-    Attributes:
-        target: Folder of the target, or its hub id as ``OWNER/NAME@REVISION``; or either with a
-            LoRA adapter, ``BASE+ADAPTER``.
-        source: The same of the source.
-        source_base: The same of what the source was fine-tuned from.
-        calibration: The calibration text.
-        evaluation: Held-out text that is reported and chooses nothing.
-        preset: Where unset settings come from.
-        weights: What moves.
-        rows: ``sample``, ``token`` or ``span``; ``auto`` means ``token`` for equal
-            tokenizers and ``span`` otherwise, known once they are loaded.
-        max_rows: Rows kept for ``token`` and ``span``.
-        max_length: Tokens of a calibration document that are read.
-        epsilon: Regularisation of the neuron plans, in cost units.
-        layer_epsilon: Regularisation of the layer plan, in cost units.
-        layer_cost: ``plain`` or ``median``.
-        layers: ``soft`` or ``top1``.
-        max_iterations: Sinkhorn iterations at most.
-        threshold: L1 marginal error at which the solver stops.
-        solver: ``auto``, or ``ott`` for all transport by ott-jax in the log domain, a check of the
-            built-in solver that takes several times as long.
-        signed: Whether anti-correlated neurons may match.
-        form: ``joint`` or ``barycentric``.
-        rule: ``interpolate``, ``residual`` or ``delta``.
-        strength: alpha or lambda; ``auto`` chooses it on a dev split; or one for each group.
-        vocabulary_weights: How much a token counts for the vocabulary map: all alike, or by its
-            frequency in the calibration text.
-        k: Neurons kept in each layer, or ``all``.
-        controls: What the merge is compared with on the held-out text (method: Controls): ``all``,
-            ``none``, or some of their names.
-        seeds: Calibration seeds; the first one's merge is published, all of them are compared.
-        continuations: Held-out documents whose beginning target and merge continue, for the report.
-        seed: Of every random choice; with several seeds, the first.
+    What a setting means stands in its description, which is the help of its flag too. ``target``,
+    ``source`` and ``source_base`` are folders, hub ids as ``OWNER/NAME@REVISION``, or either with a
+    LoRA adapter, ``BASE+ADAPTER``. ``rows`` (SPEC section 2) that are ``auto`` are decided once the
+    tokenizers are loaded: ``token`` for equal ones, ``span`` otherwise. ``strength`` is chosen on a
+    dev split if it is ``auto``, and may be a number for each group. ``vocabulary_weights`` says how
+    much a token counts for the vocabulary map: all alike, or by its frequency in the calibration
+    text. The merge of the first of several ``seeds`` is published, all of them are compared.
+    ``controls`` are those of SPEC section 10.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    target: Folder
-    source: Folder
-    source_base: Folder | None = None
-    calibration: CalibrationText
-    evaluation: Text | None = None
-    preset: Literal["paper", "barycentric", "delta"]
-    weights: Annotated[list[Weight], pydantic.Field(min_length=1)]
-    rows: Literal["sample", "token", "span", "auto"]
-    max_rows: Annotated[int, pydantic.Field(ge=2)] = 8192
-    max_length: Annotated[int, pydantic.Field(ge=2)] = 512
-    epsilon: Positive
-    layer_epsilon: Positive = 0.1
-    layer_cost: Literal["plain", "median"]
-    layers: Literal["soft", "top1"]
-    max_iterations: Annotated[int, pydantic.Field(ge=1)]
-    threshold: Positive = 1e-6
-    solver: Literal["auto", "ott"] = "auto"
-    signed: bool = False
-    form: Literal["joint", "barycentric"]
-    rule: Literal["interpolate", "residual", "delta"]
-    strength: Literal["auto"] | Strength | dict[Literal["projections", "vocabulary"], Strength]
-    vocabulary_weights: Literal["uniform", "frequency"] = "uniform"
-    k: Literal["all"] | Annotated[int, pydantic.Field(ge=1)]
-    controls: list[Control] = pydantic.Field(default=["shrink", "permuted", "unigram"])
-    seeds: Annotated[int, pydantic.Field(ge=1)] = 1
-    continuations: Annotated[int, pydantic.Field(ge=0)] = 3
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
+    target: Folder = pydantic.Field(
+        description="Folder of the target (it is kept), OWNER/NAME@REVISION, or BASE+LORA."
+    )
+    source: Folder = pydantic.Field(description="Folder of the source, likewise.")
+    source_base: Folder | None = pydantic.Field(
+        None, description="Folder of what the source was fine-tuned from."
+    )
+    calibration: CalibrationText = pydantic.Field(
+        description="Unlabelled text: .txt, .jsonl, .parquet, or hub:OWNER/NAME."
+    )
+    evaluation: Text | None = pydantic.Field(None, description="Held-out text, only reported.")
+    preset: Literal["paper", "barycentric", "delta"] = pydantic.Field(
+        description="paper, barycentric or delta (default)."
+    )
+    weights: Annotated[list[Weight], pydantic.Field(min_length=1)] = pydantic.Field(
+        description="What moves, e.g. gate,up,down,embed."
+    )
+    rows: Literal["sample", "token", "span", "auto"] = pydantic.Field(
+        description="sample, token, span or auto (token or span)."
+    )
+    max_rows: Annotated[int, pydantic.Field(ge=2)] = pydantic.Field(
+        8192, description="Rows kept for token and span."
+    )
+    max_length: Annotated[int, pydantic.Field(ge=2)] = pydantic.Field(
+        512, description="Tokens read of a document."
+    )
+    epsilon: Positive = pydantic.Field(description="Of the neuron plans, cost units.")
+    layer_epsilon: Positive = pydantic.Field(0.1, description="Of the layer plan, cost units.")
+    layer_cost: Literal["plain", "median"] = pydantic.Field(description="plain or median.")
+    layers: Literal["soft", "top1"] = pydantic.Field(description="soft or top1.")
+    max_iterations: Annotated[int, pydantic.Field(ge=1)] = pydantic.Field(
+        description="Sinkhorn iterations at most."
+    )
+    threshold: Positive = pydantic.Field(1e-6, description="L1 marginal error to stop at.")
+    solver: Literal["auto", "ott"] = pydantic.Field(
+        "auto", description="auto, or ott (all by ott-jax: slow, a check)."
+    )
+    signed: bool = pydantic.Field(False, description="Let neurons match their negative.")
+    form: Literal["joint", "barycentric"] = pydantic.Field(description="joint or barycentric.")
+    rule: Literal["interpolate", "residual", "delta"] = pydantic.Field(
+        description="interpolate, residual or delta."
+    )
+    strength: Literal["auto"] | Strength | dict[Literal["projections", "vocabulary"], Strength] = (
+        pydantic.Field(description="alpha or lambda; or auto.")
+    )
+    vocabulary_weights: Literal["uniform", "frequency"] = pydantic.Field(
+        "uniform", description="uniform or frequency."
+    )
+    k: Literal["all"] | Annotated[int, pydantic.Field(ge=1)] = pydantic.Field(
+        description="Neurons kept in each layer; or all."
+    )
+    controls: list[Control] = pydantic.Field(
+        ["shrink", "permuted", "unigram"], description="all, none, or e.g. noise,unigram."
+    )
+    seeds: Annotated[int, pydantic.Field(ge=1)] = pydantic.Field(
+        1, description="Calibration seeds to compare."
+    )
+    continuations: Annotated[int, pydantic.Field(ge=0)] = pydantic.Field(
+        3, description="Held-out documents continued for the report."
+    )
+    seed: Annotated[int, pydantic.Field(ge=0)] = pydantic.Field(
+        0, description="Of every random choice."
+    )
 
     @pydantic.field_validator(
         "epsilon", "layer_epsilon", "threshold", "strength", "k", "seed",

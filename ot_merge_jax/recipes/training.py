@@ -26,80 +26,101 @@ RATES = (0.3, 1.0, 3.0)
 class Adaptation(pydantic.BaseModel):
     """Fully resolved settings of `ot-merge adapt`.
 
-    Attributes:
-        model: What is trained: a folder that `ot-merge run` or `adapt` wrote, whose residual stays
-            frozen, or any other model folder or hub id.
-        target: What the merge was made from, if it is no longer where the run's recipe says.
-        source: The teacher; not used by ``sft``.
-        objective: ``sft``, ``kd`` or ``mix``.
-        kd_weight: Share of the distillation in ``mix``.
-        text: What is learned from; a fifth of its documents is the dev split.
-        samples: Documents learned from, a seeded sample with the dev split beside it; None: all.
-        evaluation: Held-out text that is reported and chooses nothing.
-        loss_on: Of chats: ``responses`` (what the assistant says) or ``all`` tokens.
-        steps: Optimiser steps; None: one epoch. 0 only folds, which rescales a residual.
-        learning_rate: Peak rate.
-        batch_size: Blocks of a step.
-        accumulate: Parts a batch is computed in, to save memory.
-        block: Tokens of a block; None: `BLOCK`, or the smaller context.
-        schedule: How the rate falls.
-        warmup: Fraction of the steps that warm up.
-        weight_decay: Of what trains; the residual is never decayed.
-        clip: Largest global norm of a gradient.
-        strength: alpha or lambda at which the residual is held; None: as it was merged.
-        lora: Rank of the adapters; None: all parameters train.
-        lora_alpha: The product of the factors counts ``alpha / rank``; None: the rank.
-        lora_targets: Projections that get adapters.
-        dtype: What is computed in; masters are float32. ``auto``: float32 on CPU, else bfloat16.
-        remat: Whether memory is saved by computing layers twice.
-        eval_every: Steps between evaluations on the dev split; None: a tenth of the steps.
-        save_every: Steps between checkpoints; None: a tenth of the steps.
-        log_every: Steps between lines of ``events.jsonl``.
-        patience: Evaluations without a new best that end the training; None: never.
-        seed: Of the order of the data, the dev split and the adapters.
-        baselines: Other starts that are trained at equal budget, ``base`` (the target) always among
-            them; None: none.
-        rates: Learning rates that each of them tries; None: `RATES` times ``learning_rate``.
-        seeds: Seeds that each of them is trained with, from ``seed`` on; the rate is chosen with
-            the first.
+    What a setting means stands in its description, which is the help of its flag too. A fifth of
+    the documents of ``text`` is the dev split; ``samples`` is a seeded sample with the dev split
+    beside it. With 0 ``steps`` the residual is only folded in, which rescales it; it is never
+    decayed. ``seq_len`` that is not given is `BLOCK`, or the smaller context; ``eval_every`` and
+    ``save_every`` are a tenth of the steps; ``rates`` are `RATES` times ``learning_rate``. Of
+    ``seeds``, the rate is chosen with the first. The target (``base``) is always one of
+    ``baselines``.
+
+    A ``serialization_alias`` is the name that a setting had; files that are written keep it, and
+    `resolve` accepts it.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid")
 
-    model: Folder
-    target: Folder | None = None
-    source: Folder | None = None
-    objective: Literal["sft", "kd", "mix"] = "sft"
-    kd_weight: Share = 0.5
-    text: Text
-    samples: Count | None = None
-    evaluation: Text | None = None
-    loss_on: Literal["responses", "all"] = "responses"
-    steps: Annotated[int, pydantic.Field(ge=0)] | None = None
-    learning_rate: Positive = 1e-5
-    batch_size: Count = 8
-    accumulate: Count = 1
-    block: Annotated[int, pydantic.Field(ge=2)] | None = None
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Share = 0.05
-    weight_decay: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = 0.0
-    clip: Positive = 1.0
-    strength: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = None
-    lora: Count | None = None
-    lora_alpha: Positive | None = None
-    lora_targets: Annotated[list[Projection], pydantic.Field(min_length=1)] = [
-        *get_args(Projection)
-    ]
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: bool = False
-    eval_every: Count | None = None
-    save_every: Count | None = None
-    log_every: Count = 1
-    patience: Count | None = None
-    seed: Annotated[int, pydantic.Field(ge=0)] = 0
-    baselines: Annotated[list[Baseline], pydantic.Field(min_length=1)] | None = None
-    rates: Annotated[list[Positive], pydantic.Field(min_length=1)] | None = None
-    seeds: Count = 1
+    model: Folder = pydantic.Field(
+        description="Folder of `ot-merge run` (its residual stays frozen), or any model."
+    )
+    target: Folder | None = pydantic.Field(
+        None, description="What MODEL was merged from, if it has moved."
+    )
+    source: Folder | None = pydantic.Field(
+        None, description="Teacher of kd and mix; not used by sft."
+    )
+    objective: Literal["sft", "kd", "mix"] = pydantic.Field(
+        "sft", description="sft (next token), kd (imitate the source) or mix."
+    )
+    kd_weight: Share = pydantic.Field(0.5, description="Share of the distillation in mix.")
+    text: Text = pydantic.Field(
+        description="What is learned from: .txt, .jsonl, .parquet, or hub:OWNER/NAME."
+    )
+    samples: Count | None = pydantic.Field(None, description="Documents learned from [all].")
+    evaluation: Text | None = pydantic.Field(None, description="Held-out text, only reported.")
+    loss_on: Literal["responses", "all"] = pydantic.Field(
+        "responses", description="Of chats: responses or all."
+    )
+    steps: Annotated[int, pydantic.Field(ge=0)] | None = pydantic.Field(
+        None, description="Optimiser steps [one epoch]."
+    )
+    learning_rate: Positive = pydantic.Field(1e-5, description="Peak rate.")
+    batch_size: Count = pydantic.Field(8, description="Blocks of a step.")
+    grad_accum_steps: Count = pydantic.Field(
+        1,
+        serialization_alias="accumulate",
+        description="Parts a batch is computed in, to save memory.",
+    )
+    seq_len: Annotated[int, pydantic.Field(ge=2)] | None = pydantic.Field(
+        None, serialization_alias="block", description="Tokens of a block [512, or the context]."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = pydantic.Field(
+        "cosine", description="cosine, linear or constant."
+    )
+    warmup: Share = pydantic.Field(0.05, description="Fraction of the steps.")
+    weight_decay: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] = pydantic.Field(
+        0.0, description="Of what trains."
+    )
+    max_grad_norm: Positive = pydantic.Field(
+        1.0, serialization_alias="clip", description="Largest gradient norm."
+    )
+    strength: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)] | None = pydantic.Field(
+        None, description="Hold the residual at this alpha or lambda."
+    )
+    lora_rank: Count | None = pydantic.Field(
+        None,
+        serialization_alias="lora",
+        description="Train adapters of this rank instead of all weights.",
+    )
+    lora_alpha: Positive | None = pydantic.Field(None, description="Adapters count alpha/rank.")
+    lora_targets: Annotated[list[Projection], pydantic.Field(min_length=1)] = pydantic.Field(
+        [*get_args(Projection)], description="Projections that get adapters, e.g. q,v,up,down."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = pydantic.Field(
+        "auto", description="To compute in: float32, bfloat16, or auto (by the device)."
+    )
+    remat: bool = pydantic.Field(False, description="Save memory, compute layers twice.")
+    eval_every: Count | None = pydantic.Field(None, description="Steps between dev evaluations.")
+    save_every: Count | None = pydantic.Field(None, description="Steps between checkpoints.")
+    log_every: Count = pydantic.Field(1, description="Steps between lines of events.")
+    patience: Count | None = pydantic.Field(
+        None, description="Stop after so many evaluations without a new best."
+    )
+    seed: Annotated[int, pydantic.Field(ge=0)] = pydantic.Field(
+        0, description="Of every random choice."
+    )
+    baselines: Annotated[list[Baseline], pydantic.Field(min_length=1)] | None = pydantic.Field(
+        None, description="Train other starts at equal budget too: all, or of base,shrink,noise."
+    )
+    rates: Annotated[list[Positive], pydantic.Field(min_length=1)] | None = pydantic.Field(
+        None, description="Learning rates that each of them tries [0.3, 1 and 3 times the rate]."
+    )
+    seeds: Count = pydantic.Field(1, description="Seeds that each of them is trained with.")
+
+    @pydantic.field_validator("baselines", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return list(get_args(Baseline)) if value == "all" else value
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Adaptation:
@@ -108,9 +129,10 @@ class Adaptation(pydantic.BaseModel):
                 f"objective {self.objective} needs source (--source), the teacher; give it or "
                 "choose --objective sft"
             )
-        if self.batch_size % self.accumulate:
+        if self.batch_size % self.grad_accum_steps:
             raise ValueError(
-                f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}"
+                f"grad_accum_steps {self.grad_accum_steps} does not divide batch_size "
+                f"{self.batch_size}"
             )
         if len(set(self.lora_targets)) < len(self.lora_targets):
             raise ValueError("lora_targets names one weight twice")
@@ -152,16 +174,20 @@ class Adaptation(pydantic.BaseModel):
         several = [factor * self.learning_rate for factor in RATES]
         return sorted(set(several if self.rates is None else self.rates))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by the names that stand in files."""
+        return self.model_dump(by_alias=True)
+
     def to_yaml(self) -> str:
         """The settings as YAML."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def resolve(settings: Mapping[str, Any], *, where: str = "the command line") -> Adaptation:
     """Checks settings and fills what was not said.
 
     Args:
-        settings: What the user said; None values count as unsaid.
+        settings: What the user said, by new names or old ones; None values count as unsaid.
         where: Named in messages.
 
     Returns:
@@ -172,7 +198,7 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the command line") -> 
 
     Example:
         >>> found = resolve({"model": "m", "text": {"path": "t.txt"}, "learning_rate": 1e-4})
-        >>> found.objective, found.warmup, found.clip
+        >>> found.objective, found.warmup, found.max_grad_norm
         ('sft', 0.05, 1.0)
         >>> resolve({"model": "m", "text": {"path": "t.txt"}, "learning_rate": 0})
         Traceback (most recent call last):
@@ -180,7 +206,7 @@ def resolve(settings: Mapping[str, Any], *, where: str = "the command line") -> 
         ot_merge_jax.errors.RecipeError: the command line: learning_rate: Input should be greater
         than 0 (got 0).
     """
-    said = {key: value for key, value in settings.items() if value is not None}
+    said = loading.renamed(settings, Adaptation, where=where)
     try:
         return Adaptation.model_validate(said)
     except pydantic.ValidationError as error:

@@ -146,7 +146,7 @@ def adapt(
     if inputs.start.target is not None:
         initial.verify(inputs.start, side["inputs"]["target"])
     decided = {
-        "adapt": inputs.settings.model_dump(), **side, "versions": _versions(),
+        "adapt": inputs.settings.to_dict(), **side, "versions": _versions(),
     }  # fmt: skip
     key = stages.key(decided)
     side = {"run": key, "command": command, **side}
@@ -487,6 +487,6 @@ def _check_memory(inputs: AdaptInputs, limit: int | None) -> None:
     if needed > most:
         raise ResourceError(
             f"The training needs at least {memory.gib(needed)}, and {memory.gib(most)} are "
-            "allowed; use --lora, --accumulate, --remat or a smaller --block, or raise "
-            "--memory-limit."
+            "allowed; use --lora-rank, --grad-accum-steps, --remat or a smaller --seq-len, or "
+            "raise --memory-limit."
         )

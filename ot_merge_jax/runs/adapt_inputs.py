@@ -118,10 +118,10 @@ def check(
             "text, one document a line."
         )
     contexts = [folder.cfg.max_positions for folder in (begun.folder, source) if folder is not None]
-    block = min(BLOCK, *contexts) if settings.block is None else settings.block
+    block = min(BLOCK, *contexts) if settings.seq_len is None else settings.seq_len
     if block > min(contexts):
         raise RecipeError(
-            f"--block {block} is longer than the context of the "
+            f"--seq-len {block} is longer than the context of the "
             f"{'student' if block > contexts[0] else 'teacher'}, {min(contexts)} tokens; lower it."
         )
     teacher = None if source is None else tokenizers.tokenizer_of(source)
@@ -168,11 +168,11 @@ def _blocks(
 def _decided(settings: Adaptation, blocks: packing.Blocks, block: int) -> Adaptation:
     """The settings with every number decided."""
     size = min(settings.batch_size, len(blocks.tokens))
-    size -= size % settings.accumulate
+    size -= size % settings.grad_accum_steps
     if not size:
         raise InputError(
             f"{settings.text.path} gives {len(blocks.tokens)} blocks of {block} tokens, fewer than "
-            f"--accumulate {settings.accumulate}; add text or lower --block."
+            f"--grad-accum-steps {settings.grad_accum_steps}; add text or lower --seq-len."
         )
     steps = packing.per_epoch(blocks, size) if settings.steps is None else settings.steps
     tenth = max(1, steps // 10)
@@ -182,7 +182,7 @@ def _decided(settings: Adaptation, blocks: packing.Blocks, block: int) -> Adapta
     return settings.model_copy(
         update={
             "batch_size": size,
-            "block": block,
+            "seq_len": block,
             "steps": steps,
             "eval_every": settings.eval_every or tenth,
             "save_every": settings.save_every or tenth,

@@ -202,7 +202,7 @@ def _cut(documents: Sequence[TrainingTokens], length: int, *, has_tail: bool) ->
     if len(ids) < length:
         raise InputError(
             f"The text has {len(ids)} tokens to learn from, and one block has {length}; give more "
-            "text or a smaller --block."
+            "text or a smaller --seq-len."
         )
 
     def blocks(stream: list[Any], kind: Any) -> np.ndarray:

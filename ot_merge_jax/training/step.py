@@ -98,9 +98,9 @@ class StepConfig(NamedTuple):
 def step_config(problem: Problem) -> StepConfig:
     """The static part of a problem."""
     s = problem.settings
-    scale = 1.0 if s.lora is None or s.lora_alpha is None else s.lora_alpha / s.lora
+    scale = 1.0 if s.lora_rank is None or s.lora_alpha is None else s.lora_alpha / s.lora_rank
     return StepConfig(
-        problem.objective, s.dtype, s.accumulate, scale, s.steps or 0, s.schedule, s.warmup
+        problem.objective, s.dtype, s.grad_accum_steps, scale, s.steps or 0, s.schedule, s.warmup
     )
 
 
@@ -114,7 +114,7 @@ def begin(
     """What trains, before the first step, and what stays.
 
     Args:
-        problem: What is to be learned; with ``lora`` in its settings only adapters train.
+        problem: What is to be learned; with ``lora_rank`` in its settings only adapters train.
         base: The trainable part of the weights.
         residual: The frozen part (`residual.between`); empty for a model that is not a merge.
         factor: Group -> strength of the residual.
@@ -124,10 +124,10 @@ def begin(
         (what trains, frozen).
     """
     rates = optimizer_hparams(problem)
-    if problem.settings.lora is None:
+    if problem.settings.lora_rank is None:
         return base, Frozen(None, residual, factor, source, rates)
     key = jax.random.key(problem.settings.seed)
-    rank, targets = problem.settings.lora, problem.settings.lora_targets
+    rank, targets = problem.settings.lora_rank, problem.settings.lora_targets
     factors = lora.init(key, problem.objective.cfg, rank=rank, targets=targets)
     if (mesh := sharding.mesh_of(base)) is not None:
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -161,7 +161,7 @@ def loss_of(plan: StepConfig) -> loop.Loss:
 def optimizer_hparams(problem: Problem) -> OptimizerHParams:
     """The numbers of the optimiser, from the settings."""
     s = problem.settings
-    return OptimizerHParams(s.learning_rate, s.weight_decay, s.clip)
+    return OptimizerHParams(s.learning_rate, s.weight_decay, s.max_grad_norm)
 
 
 def transform_of(plan: StepConfig, rates: OptimizerHParams) -> optax.GradientTransformation:
@@ -235,9 +235,9 @@ def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = N
     """The batch of a step, on its devices; only the seed and the number of the step decide it."""
     s = problem.settings
     examples = packing.batch_at(
-        problem.train, index, batch_size=s.batch_size, seed=s.seed, parts=s.accumulate
+        problem.train, index, batch_size=s.batch_size, seed=s.seed, parts=s.grad_accum_steps
     )
-    return _placed(examples, mesh, int(s.accumulate > 1))
+    return _placed(examples, mesh, int(s.grad_accum_steps > 1))
 
 
 def new_history(problem: Problem, trainable: Any) -> TrainHistory:
@@ -313,12 +313,12 @@ def peak_bytes(problem: Problem, *, residuals: int = 0, source: ModelConfig | No
     """
     s, cfg = problem.settings, problem.objective.cfg
     count = trained = specs.count(cfg)
-    if s.lora is not None:
+    if s.lora_rank is not None:
         adapted = (spec for spec in specs.param_specs(cfg) if spec.weight in s.lora_targets)
-        trained = sum(s.lora * spec.shape[0] * sum(spec.shape[1:]) for spec in adapted)
+        trained = sum(s.lora_rank * spec.shape[0] * sum(spec.shape[1:]) for spec in adapted)
     weights = 4 * (count * (2 + residuals) + trained * (4 + (s.patience is not None)))
     length = problem.train.tokens.shape[1]
-    tokens = length if s.remat else max(1, s.batch_size // s.accumulate) * length
+    tokens = length if s.remat else max(1, s.batch_size // s.grad_accum_steps) * length
     logits = 3 * 4 * tokens
     peak = weights + logits * cfg.vocab_size
     if source is not None:
@@ -335,7 +335,7 @@ def lane_bytes(problem: Problem, trainable: Any) -> int:
     """
     s, cfg = problem.settings, problem.objective.cfg
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    tokens = s.batch_size // s.accumulate * problem.train.tokens.shape[1]
+    tokens = s.batch_size // s.grad_accum_steps * problem.train.tokens.shape[1]
     layer = 16 * cfg.hidden_size + 4 * cfg.intermediate_size
     activations = tokens * (3 * cfg.vocab_size + cfg.num_layers * layer)
     return 4 * (4 * trained + 2 * specs.count(cfg) + activations)

@@ -45,11 +45,11 @@ ROWS = {
     "rate nan": (("--learning-rate", "nan"), 2, "learning_rate: Input should be a finite number"),
     "objective": (("--objective", "kl"), 2, "objective: Input should be 'sft', 'kd' or 'mix'"),
     "no teacher": (("--objective", "kd"), 2, "objective kd needs source (--source)"),
-    "block": (("--block", 4096), 2, "--block 4096 is longer than the context of the student, 512"),
-    "parts": (("--accumulate", 3), 2, "accumulate 3 does not divide batch_size 4"),
+    "block": (("--block", 4096), 2, "--seq-len 4096 is longer than the context of the student"),
+    "parts": (("--accumulate", 3), 2, "grad_accum_steps 3 does not divide batch_size 4"),
     "strength": (("--strength", 1), 2, "--strength is that of a merge, and copy has no residual"),
     "target": (("--target", "x"), 2, "is no folder of `ot-merge run`; leave it out"),
-    "memory": (("--memory-limit", "1MiB"), 4, "use --lora, --accumulate, --remat or a smaller"),
+    "memory": (("--memory-limit", "1MiB"), 4, "use --lora-rank, --grad-accum-steps, --remat"),
     "mesh": (("--mesh", "data=two"), 2, "is not like data=2,model=4"),
     "nowhere": (("--objective", "kd", "--source", "/nowhere"), 3, "There is no directory /nowhere"),
 }  # fmt: skip
@@ -154,7 +154,7 @@ def long(words):
 #: The command, killed as it is about to rename a file of this name, the so-manieth time.
 DIES = """
 import os, signal, sys
-from ot_merge_jax import cli
+from ot_merge_jax.cli import main as cli
 name, left = sys.argv.pop(1), [int(sys.argv.pop(1))]
 def hear(event, given):
     if event == "os.rename" and name in str(given[0]):

@@ -11,6 +11,7 @@ import pytest
 import typer
 from hub_cache import contents, fill
 
+from ot_merge_jax.cli import early
 from ot_merge_jax.cli.main import app
 from ot_merge_jax.errors import InputError
 from ot_merge_jax.io import hub
@@ -95,6 +96,7 @@ def asked(cli, monkeypatch):
 
     monkeypatch.setattr(merge, "run", stop)
     monkeypatch.setattr(adaptation, "adapt", stop)
+    monkeypatch.setattr(early, "look_for", lambda **_: None)  # nothing of it is here
     monkeypatch.chdir(CONFIGS.parent)
 
     def ask(words):
@@ -148,7 +150,7 @@ def test_commands_of_the_comment_ask_for_what_it_says(name, asked):
     assert (adapted.strength or merges[adapted.model].strength) == held
     assert merges[adapted.model].model_copy(update={"strength": own.strength}) == own
     assert adapted.learning_rate == rate
-    assert (adapted.batch_size, adapted.block, adapted.samples) == (8, 2048, 2000)
+    assert (adapted.batch_size, adapted.seq_len, adapted.samples) == (8, 2048, 2000)
     assert (adapted.weight_decay, adapted.warmup, adapted.steps) == (0.01, 0.03, None)
     assert adapted.text.model_dump() == own.calibration.model_dump(exclude={"samples"})
     others = [one for one in merges.values() if one.preset != "paper"]
