@@ -16,19 +16,19 @@ def optimizer(
     steps: int,
     warmup: float = 0.05,
     weight_decay: Any = 0.0,
-    clip: Any = 1.0,
+    max_grad_norm: Any = 1.0,
     schedule: Schedule = "cosine",
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up from 0, decay to 0 and gradient clipping.
 
     Args:
-        learning_rate: Peak rate. It, ``weight_decay`` and ``clip`` may be traced, so that they
-            sweep under ``vmap``.
+        learning_rate: Peak rate. It, ``weight_decay`` and ``max_grad_norm`` may be traced, so that
+            they sweep under ``vmap``.
         steps: Length of the schedule.
         warmup: Fraction of the steps that warm up, rounded up; never all steps, so that at least
             one trains.
         weight_decay: Decoupled weight decay, on every parameter.
-        clip: Largest global gradient norm.
+        max_grad_norm: Largest global gradient norm.
         schedule: How the rate falls after the warm-up.
 
     Returns:
@@ -52,6 +52,6 @@ def optimizer(
     up = optax.linear_schedule(0.0, 1.0, max(1, rise))
     shape = optax.join_schedules([up, after[schedule]], [rise])
     return optax.chain(
-        optax.clip_by_global_norm(clip),
+        optax.clip_by_global_norm(max_grad_norm),
         optax.adamw(lambda count: learning_rate * shape(count), b2=0.95, weight_decay=weight_decay),
     )

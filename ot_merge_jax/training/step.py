@@ -47,12 +47,12 @@ class OptimizerHParams(NamedTuple):
     Attributes:
         learning_rate: The peak rate.
         weight_decay: Weight decay of what trains.
-        clip: Largest global norm of a gradient.
+        max_grad_norm: Largest global norm of a gradient.
     """
 
     learning_rate: Any
     weight_decay: Any
-    clip: Any
+    max_grad_norm: Any
 
 
 class Frozen(NamedTuple):

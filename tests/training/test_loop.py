@@ -44,8 +44,8 @@ def schedule(learning_rate, steps, warmup):
 )
 def test_the_rate_rises_and_falls(steps, warmup):
     """A constant gradient of one makes Adam step by the rate itself."""
-    transform = optimizer.optimizer(learning_rate=0.1, steps=steps, warmup=warmup, clip=1e9)
-    params, gradient = jnp.zeros(()), jnp.ones(())
+    transform = optimizer.optimizer(learning_rate=0.1, steps=steps, warmup=warmup,
+    max_grad_norm=1e9) params, gradient = jnp.zeros(()), jnp.ones(())
     state, rates = transform.init(params), []
     for _ in range(steps):
         update, state = transform.update(gradient, state, params)
@@ -62,7 +62,7 @@ def test_steps_are_torchs_adamw(rng, weight_decay, clip):
     shapes, steps = {"a": (3, 5), "b": (4,)}, 6
     start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     transform = optimizer.optimizer(
-        learning_rate=0.1, steps=steps, warmup=0.5, weight_decay=weight_decay, clip=clip
+        learning_rate=0.1, steps=steps, warmup=0.5, weight_decay=weight_decay, max_grad_norm=clip
     )
     ours = jax.tree.map(jnp.asarray, start)
     state = transform.init(ours)
