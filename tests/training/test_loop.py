@@ -44,8 +44,10 @@ def schedule(learning_rate, steps, warmup):
 )
 def test_the_rate_rises_and_falls(steps, warmup):
     """A constant gradient of one makes Adam step by the rate itself."""
-    transform = optimizer.optimizer(learning_rate=0.1, steps=steps, warmup=warmup,
-    max_grad_norm=1e9) params, gradient = jnp.zeros(()), jnp.ones(())
+    transform = optimizer.optimizer(
+        learning_rate=0.1, steps=steps, warmup=warmup, max_grad_norm=1e9
+    )
+    params, gradient = jnp.zeros(()), jnp.ones(())
     state, rates = transform.init(params), []
     for _ in range(steps):
         update, state = transform.update(gradient, state, params)
