@@ -242,7 +242,11 @@ def test_overwrite_keeps_the_old_folder_when_the_run_fails(desk, cli, everything
 
 def process(script, *arguments):
     """Starts Python on a script that has imported the command line."""
-    head = "import os, resource, signal, sys\nfrom ot_merge_jax import cli, pipeline\n"
+    head = (
+        "import os, resource, signal, sys\n"
+        "from ot_merge_jax.cli import main as cli\n"
+        "from ot_merge_jax.runs import merge as pipeline\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", head + script, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -266,7 +270,7 @@ def test_full_disk_is_a_resource_error_and_keeps_finished_stages_alone(desk, eve
     script = (
         "import pathlib\n"
         # transformers may import torch, whose import writes files
-        f"pipeline.calibration.load_tokenizer(pathlib.Path({str(desk.target)!r}))\n"
+        f"pipeline.tokenizers.load_tokenizer(pathlib.Path({str(desk.target)!r}))\n"
         "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]\n"
         "codes, left = [], []\n"
         f"for limit in {limits}:\n"
