@@ -196,7 +196,7 @@ def test_nothing_is_said_without_a_home_to_write_to(tmp_path):
     details = reported.write(tmp_path)
     code = (
         "import sys, pathlib\n"
-        "from ot_merge_jax.report import html\n"
+        "from ot_merge_jax.reports import html\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"html.write(pathlib.Path({str(details)!r}))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
