@@ -66,7 +66,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score models on texts, questions and tasks, with intervals for their differences."""
-    if text is not None or choices or tasks:  # or else there is nothing to ask
+    is_usable = text is not None or ((choices or tasks) and base is None and not generate)
+    if is_usable:  # what is asked wrongly is said by `evaluate`, before what is missing
         early.look_for(models=models)
         early.look_for(models=[base], texts=[text])
         early.look_for_questions(choices or ())

@@ -396,7 +396,9 @@ def test_vmap_over_epsilon_is_the_loop(rng):
     target, source = draw(rng, 2, 0), draw(rng, 3, 1)
 
     def layers(epsilon, eta):
-        return couplings.couple(target, source, HParams(1.0, epsilon, eta), spec=spec_of()).layer
+        return couplings.couple(
+            target, source, HParams(1.0, epsilon, eta), spec=spec_of()
+        ).layer_plan
 
     epsilons, etas = jnp.array([0.05, 0.5]), jnp.array([0.1, 0.2])
     swept = jax.jit(jax.vmap(layers))(epsilons, etas)
