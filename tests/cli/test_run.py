@@ -400,7 +400,7 @@ def test_the_tool_runs_where_torch_cannot_be_imported(calls, text_files, tmp_pat
     script = (
         "import json, sys\n"
         "from typer.testing import CliRunner\n"
-        "from ot_merge_jax.cli import app\n"
+        "from ot_merge_jax.cli.main import app\n"
         f"out, text = {str(tmp_path / 'out')!r}, {str(text_files[1])!r}\n"
         f"calls = [{words!r}, ['eval', out, '--text', text, '--json'],\n"
         "         ['inspect', out], ['families'], ['--help']]\n"
