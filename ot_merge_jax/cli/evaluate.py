@@ -66,7 +66,8 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score models on texts, questions and tasks, with intervals for their differences."""
-    if text is not None or choices or tasks:  # or else there is nothing to ask
+    # or else there is nothing to ask, or no text for what is asked
+    if text is not None or ((choices or tasks) and base is None and not generate):
         early.look_for(models=models)
         early.look_for(models=[base], texts=[text])
         early.look_for_questions(choices or ())

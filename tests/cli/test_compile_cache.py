@@ -11,6 +11,12 @@ import pytest
 
 from ot_merge_jax.cli import compile_cache
 
+#: With which the tests have a cache of their own.
+OF_THE_TESTS = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
 WHOLE = zlib.compress(np.random.default_rng(0).bytes(3000))
 #: A run in a process of its own: the bits of a number, and how many entries it read and wrote.
 RUN = """
@@ -37,9 +43,10 @@ def run(tmp_path):
     """``run(*words, **environment)`` -> (the number, entries read, standard error)."""
 
     def go(*words, **environment):
-        own = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
+        own = {"XDG_CACHE_HOME": str(tmp_path)}
+        tests = {key: one for key, one in os.environ.items() if key not in OF_THE_TESTS}
         done = subprocess.run(
-            [sys.executable, "-c", RUN, *words], env=os.environ | own | environment,
+            [sys.executable, "-c", RUN, *words], env=tests | own | environment,
             capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -141,5 +148,7 @@ def test_oldest_entries_make_room(tmp_path):
 def test_tests_leave_the_cache_of_the_user_alone():
     import jax
 
+    before = jax.config.values["jax_compilation_cache_dir"]
     compile_cache.enable()
-    assert not jax.config.values["jax_compilation_cache_dir"]
+    assert jax.config.values["jax_compilation_cache_dir"] == before
+    assert before not in (None, str(compile_cache.folder()))

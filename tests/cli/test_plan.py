@@ -19,7 +19,7 @@ NAME = "paper llama<-qwen2"
 
 def test_it_takes_the_flags_of_run():
     of_run, of_plan = (set(inspect.signature(one).parameters) for one in (run, plan))
-    assert of_run - of_plan == {"resume", "strict", "mesh"}
+    assert of_run - of_plan == {"resume", "strict", "mesh", "no_compile_cache"}
     assert of_plan <= of_run
 
 
