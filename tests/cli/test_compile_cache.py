@@ -11,6 +11,12 @@ import pytest
 
 from ot_merge_jax.cli import compile_cache
 
+#: With which the tests have a cache of their own.
+OF_THE_TESTS = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
 WHOLE = zlib.compress(np.random.default_rng(0).bytes(3000))
 #: What the tests themselves say of JAX's cache.
 OF_THE_TESTS = {
@@ -148,5 +154,6 @@ def test_oldest_entries_make_room(tmp_path):
 def test_tests_leave_the_cache_of_the_user_alone():
     import jax
 
+    before = jax.config.values["jax_compilation_cache_dir"]
     compile_cache.enable()
     assert jax.config.values["jax_compilation_cache_dir"] == os.environ["JAX_COMPILATION_CACHE_DIR"]
