@@ -59,6 +59,8 @@ def enable(*, is_wanted: bool = True) -> None:
     if not is_wanted:
         jax.config.update("jax_enable_compilation_cache", False)
         return
+    # an entry that another process is writing is a miss, and no news for the user
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     said = jax.config.values
     if said["jax_compilation_cache_dir"] or not said["jax_enable_compilation_cache"]:
         return
@@ -69,8 +71,6 @@ def enable(*, is_wanted: bool = True) -> None:
     except OSError as error:
         _LOG.debug("compiled programs are not kept: %s", error)
         return
-    # an entry that another process is writing is a miss, and no news for the user
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -18,12 +18,6 @@ OF_THE_TESTS = (
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
 )
 WHOLE = zlib.compress(np.random.default_rng(0).bytes(3000))
-#: What the tests themselves say of JAX's cache.
-OF_THE_TESTS = {
-    "JAX_COMPILATION_CACHE_DIR",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
-}
 #: A run in a process of its own: the bits of a number, and how many entries it read and wrote.
 RUN = """
 import logging, sys
@@ -49,10 +43,10 @@ def run(tmp_path):
     """``run(*words, **environment)`` -> (the number, entries read, standard error)."""
 
     def go(*words, **environment):
-        own = {"JAX_ENABLE_COMPILATION_CACHE": "true", "XDG_CACHE_HOME": str(tmp_path)}
-        others = {key: value for key, value in os.environ.items() if key not in OF_THE_TESTS}
+        own = {"XDG_CACHE_HOME": str(tmp_path)}
+        tests = {key: one for key, one in os.environ.items() if key not in OF_THE_TESTS}
         done = subprocess.run(
-            [sys.executable, "-c", RUN, *words], env=others | own | environment,
+            [sys.executable, "-c", RUN, *words], env=tests | own | environment,
             capture_output=True, text=True, check=False, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -156,4 +150,5 @@ def test_tests_leave_the_cache_of_the_user_alone():
 
     before = jax.config.values["jax_compilation_cache_dir"]
     compile_cache.enable()
-    assert jax.config.values["jax_compilation_cache_dir"] == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    assert jax.config.values["jax_compilation_cache_dir"] == before
+    assert before not in (None, str(compile_cache.folder()))
