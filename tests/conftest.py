@@ -64,6 +64,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: the workers share the cores
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and a console reads it once
 
+import jaxtyping
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
@@ -458,3 +459,9 @@ def random_batch():
         )
 
     return make
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Switches the shape checks of the test run off: what a user gets is our own exception."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

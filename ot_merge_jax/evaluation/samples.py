@@ -122,10 +122,10 @@ def sample(
 
     Example:
         >>> from ot_merge_jax.demo import assets
-        >>> from ot_merge_jax.data import calibration
+        >>> from ot_merge_jax.data.tokenizers import load_tokenizer
         >>> from ot_merge_jax.io.hf import load_hf
         >>> cfg, params = load_hf(assets.path("sibling"), dtype="float32")
-        >>> tokenizer = calibration.load_tokenizer(assets.path("sibling"))
+        >>> tokenizer = load_tokenizer(assets.path("sibling"))
         >>> [text] = sample(params, cfg, tokenizer, ["import unittest"], max_new_tokens=4)
         >>> len(text.tokens), text.has_ended
         (4, False)

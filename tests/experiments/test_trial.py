@@ -144,7 +144,7 @@ def test_every_control_is_there_with_its_interval(reports):
         tried = [point.strength for point in one.strength.tried]
         assert tried == [point.strength for point in reports["knows"].strength.tried]
         assert one.documents == reports["knows"].evaluation["target"].documents
-    assert 0 < found["unigram"].scale <= 1
+    assert 0 < found["unigram"].gamma <= 1
 
 
 def test_the_split_and_the_continuations_are_in_the_report(reports):

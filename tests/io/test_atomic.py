@@ -208,7 +208,7 @@ def test_killed_process_leaves_no_output(tmp_path):
     """Not even Python gets a last word: OUT is absent, only the partial folder remains."""
     code = f"""
         import os, pathlib, signal
-        from ot_merge_jax.io.publish import atomic_folder
+        from ot_merge_jax.io.atomic import atomic_folder
         with atomic_folder(pathlib.Path({str(tmp_path)!r}) / "out") as partial:
             (partial / "a.txt").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -348,7 +348,7 @@ def test_lock_names_host_and_process_and_is_gone_at_the_end(tmp_path):
 def test_lock_of_a_process_that_was_killed_is_no_obstacle(tmp_path):
     script = (
         "import pathlib, sys\n"
-        "from ot_merge_jax.io.publish import locked\n"
+        "from ot_merge_jax.io.atomic import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
