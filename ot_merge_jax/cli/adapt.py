@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,14 +13,18 @@ from ot_merge_jax.cli import compile_cache, early
 from ot_merge_jax.cli.console import (
     OUT,
     Json,
+    MemoryLimit,
+    Mesh,
     NoCompileCache,
     Offline,
     Overwrite,
     Quiet,
+    Resume,
     Verbose,
     guarded,
     say,
     session,
+    typed,
 )
 from ot_merge_jax.cli.flags import with_adaptation
 from ot_merge_jax.recipes.training import Adaptation
@@ -37,13 +40,9 @@ def adapt(
     *,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the same training where it was interrupted.")
-    ] = False,
-    mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
-    memory_limit: Annotated[
-        str | None, typer.Option(help="Memory to stay within, e.g. 8GiB [the machine's].")
-    ] = None,
+    resume: Resume = False,
+    mesh: Mesh = None,
+    memory_limit: MemoryLimit = None,
     offline: Offline = False,
     no_compile_cache: NoCompileCache = False,
     as_json: Json = False,
@@ -69,8 +68,7 @@ def adapt(
         report = work(
             settings,
             out,
-            # a resumed run publishes the same bytes, so it is the same command
-            command=shlex.join(["ot-merge", *(w for w in sys.argv[1:] if w != "--resume")]),
+            command=typed(),
             overwrite=overwrite,
             resume=resume,
             offline=offline,

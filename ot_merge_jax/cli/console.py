@@ -9,6 +9,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -42,6 +43,10 @@ Field = Annotated[
 ]
 MemoryLimit = Annotated[
     str | None, typer.Option(help="Host memory to stay within, e.g. 8GiB [the machine's].")
+]
+Mesh = Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the same run where it was interrupted.")
 ]
 Offline = Annotated[bool, typer.Option(help="Never use the network; the hub's cache is used.")]
 
@@ -81,6 +86,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def typed() -> str:
+    """The command as it was typed; without ``--resume``, since a resumed run publishes the same."""
+    return shlex.join(["ot-merge", *(word for word in sys.argv[1:] if word != "--resume")])
 
 
 def say(sentence: str, console: Console = ERR) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,14 +14,17 @@ from ot_merge_jax.cli.console import (
     OUT,
     Json,
     MemoryLimit,
+    Mesh,
     NoCompileCache,
     Offline,
     Overwrite,
     Quiet,
+    Resume,
     Verbose,
     guarded,
     say,
     session,
+    typed,
 )
 from ot_merge_jax.cli.flags import look_for_inputs, with_recipe
 from ot_merge_jax.errors import RecipeError
@@ -36,11 +38,9 @@ def run(
     *,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     overwrite: Overwrite = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the same run where it was interrupted.")
-    ] = False,
+    resume: Resume = False,
     strict: Annotated[bool, typer.Option(help="Fail if not converged or worse.")] = False,
-    mesh: Annotated[str | None, typer.Option(help="Devices, e.g. data=2,model=4.")] = None,
+    mesh: Mesh = None,
     memory_limit: MemoryLimit = None,
     offline: Offline = False,
     no_compile_cache: NoCompileCache = False,
@@ -61,8 +61,7 @@ def run(
         result = merge.run(
             recipe,
             out,
-            # a resumed run publishes the same bytes, so it is the same command
-            command=shlex.join(["ot-merge", *(w for w in sys.argv[1:] if w != "--resume")]),
+            command=typed(),
             overwrite=overwrite,
             resume=resume,
             strict=strict,
