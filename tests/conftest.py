@@ -34,31 +34,32 @@ hidden 24, 4 heads of 8 (q width 32), 2 kv heads (k width 16), MLP 40, 3 layers,
 rows than tokens.
 """
 
-import atexit
 import contextlib
 import json
 import os
 import pkgutil
 import shutil
-import tempfile
 import zlib
 from pathlib import Path
 
 # before anything imports jax, transformers or the hub client
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
+# compiling is most of the time of tiny models; `.ci/run` also tests fully optimised programs
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_XLA_FLAGS = ["--xla_force_host_platform_device_count=8"]
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1":
+    # these two halve the time of compiling; the workers share the cores anyway
+    _XLA_FLAGS += [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
+os.environ["XLA_FLAGS"] = " ".join([*_XLA_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# compiling is most of the time of tiny models; `.ci/run` also tests the models fully optimised
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# and what one worker, or a process that a test starts, has compiled the others read. A folder that
-# the environment names outlives the run: the next one takes a fraction of the time.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ot-merge-compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# and what one worker, or a process that a test starts, has compiled the others read, and the next run
+_COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch: the workers share the cores
@@ -94,7 +95,11 @@ ALLOWED_WARNINGS: dict[str, str] = {
 
 
 def pytest_configure(config):
-    """Makes every warning an error, except the listed ones."""
+    """Makes every warning an error, except the listed ones; tidies the compiled programs."""
+    from ot_merge_jax.cli import compile_cache
+
+    if "PYTEST_XDIST_WORKER" not in os.environ and _COMPILED.exists():
+        compile_cache.tidy(_COMPILED)
     config.addinivalue_line("filterwarnings", "error")
     for pattern in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", pattern)
@@ -103,6 +108,13 @@ def pytest_configure(config):
 #: Rooms whose tests are ``fast``, but for what needs torch, a process or more than a minute.
 FAST_ROOMS = {"transport", "models", "merging"}
 NOT_FAST = {"slow", "network", "torch", "process"}
+
+
+def pytest_ignore_collect(collection_path, config):
+    """``-m fast`` imports no other room: that would take as long as half of its tests."""
+    if config.option.markexpr == "fast" and collection_path.is_file():
+        return collection_path.parent.name not in FAST_ROOMS
+    return None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at ``-m``

@@ -408,6 +408,7 @@ def test_inert_keys_change_nothing(key, config_dict):
 # ---- whole kinds ----
 
 
+@pytest.mark.torch  # transformers imports it
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_defaults_of_each_family_are_understood(family):
     """No key that transformers writes today is unknown to us."""

@@ -111,13 +111,13 @@ def test_any_cost_converges_in_fewer_iterations(rng, monkeypatch, kind, epsilon)
     close(plans(costs, accelerated, epsilon), plans(costs, plain, epsilon), 1e-3)
 
 
-@pytest.mark.parametrize("epsilon", [0.003, 0.001])
-def test_scalings_out_of_range_are_absorbed(rng, monkeypatch, epsilon):
+def test_scalings_out_of_range_are_absorbed(rng, monkeypatch):
     """Potentials of hundreds of epsilons: a kernel that is never rebuilt would overflow."""
     cost = costs_of(rng, 1).at[0, :5].add(0.4 * jnp.arange(5)[:, None] * jnp.arange(M) / M)
-    found = run(cost, epsilon, threshold=1e-4)
-    assert np.isfinite(found.f).all()
-    assert found.error[0] < 1e-3
+    for epsilon in (0.003, 0.001):
+        found = run(cost, epsilon, threshold=1e-4)
+        assert np.isfinite(found.f).all()
+        assert found.error[0] < 1e-3
     builds = []
     build = scaling._kernel
     monkeypatch.setattr(scaling, "_kernel", lambda *args: builds.append(1) or build(*args))
