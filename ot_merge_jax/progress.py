@@ -67,8 +67,8 @@ def track(
 
 def _with_note(description: str, note: Callable[[], str] | None) -> str:
     """What is done and, if there is something to say, what was found."""
-    found = note() if note is not None else ""
-    return f"{description}, {found}" if found else description
+    latest = note() if note is not None else ""
+    return f"{description}, {latest}" if latest else description
 
 
 def _outermost(items: Iterator[T]) -> Iterator[T]:

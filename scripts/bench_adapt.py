@@ -26,7 +26,7 @@ import random_checkpoint
 from ot_merge_jax.io import hf
 from ot_merge_jax.recipes.training import resolve
 from ot_merge_jax.training import packing
-from ot_merge_jax.training import step as training
+from ot_merge_jax.training import step as train_step
 from ot_merge_jax.training.losses import Objective
 
 _SHAPE = {"hidden": 512, "heads": 8, "kv_heads": 4, "intermediate": 1536, "vocabulary": 4096}
@@ -44,14 +44,17 @@ def ours(folder: Path, cut: packing.Blocks, *, remat: bool) -> Callable[[], floa
     cfg, params = hf.load_hf(folder, dtype=jnp.float32)
     said = {"model": "m", "text": {"path": "t"}, "steps": 1000, "learning_rate": _RATE,
             "batch_size": _BATCH, "dtype": "float32", "clip": _CLIP}  # fmt: skip
-    problem = training.Problem(resolve(said), Objective("sft", cfg, remat=remat), cut, cut)
-    trainable, frozen = training.begin(problem, params, {}, {})
-    plan, held = training.step_config(problem), [training.new_history(problem, trainable).state]
+    problem = train_step.Problem(resolve(said), Objective("sft", cfg, remat=remat), cut, cut)
+    trainable, frozen = train_step.begin(problem, params, {}, {})
+    config, held = (
+        train_step.step_config(problem),
+        [train_step.new_history(problem, trainable).state],
+    )
     batch = jax.tree.map(jnp.asarray, packing.batch_at(cut, 0, batch_size=_BATCH, seed=0))
-    step = jax.jit(training.step, static_argnames="plan", donate_argnums=0)
+    step = jax.jit(train_step.step, static_argnames="config", donate_argnums=0)
 
     def run() -> float:
-        held[0], seen = step(held[0], frozen, batch, plan=plan)
+        held[0], seen = step(held[0], frozen, batch, config=config)
         return float(seen.loss)
 
     return run

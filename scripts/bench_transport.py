@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ot_merge_jax.data import calibration, tokenizers
-from ot_merge_jax.data import documents as texts
+from ot_merge_jax.data import documents as document_files
 from ot_merge_jax.demo import assets
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import gather
@@ -56,7 +56,7 @@ Contestant = Callable[[float], Solved]
 def widened(n: int, m: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows of target and source, ``[t, n]`` and ``[t, m]``."""
     rng = np.random.default_rng(seed)
-    documents = list(texts.read_documents(assets.path("calibration.jsonl")))
+    documents = list(document_files.read_documents(assets.path("calibration.jsonl")))
     tokenizer = tokenizers.load_tokenizer(assets.path("sibling"))
     data = calibration.align(documents, tokenizer, tokenizer, rows="token", max_rows=_ROWS)
     sides = []

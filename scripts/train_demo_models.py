@@ -26,9 +26,9 @@ import tokenizers
 from ot_merge_jax.io import hf
 from ot_merge_jax.models import decoder, families, specs
 from ot_merge_jax.models.config import ModelConfig
-from ot_merge_jax.recipes import training as adaptations
+from ot_merge_jax.recipes import training
 from ot_merge_jax.training import loop
-from ot_merge_jax.training import step as training
+from ot_merge_jax.training import step as train_step
 from ot_merge_jax.training.losses import Objective
 from ot_merge_jax.types import Batch, Params
 
@@ -172,7 +172,7 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
                 params, blocks.tokens[:_BATCH], cfg=start_cfg, small=cfg, layers=_KEPT_LAYERS
             )
 
-    settings = adaptations.resolve(
+    settings = training.resolve(
         {
             "model": stage.name, "text": {"path": stage.text}, "steps": steps, "block": _BLOCK,
             "batch_size": _BATCH, "learning_rate": stage.learning_rate, "eval_every": steps,
@@ -181,16 +181,16 @@ def build(stage: Stage, out: Path, skeleton: Path, texts: demo_texts.Texts, *, s
     )  # fmt: skip
     # nothing is chosen on a dev split: a few blocks stand in for it
     few = data.Blocks(*(part[:_BATCH] for part in blocks[:3]))
-    problem = training.Problem(settings, Objective("sft", cfg), blocks, few)
-    trainable, frozen = training.begin(problem, params, {}, {})
+    problem = train_step.Problem(settings, Objective("sft", cfg), blocks, few)
+    trainable, frozen = train_step.begin(problem, params, {}, {})
 
     def report(history: loop.TrainHistory) -> None:
         if (step := len(history.losses)) % 25 == 0:
             loss = history.losses[-1]
             _LOG.info("%s: step %d of %d, loss %.3f", stage.name, step, steps, loss)
 
-    history = training.new_history(problem, trainable)
-    params = loop.result(training.train(problem, history, frozen, on_step=report))
+    history = train_step.new_history(problem, trainable)
+    params = loop.result(train_step.train(problem, history, frozen, on_step=report))
     shutil.rmtree(out / stage.name, ignore_errors=True)
     hf.save_hf(out / stage.name, params, cfg=cfg, like=skeleton)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ot_merge_jax.cli import compile_cache, early
+from ot_merge_jax.cli import compile_cache, early, sizes
 from ot_merge_jax.cli.console import (
     OUT,
     Json,
@@ -50,6 +50,7 @@ def adapt(
     quiet: Quiet = False,
 ) -> None:
     """Train a merged model with its residual frozen, or any model, and write a plain folder."""
+    axes, limit = sizes.axes_of(mesh), sizes.bytes_of(memory_limit)
     early.look_for(
         models=(settings.model, settings.source if settings.is_distilled else None),
         texts=(settings.text.path, settings.evaluation and settings.evaluation.path),
@@ -60,7 +61,6 @@ def adapt(
     from ot_merge_jax.reports.numbers import number
     from ot_merge_jax.runs import adapt as run
     from ot_merge_jax.runs import baselines as comparison
-    from ot_merge_jax.runs import memory
 
     work = run.adapt if settings.baselines is None else comparison.compare
     with session(verbose=verbose, quiet=quiet):
@@ -72,8 +72,8 @@ def adapt(
             overwrite=overwrite,
             resume=resume,
             offline=offline,
-            mesh=sharding.make_mesh(sharding.parse(mesh)) if mesh else None,
-            memory_limit=memory.parse(memory_limit) if memory_limit else None,
+            mesh=None if axes is None else sharding.make_mesh(axes),
+            memory_limit=limit,
             show=None if quiet else lambda decided: say(decided.to_yaml()),
         ).report
     if as_json:

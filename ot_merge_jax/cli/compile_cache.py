@@ -61,8 +61,8 @@ def enable(*, is_wanted: bool = True) -> None:
         return
     # an entry that another process is writing is a miss, and no news for the user
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    said = jax.config.values
-    if said["jax_compilation_cache_dir"] or not said["jax_enable_compilation_cache"]:
+    values = jax.config.values
+    if values["jax_compilation_cache_dir"] or not values["jax_enable_compilation_cache"]:
         return
     place = folder()
     try:
@@ -88,7 +88,7 @@ def tidy(place: Path, *, max_bytes: int = MAX_BYTES) -> None:
         OSError: if the folder cannot be written.
     """
     checked = _read(place / _CHECKED)
-    found: dict[str, list[int]] = {}
+    entries: dict[str, list[int]] = {}
     for file in place.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another run tidies too
             state = file.stat()
@@ -97,17 +97,17 @@ def tidy(place: Path, *, max_bytes: int = MAX_BYTES) -> None:
                 _LOG.debug("a compiled program is not whole and is compiled again: %s", file.name)
                 file.unlink()
                 continue
-            found[file.name] = seen
-    excess = sum(size for size, _ in found.values()) - max_bytes
-    for name in sorted(found, key=lambda name: found[name][1]):
+            entries[file.name] = seen
+    excess = sum(size for size, _ in entries.values()) - max_bytes
+    for name in sorted(entries, key=lambda name: entries[name][1]):
         if excess <= 0:
             break
-        excess -= found.pop(name)[0]
+        excess -= entries.pop(name)[0]
         (place / name).unlink(missing_ok=True)
     # also where nothing changed: this is what finds out whether the folder can be written
     draft = place / f".{_CHECKED}.{secrets.token_hex(4)}"
     try:
-        draft.write_text(json.dumps(found), encoding="utf-8")
+        draft.write_text(json.dumps(entries), encoding="utf-8")
         draft.replace(place / _CHECKED)
     finally:
         draft.unlink(missing_ok=True)
@@ -134,20 +134,20 @@ def _is_whole(entry: bytes) -> bool:
 def _read(file: Path) -> dict[str, list[int]]:
     """Name -> size and time of the entries that have been checked; empty if that is damaged."""
     try:
-        found = json.loads(file.read_bytes())
+        entries = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _processor() -> str:
     """A short name of the kind of processor and its instructions."""
-    said = [platform.machine(), platform.processor()]
+    facts = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             key = line.partition(":")[0].strip()
             if key in ("model name", "flags", "Features", "CPU part"):
-                said.append(line)
-            elif not line and len(said) > 2:
+                facts.append(line)
+            elif not line and len(facts) > 2:
                 break  # the others are alike
-    return f"{platform.machine()}-{hashlib.sha256(repr(said).encode()).hexdigest()[:12]}"
+    return f"{platform.machine()}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"

@@ -83,5 +83,5 @@ def demo(
         for sentence in result.warnings:
             say(f"{name}: warning: {sentence}", OUT)
         say(f"{name}: {result.report.verdict}", OUT)
-    say(f"written: {', '.join(str(one.out) for one in results.values())} "
+    say(f"written: {', '.join(str(result.out) for result in results.values())} "
          f"({time.monotonic() - started:.0f} s)", OUT)  # fmt: skip

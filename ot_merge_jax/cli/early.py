@@ -42,7 +42,7 @@ def look_for(
     sides = [side for model in models if model for side in resolve.split(model) if side]
     files = [text for text in texts if text is not None]
     if out is not None:
-        named = [Path(one).expanduser() for one in (*sides, *files)]
+        named = [Path(path).expanduser() for path in (*sides, *files)]
         inputs = [path for path in named if path.exists()]
         atomic.check_output(out, inputs=inputs, overwrite=overwrite)
     for text in files:

@@ -22,6 +22,8 @@ from ot_merge_jax.cli.console import (
     say,
     session,
 )
+from ot_merge_jax.evaluation import request
+from ot_merge_jax.recipes import loading
 
 
 @guarded
@@ -66,33 +68,30 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score models on texts, questions and tasks, with intervals for their differences."""
-    is_usable = text is not None or ((choices or tasks) and base is None and not generate)
-    if is_usable:  # what is asked wrongly is said by `evaluate`, before what is missing
-        early.look_for(models=models)
-        early.look_for(models=[base], texts=[text])
-        early.look_for_questions(choices or ())
+    ask = request.EvalRequest(
+        text=None if text is None else loading.text(text, field=field, encoding=encoding),
+        questions=choices or (),
+        tasks=[task.strip() for task in (tasks or "").split(",") if task.strip()],
+        include_path=include_path,
+        limit=limit,
+        is_chat=apply_chat_template,
+        continued=generate,
+        new_tokens=new_tokens,
+        encoding=encoding or "utf-8",
+    )
+    request.check(ask, base=base)
+    early.look_for(models=[*models, base], texts=[text])
+    early.look_for_questions(ask.questions)
     from ot_merge_jax.evaluation import evaluate as evaluation
-    from ot_merge_jax.recipes import loading
     from ot_merge_jax.reports import eval_tables
 
     with session(verbose=verbose, quiet=quiet):
         compile_cache.enable(is_wanted=not no_compile_cache)
-        ask = evaluation.EvalRequest(
-            text=None if text is None else loading.text(text, field=field, encoding=encoding),
-            questions=choices or (),
-            tasks=[one.strip() for one in (tasks or "").split(",") if one.strip()],
-            include_path=include_path,
-            limit=limit,
-            is_chat=apply_chat_template,
-            continued=generate,
-            new_tokens=new_tokens,
-            encoding=encoding or "utf-8",
-        )
-        found = evaluation.evaluate(models, ask, base=base, seed=seed, offline=offline)
+        results = evaluation.evaluate(models, ask, base=base, seed=seed, offline=offline)
     if as_json:
-        print_json(found)
+        print_json(results)
         return
-    for part in eval_tables.parts(found):
+    for part in eval_tables.parts(results):
         if isinstance(part, str):
             say(part, OUT)
         else:

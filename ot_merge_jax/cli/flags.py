@@ -75,7 +75,7 @@ def flags_of(
     for name, field in kind.model_fields.items():
         shown = _NAMES.get(name, name)
         is_required = is_whole and field.is_required()
-        text = next((one for one in _members(field.annotation) if _is_text(one)), None)
+        text = next((member for member in _members(field.annotation) if _is_text(member)), None)
         if text is None:
             flags[shown] = _flag(
                 shown, field, [(name,)], is_required=is_required, is_argument=name in arguments
@@ -111,13 +111,13 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
 
     def resolved(given: dict[str, Any]) -> Recipe:
         path = given.pop("recipe")
-        said = {} if path is None else loading.load(path)
+        values = {} if path is None else loading.load(path)
         where = str(path or "the command line")
-        said = loading.renamed(said, Recipe, where=where)
-        said = loading.overridden(said, settings(flags, given))
-        return loading.resolve(said, where=where)
+        values = loading.renamed(values, Recipe, where=where)
+        values = loading.overridden(values, settings(flags, given))
+        return loading.resolve(values, where=where)
 
-    return _with(command, [file, *(one.parameter for one in flags.values())], resolved)
+    return _with(command, [file, *(flag.parameter for flag in flags.values())], resolved)
 
 
 def with_adaptation(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,7 +134,7 @@ def with_adaptation(command: Callable[..., None]) -> Callable[..., None]:
     def resolved(given: dict[str, Any]) -> Adaptation:
         return training.resolve(loading.overridden({}, settings(flags, given)))
 
-    return _with(command, [one.parameter for one in flags.values()], resolved)
+    return _with(command, [flag.parameter for flag in flags.values()], resolved)
 
 
 def settings(flags: Mapping[str, Flag], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def settings(flags: Mapping[str, Flag], given: Mapping[str, Any]) -> dict[str, A
         >>> found["seq_len"], found["text"], found["lora_targets"]
         (8, {'path': 't', 'field': None, 'encoding': None}, ['q', 'v'])
     """
-    said: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, flag in flags.items():
         value = given.get(name)
         if flag.now is not None:
@@ -164,13 +164,13 @@ def settings(flags: Mapping[str, Flag], given: Mapping[str, Any]) -> dict[str, A
                     f"{_spelled(name)} is another name of {_spelled(flag.now)}; give one of them."
                 )
         if flag.is_list and value is not None and value not in flag.words:
-            value = [one.strip() for one in value.split(",")]
+            value = [item.strip() for item in value.split(",")]
         for *above, key in flag.places:
-            inside = said
+            inside = values
             for outer in above:
                 inside = inside.setdefault(outer, {})
             inside[key] = value
-    return said
+    return values
 
 
 def look_for_inputs(recipe: Recipe, out: Path | None, *, overwrite: bool) -> None:
@@ -190,21 +190,24 @@ def look_for_inputs(recipe: Recipe, out: Path | None, *, overwrite: bool) -> Non
 
 def _with(
     command: Callable[..., None],
-    asked: list[inspect.Parameter],
+    parameters: list[inspect.Parameter],
     resolved: Callable[[dict[str, Any]], Any],
 ) -> Callable[..., None]:
     """A command whose first argument is resolved from flags that stand before its own."""
     own = list(inspect.signature(command, eval_str=True).parameters.values())
-    flags = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*asked, *own[1:])]
+    flags = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (*parameters, *own[1:])
+    ]
 
     @functools.wraps(command)
     def wrapped(**given: Any) -> None:
-        said = {one.name: given.pop(one.name) for one in asked}
-        command(resolved(said), **given)
+        values = {parameter.name: given.pop(parameter.name) for parameter in parameters}
+        command(resolved(values), **given)
 
     # typer reads both
     wrapped.__signature__ = inspect.Signature(flags)  # pyright: ignore[reportAttributeAccessIssue]
-    wrapped.__annotations__ = {one.name: one.annotation for one in flags}
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in flags}
     return wrapped
 
 
@@ -231,7 +234,7 @@ def _flag(
         default=inspect.Parameter.empty if is_required else None,
         annotation=Annotated[plain if is_required else plain | None, option],
     )
-    is_list = any(get_origin(one) is list for one in members)
+    is_list = any(get_origin(member) is list for member in members)
     return Flag(parameter, tuple(places), _WORDS.get(name, ()), is_list, now)
 
 
@@ -242,14 +245,14 @@ def _with_default(field: FieldInfo) -> str:
         >>> _with_default(Recipe.model_fields["max_rows"])
         'Rows kept for token and span [8192].'
     """
-    said = field.description or ""
+    description = field.description or ""
     default = None if field.is_required() else field.default
     if default is None or isinstance(default, bool | pydantic.BaseModel):
-        return said
+        return description
     words = f"{default:g}" if isinstance(default, float) else f"{default}"
     if isinstance(default, list):
         words = ",".join(default)
-    return f"{said.removesuffix('.')} [{words}]."
+    return f"{description.removesuffix('.')} [{words}]."
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -258,7 +261,7 @@ def _members(annotation: Any) -> list[Any]:
     if origin is Annotated:
         return _members(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [own for one in get_args(annotation) for own in _members(one)]
+        return [own for member in get_args(annotation) for own in _members(member)]
     return [] if annotation is type(None) else [annotation]
 
 

@@ -35,14 +35,14 @@ def inspect(
         {"path": spec.path, "tensors": spec.name, "shape": list(spec.shape), "weight": spec.weight}
         for spec in specs.param_specs(folder.cfg)
     ]
-    found = {
+    facts = {
         "config": cfg, "parameters": specs.count(folder.cfg), "dtypes": dtypes, "shards": shards,
         "table": parameters,
     }  # fmt: skip
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
-    say(f"{model}: {cfg['family']}, {found['parameters']:,} parameters in {', '.join(dtypes)}, "
+    say(f"{model}: {cfg['family']}, {facts['parameters']:,} parameters in {', '.join(dtypes)}, "
          f"{len(shards)} file(s)", OUT)  # fmt: skip
     for key, value in cfg.items():
         say(f"  {key}: {value}", OUT)
@@ -60,17 +60,17 @@ def families(as_json: Json = False) -> None:
 
     rows = [
         {
-            "model_type": one.model_type,
-            "architecture": one.architecture,
-            "only": {key: value for key, value in one.fixed.items() if value},
+            "model_type": family.model_type,
+            "architecture": family.architecture,
+            "only": {key: value for key, value in family.fixed.items() if value},
         }
-        for one in FAMILIES.values()
+        for family in FAMILIES.values()
     ]
     if as_json:
         print_json(rows)
         return
     table = Table("model_type", "architecture", "only with", box=SIMPLE_HEAD)
-    for one in rows:
-        only = ", ".join(f"{key}={value}" for key, value in one["only"].items())
-        table.add_row(one["model_type"], one["architecture"], only)
+    for row in rows:
+        only = ", ".join(f"{key}={value}" for key, value in row["only"].items())
+        table.add_row(row["model_type"], row["architecture"], only)
     OUT.print(table)

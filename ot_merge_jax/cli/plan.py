@@ -10,6 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
+from ot_merge_jax.cli import sizes
 from ot_merge_jax.cli.console import (
     OUT,
     Json,
@@ -46,6 +47,7 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what `run` would need: memory, disk, arithmetic. Reads no weights and writes nothing."""
+    limit = sizes.bytes_of(memory_limit)
     look_for_inputs(recipe, out, overwrite=overwrite)
     from ot_merge_jax.runs import memory
     from ot_merge_jax.runs import plan as planning
@@ -56,24 +58,25 @@ def plan(
             out,
             overwrite=overwrite,
             offline=offline,
-            limit=memory.parse(memory_limit) if memory_limit else None,
+            limit=limit,
         )
-    found = _facts(needs)
+    facts = _facts(needs)
     if as_json:
-        print_json(found)
+        print_json(facts)
         return
     say(needs.inputs.recipe.to_yaml(), OUT)
     OUT.print(_table("memory at the peak of each stage", needs.memory.stages, memory.gib))
     say(f"memory: {needs.memory}; {memory.gib(needs.limit)} allowed", OUT)
     say(f"memory at a time: {needs.memory.budget}", OUT)
     OUT.print(_table("disk when everything has been made", needs.disk, memory.gib))
-    disk = found["disk"]
+    disk = facts["disk"]
     say(f"disk: about {memory.gib(disk['needed'])}; {memory.gib(disk['free'])} free in "
         f"{disk['place']}", OUT)  # fmt: skip
     OUT.print(_table("arithmetic", needs.work.flops, lambda count: f"{count:.1e} FLOPs"))
-    for site, one in needs.work.problems.items():
-        say(f"transport: {one.count:,} problems of {one.target} x {one.source} at {site}", OUT)
-    transport = found["transport"]
+    for site, problem in needs.work.problems.items():
+        shape = f"{problem.target} x {problem.source}"
+        say(f"transport: {problem.count:,} problems of {shape} at {site}", OUT)
+    transport = facts["transport"]
     say(f"transport: {transport['neuron_problems']:,} problems of neurons, at most "
         f"{transport['max_iterations']:,} iterations each, and {transport['layer_problems']} of "
         "layers", OUT)  # fmt: skip
@@ -114,9 +117,9 @@ def _facts(needs: Needs) -> dict[str, Any]:
             "place": str(needs.place),
         },
         "transport": {
-            "neuron_problems": sum(one.count for one in work.problems.values()),
+            "neuron_problems": sum(problem.count for problem in work.problems.values()),
             "layer_problems": len(work.problems),
-            "sites": {site: one._asdict() for site, one in work.problems.items()},
+            "sites": {site: problem._asdict() for site, problem in work.problems.items()},
             "max_iterations": recipe.max_iterations,
             "seeds": recipe.seeds,
         },

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ot_merge_jax.cli import compile_cache
+from ot_merge_jax.cli import compile_cache, sizes
 from ot_merge_jax.cli.console import (
     OUT,
     Json,
@@ -51,10 +51,11 @@ def run(
     """Merge a source into a target, by a recipe, by flags, or by both (flags win)."""
     if out is None:
         raise RecipeError("There is no --out; name the folder to write.")
+    axes, limit = sizes.axes_of(mesh), sizes.bytes_of(memory_limit)
     look_for_inputs(recipe, out, overwrite=overwrite or resume)
     from ot_merge_jax.distributed import sharding
     from ot_merge_jax.reports import tables
-    from ot_merge_jax.runs import memory, merge
+    from ot_merge_jax.runs import merge
 
     with session(verbose=verbose, quiet=quiet):
         compile_cache.enable(is_wanted=not no_compile_cache)
@@ -66,8 +67,8 @@ def run(
             resume=resume,
             strict=strict,
             offline=offline,
-            mesh=sharding.make_mesh(sharding.parse(mesh)) if mesh else None,
-            memory_limit=memory.parse(memory_limit) if memory_limit else None,
+            mesh=None if axes is None else sharding.make_mesh(axes),
+            memory_limit=limit,
             show=None if quiet else lambda decided: say(decided.to_yaml()),
         )
     if as_json:

@@ -23,13 +23,13 @@ class Rows(NamedTuple):
         target: Token positions (-1: the mean over the document) and row ids in the target.
         source: The same for the source; equal ids correspond.
         total: Rows kept.
-        found: Rows before the subsample.
+        total_before: Rows before the subsample.
     """
 
     target: list[tuple[list[int], list[int]]]
     source: list[tuple[list[int], list[int]]]
     total: int
-    found: int
+    total_before: int
 
 
 def token_ends(

@@ -170,7 +170,7 @@ def align(
 
     def matched(encoded: Iterable[Encoded]) -> float | None:
         ordinary = sum(document.is_special.count(False) for document in encoded)
-        return None if rows == "sample" else picked.found / ordinary
+        return None if rows == "sample" else picked.total_before / ordinary
 
     return Calibration(
         target=batches([t.ids for t, _ in both], picked.target),

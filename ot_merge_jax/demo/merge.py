@@ -15,7 +15,7 @@ from ot_merge_jax.io import atomic
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports.numbers import number
 from ot_merge_jax.reports.schema import Difference
-from ot_merge_jax.runs import merge as pipeline
+from ot_merge_jax.runs import merge as merge_run
 
 _LABELS = {
     "delta": "delta, sibling",
@@ -31,7 +31,7 @@ def run(
     seed: int = 0,
     overwrite: bool = False,
     offline: bool = False,
-) -> dict[str, pipeline.RunResult]:
+) -> dict[str, merge_run.RunResult]:
     """Runs the merges of the demo.
 
     ``delta`` moves what a source learned on a domain into a smaller sibling; ``delta-stranger``
@@ -51,12 +51,12 @@ def run(
     recipes = settings(is_full=is_full, seed=seed)
     for name in recipes:
         atomic.check_output(out / name, overwrite=overwrite)
-    results: dict[str, pipeline.RunResult] = {}
+    results: dict[str, merge_run.RunResult] = {}
     scores: dict[str, nll.Scores] = {}  # folder -> scores, so that no model is scored twice
     for name, own in recipes.items():
         resolved = loading.resolve(own, where="the demo")
         folders = {"target": resolved.target, "source": resolved.source}
-        results[name] = pipeline.run(
+        results[name] = merge_run.run(
             resolved,
             out / name,
             command=f"ot-merge demo{' --full' * is_full}",
@@ -100,7 +100,7 @@ def settings(*, is_full: bool = False, seed: int = 0) -> dict[str, dict[str, Any
     return {name: {**shared, **own} for name, own in recipes.items()}
 
 
-def table(results: Mapping[str, pipeline.RunResult]) -> Table:
+def table(results: Mapping[str, merge_run.RunResult]) -> Table:
     """One table of all merges: held-out loss before and after, and what moved."""
     result_table = Table(
         title="Held-out text of the domain, nats per token",

@@ -8,10 +8,9 @@ from typing import NamedTuple
 from ot_merge_jax.demo import assets
 from ot_merge_jax.demo import merge as demo
 from ot_merge_jax.io import atomic
-from ot_merge_jax.recipes import loading
-from ot_merge_jax.recipes import training as adaptations
+from ot_merge_jax.recipes import loading, training
 from ot_merge_jax.runs import baselines
-from ot_merge_jax.runs import merge as pipeline
+from ot_merge_jax.runs import merge as merge_run
 from ot_merge_jax.runs.adapt import AdaptResult
 
 #: Settings of all arms: three seeds of them take a few minutes on two CPU cores.
@@ -24,7 +23,7 @@ SEEDS = 3
 class TrainedDemo(NamedTuple):
     """The merge, and the result of its training."""
 
-    merge: pipeline.RunResult
+    merge: merge_run.RunResult
     adapted: AdaptResult
 
 
@@ -48,11 +47,11 @@ def run(out: Path, *, seed: int = 0, overwrite: bool = False, offline: bool = Fa
         atomic.check_output(folder, overwrite=overwrite)
     recipe = demo.settings(seed=seed)["delta"]
     command = "ot-merge demo --adapt"
-    merge = pipeline.run(
+    merge = merge_run.run(
         loading.resolve(recipe, where="the demo"), merged,
         command=command, overwrite=overwrite, offline=offline, keep=False,
     )  # fmt: skip
-    settings = adaptations.resolve({
+    settings = training.resolve({
         "model": str(merged), "target": recipe["target"], "source": recipe["source"],
         "text": {"path": str(assets.path("calibration.jsonl"))},
         "evaluation": {"path": recipe["evaluation"]},

@@ -54,25 +54,6 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         ) from error
 
 
-def parse(text: str) -> dict[str, int]:
-    """The sizes of a mesh as people write them.
-
-    Raises:
-        RecipeError: if it is not like ``data=2,model=4``.
-
-    Example:
-        >>> parse("data=2,model=4")
-        {'data': 2, 'model': 4}
-    """
-    try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    except ValueError as error:
-        raise RecipeError(f"--mesh {text!r} is not like data=2,model=4.") from error
-    if min(sizes.values()) < 1:
-        raise RecipeError(f"--mesh {text!r} has an axis without devices; write data=2,model=4.")
-    return sizes
-
-
 def mesh_of(params: Any) -> Mesh | None:
     """The mesh that parameters live on; None if they are on one device.
 

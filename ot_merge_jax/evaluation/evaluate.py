@@ -17,40 +17,20 @@ from ot_merge_jax.data import sources
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.data.documents import documents_of
 from ot_merge_jax.data.tokenizers import is_same_tokenizer, tokenizer_of
-from ot_merge_jax.errors import RecipeError
-from ot_merge_jax.evaluation import kl, lm_eval_tasks, multiple_choice, nll, samples, statistics
+from ot_merge_jax.evaluation import (
+    kl,
+    lm_eval_tasks,
+    multiple_choice,
+    nll,
+    request,
+    samples,
+    statistics,
+)
 from ot_merge_jax.io import hf
 from ot_merge_jax.io.folder import ModelFolder, eos_token_ids, open_folder
 from ot_merge_jax.models.model import Model
-from ot_merge_jax.recipes.recipe import Text
 
 _LOG = logging.getLogger(__name__)
-
-
-class EvalRequest(NamedTuple):
-    """What models are evaluated on: a text, questions or tasks, at least one of them.
-
-    Attributes:
-        text: Held-out text, or None.
-        questions: Files of multiple-choice questions.
-        tasks: Names of lm-eval tasks, groups or tags.
-        include_path: Folder whose tasks are used instead of lm-eval's own, or None.
-        limit: How many documents or questions of each are read at most; None: all.
-        is_chat: Whether questions and tasks are written with the model's chat template.
-        continued: How many documents of the text, from the first on, every model continues.
-        new_tokens: How many tokens a continuation has at most.
-        encoding: Encoding of the question files.
-    """
-
-    text: Text | None = None
-    questions: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    include_path: str | None = None
-    limit: int | None = None
-    is_chat: bool = False
-    continued: int = 0
-    new_tokens: int = 32
-    encoding: str = "utf-8"
 
 
 class _Read(NamedTuple):
@@ -62,7 +42,7 @@ class _Read(NamedTuple):
     prompts: list[Document]
 
 
-class _Said(NamedTuple):
+class _Result(NamedTuple):
     """The results of one model."""
 
     scores: nll.Scores | None
@@ -74,7 +54,7 @@ class _Said(NamedTuple):
 
 def evaluate(
     paths: Sequence[str],
-    ask: EvalRequest,
+    ask: request.EvalRequest,
     *,
     base: str | None = None,
     seed: int = 0,
@@ -103,11 +83,7 @@ def evaluate(
             on.
         InputError: if a model, a text or a question cannot be used.
     """
-    if ask.text is None and not ask.questions and not ask.tasks:
-        raise RecipeError("There is nothing to ask; give --text, --choices or --tasks.")
-    if ask.text is None and (base is not None or ask.continued):
-        flag = "--base" if base is not None else "--generate"
-        raise RecipeError(f"{flag} needs documents; give --text.")
+    request.check(ask, base=base)
     names = list(dict.fromkeys([*paths, base] if base is not None else paths))
     folders = {name: open_folder(name, offline=offline) for name in names}
     tokenizers = {name: tokenizer_of(folder) for name, folder in folders.items()}
@@ -128,16 +104,18 @@ def evaluate(
     for name in names if base is not None else ():
         if name != first and name not in near:
             _LOG.warning("%s has other tokens than the base %s: no KL, only bits", name, first)
-    results: dict[str, _Said] = {}
+    results: dict[str, _Result] = {}
     base_model: Model | None = None
     for name in sorted(names, key=lambda name: name != first):
         model = _load(folders[name])
         beside = base_model if name in near else None
-        results[name] = _said(model, folders[name], tokenizers[name], read, ask, beside, seed=seed)
+        results[name] = _result(
+            model, folders[name], tokenizers[name], read, ask, beside, seed=seed
+        )
         base_model = model if name == first and near else base_model
         del model  # else two models would be in memory while the next one is read
     results = {name: results[name] for name in names}
-    facts = _facts(results, read, share_tokenizer, seed=seed)
+    facts = _as_json(results, read, share_tokenizer, seed=seed)
     return facts | ({"base": first} if near else {})
 
 
@@ -147,7 +125,7 @@ def _load(folder: ModelFolder) -> Model:
     return hf.load_folder(folder, dtype=jnp.float32)
 
 
-def _read(ask: EvalRequest, tokenizer: Any, *, offline: bool) -> _Read:
+def _read(ask: request.EvalRequest, tokenizer: Any, *, offline: bool) -> _Read:
     """Reads everything that is asked for, but no weights."""
     documents: list[Document] = []
     if ask.text is not None:
@@ -167,16 +145,16 @@ def _read(ask: EvalRequest, tokenizer: Any, *, offline: bool) -> _Read:
     )
 
 
-def _said(
+def _result(
     model: Model,
     folder: ModelFolder,
     tokenizer: Any,
     read: _Read,
-    ask: EvalRequest,
+    ask: request.EvalRequest,
     base: Model | None,
     *,
     seed: int,
-) -> _Said:
+) -> _Result:
     """The results of one model on everything."""
     cfg, params = model
     stop = eos_token_ids(folder)
@@ -205,11 +183,11 @@ def _said(
         outcomes = lm_eval_tasks.run(
             params, cfg, tokenizer, read.tasks, stop=stop, limit=ask.limit, is_chat=ask.is_chat
         )
-    return _Said(scores, moved, continued, answers, outcomes)
+    return _Result(scores, moved, continued, answers, outcomes)
 
 
-def _facts(
-    results: Mapping[str, _Said], read: _Read, share_tokenizer: Any, *, seed: int
+def _as_json(
+    results: Mapping[str, _Result], read: _Read, share_tokenizer: Any, *, seed: int
 ) -> dict[str, Any]:
     """The JSON values of `evaluate`."""
     scores = {name: result.scores for name, result in results.items() if result.scores is not None}

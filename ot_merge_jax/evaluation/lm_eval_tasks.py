@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ot_merge_jax.errors import InputError, RecipeError
-from ot_merge_jax.evaluation import lm_eval_model, statistics
+from ot_merge_jax.evaluation import lm_eval_model, request, statistics
 from ot_merge_jax.models.config import ModelConfig
 from ot_merge_jax.types import Params
 
@@ -63,9 +63,7 @@ def load(
         InputError: if lm-eval or the folder is missing, or a task cannot be loaded, has no
             documents, or has a document without a right answer.
     """
-    folder = None if include_path is None else Path(include_path).expanduser()
-    if folder is not None and not folder.is_dir():
-        raise InputError(f"There is no folder {folder}; give --include-path a folder of tasks.")
+    folder = request.task_folder(include_path)
     lm_eval = lm_eval_model.imported()
     import datasets  # noqa: PLC0415, lm-eval brings it
     from datasets import config as settings  # noqa: PLC0415

@@ -238,7 +238,7 @@ def is_right(questions: Sequence[Question], chosen: np.ndarray) -> np.ndarray:
 
 
 def summary(
-    asked: Mapping[str, Sequence[Question]],
+    questions: Mapping[str, Sequence[Question]],
     answers: Mapping[str, Mapping[str, Answers]],
     *,
     seed: int = 0,
@@ -246,7 +246,7 @@ def summary(
     """Accuracies of every model on every file, and how sure their differences are, as JSON values.
 
     Args:
-        asked: File -> its questions.
+        questions: File -> its questions.
         answers: File -> model -> its answers.
         seed: Seed of the bootstrap over questions.
 
@@ -257,14 +257,14 @@ def summary(
         test, and ``p_holm`` adjusted over the files.
     """
     summaries: dict[str, Any] = {}
-    for file, questions in asked.items():
-        each = np.ones(len(questions))
+    for file, its_questions in questions.items():
+        each = np.ones(len(its_questions))
         right = {
-            model: {name: is_right(questions, reply.chosen[name]) for name in SCORINGS}
+            model: {name: is_right(its_questions, reply.chosen[name]) for name in SCORINGS}
             for model, reply in answers[file].items()
         }
         summaries[file] = {
-            "questions": len(questions),
+            "questions": len(its_questions),
             "models": {
                 model: {name: _accuracy(values, seed) for name, values in scorings.items()}
                 | {"letters": _letters(answers[file][model])}

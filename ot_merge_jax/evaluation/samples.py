@@ -174,12 +174,12 @@ def _cut(ids: list[int], new: list[int], tokenizer: Any, stop: Sequence[int]) ->
     return SampledText(text, tokens, place < len(new))
 
 
-def summary(prompts: Sequence[Document], found: Mapping[str, Sequence[SampledText]]) -> list[dict]:
+def summary(prompts: Sequence[Document], texts: Mapping[str, Sequence[SampledText]]) -> list[dict]:
     """Prompts and their continuations by every model, as JSON values.
 
     Args:
         prompts: The prompts.
-        found: Model -> a sample for each prompt.
+        texts: Model -> a sample for each prompt.
 
     Returns:
         For each prompt ``{prompt, continuations: {model: {text, tokens, ended}}}``, where
@@ -194,7 +194,7 @@ def summary(prompts: Sequence[Document], found: Mapping[str, Sequence[SampledTex
                     "tokens": len(samples[place].tokens),
                     "ended": samples[place].has_ended,
                 }
-                for model, samples in found.items()
+                for model, samples in texts.items()
             },
         }
         for place, prompt in enumerate(prompts)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ot_merge_jax.errors import InputError
-from ot_merge_jax.io import hub, resolve, safetensors
-from ot_merge_jax.io import peft as adapters
+from ot_merge_jax.io import hub, peft, resolve, safetensors
 from ot_merge_jax.io.resolve import link_problems, read_json, unusable
 from ot_merge_jax.models import families, specs
 from ot_merge_jax.models.config import ModelConfig
@@ -44,7 +43,7 @@ class ModelFolder(NamedTuple):
     files: dict[str, str]
     tensors: dict[str, safetensors.TensorInfo]
     origin: hub.Origin | None = None
-    adapter: adapters.Adapter | None = None
+    adapter: peft.Adapter | None = None
 
     @property
     def name(self) -> str:
@@ -81,8 +80,8 @@ def open_folder(
     """
     base, extra = resolve.split(path) if revision is None else (path, None)
     path, origin = resolve.resolve(base, revision=revision, offline=offline)
-    if not (path / "config.json").exists() and (path / adapters.CONFIG).exists():
-        raise adapters.is_alone(path)
+    if not (path / "config.json").exists() and (path / peft.CONFIG).exists():
+        raise peft.is_alone(path)
     config = read_json(path / "config.json")
     cfg = families.read(config, where=str(path / "config.json"))
     files, problems = _shards(path, needs_weights=needs_weights)
@@ -112,7 +111,7 @@ def open_folder(
         raise unusable(path, problems)
     added = None
     if extra is not None:
-        added = adapters.open_adapter(resolve.resolve(extra, offline=offline), cfg=cfg)
+        added = peft.open_adapter(resolve.resolve(extra, offline=offline), cfg=cfg)
     return ModelFolder(path, config, cfg, owner, tensors, origin, added)
 
 

@@ -19,8 +19,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import InputError, NonFiniteError
-from ot_merge_jax.io import atomic, resolve, safetensors
-from ot_merge_jax.io import peft as adapters
+from ot_merge_jax.io import atomic, peft, resolve, safetensors
 from ot_merge_jax.io.folder import INDEX, SINGLE, ModelFolder, link_problems, open_folder
 from ot_merge_jax.models import specs
 from ot_merge_jax.models.config import ModelConfig
@@ -180,7 +179,7 @@ def read_leaf(
         tensor = opened[folder.path / folder.files[name]].read(name, wanted)
         if folder.adapter is not None and name in folder.adapter.updates:
             update, file = folder.adapter.updates[name], opened[folder.adapter.file]
-            change, bad_factors = adapters.change(update, file, wanted)
+            change, bad_factors = peft.change(update, file, wanted)
             broken |= {factor: {"all": count} for factor, count in bad_factors.items()}
             tensor = tensor.astype(np.float32) + change
         tensor = tensor.T if spec.transpose else tensor

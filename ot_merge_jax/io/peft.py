@@ -207,7 +207,7 @@ def _updates(
     for name, info in tensors.items():
         match = _FACTOR.fullmatch(name)
         if not match or bool(match["weight"]) == ("embedding" in match["factor"]):
-            problems.append(f"{name} is no LoRA factor, and nothing else is merged on load")
+            problems.append(f"{name} is not a LoRA factor, and nothing else is merged on load")
         elif info.dtype not in safetensors.DTYPES:
             problems.append(f"{name} has dtype {info.dtype}; only F32, F16 and BF16 are read")
         elif match["module"] not in shapes:

@@ -91,7 +91,7 @@ def renamed(
 def aliases(kind: type[pydantic.BaseModel]) -> dict[str, str]:
     """Old name -> name of the settings that were renamed; both are accepted for good."""
     fields = kind.model_fields.items()
-    return {one.serialization_alias: name for name, one in fields if one.serialization_alias}
+    return {field.serialization_alias: name for name, field in fields if field.serialization_alias}
 
 
 def overridden(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def overridden(settings: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[st
         if not isinstance(value, Mapping):
             said |= {} if value is None else {key: value}
             continue
-        inside = {name: one for name, one in value.items() if one is not None}
+        inside = {name: item for name, item in value.items() if item is not None}
         known = said.get(key)
         known = {"path": known} if isinstance(known, str) else known
         if inside and (known or inside.keys() & {"path", "samples"}):
@@ -135,7 +135,7 @@ def text(path: str, *, field: str | None = None, encoding: str | None = None) ->
     """
     said = {"path": path, "field": field, "encoding": encoding}
     try:
-        return Text.model_validate({key: one for key, one in said.items() if one is not None})
+        return Text.model_validate({key: item for key, item in said.items() if item is not None})
     except pydantic.ValidationError as error:
         raise RecipeError(f"the command line: {'; '.join(sentences(error.errors()))}.") from error
 
@@ -194,16 +194,16 @@ _UNIONS = {
 
 def sentences(errors: Iterable[Any]) -> list[str]:
     """Pydantic errors as 'key: what is wrong', one for each key."""
-    found: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for error in errors:
         key = str(error["loc"][0]) if error["loc"] else ""
         place = ".".join(str(part) for part in error["loc"])
         message = _UNIONS.get(key, str(error["msg"]).removeprefix("Value error, "))
         if error["type"] == "missing":
-            found[place] = f"{place} is missing"
+            problems[place] = f"{place} is missing"
         elif not key:
-            found[key] = message
+            problems[key] = message
         else:
             name = key if key in _UNIONS else place
-            found[name] = f"{name}: {message} (got {error['input']!r})"
-    return list(found.values())
+            problems[name] = f"{name}: {message} (got {error['input']!r})"
+    return list(problems.values())

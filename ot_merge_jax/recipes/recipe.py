@@ -145,7 +145,7 @@ class Recipe(pydantic.BaseModel):
     def _check_number(cls, value: Any) -> Any:
         # YAML reads yes, no, on and off as booleans, and pydantic would read those as 1 and 0
         values = value.values() if isinstance(value, dict) else [value]
-        if any(isinstance(one, bool) for one in values):
+        if any(isinstance(number, bool) for number in values):
             raise ValueError("must be a number, not true or false")
         return value
 

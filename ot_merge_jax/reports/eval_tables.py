@@ -15,42 +15,42 @@ from ot_merge_jax.reports import tables
 _UNITS = {"nll_per_token": "nats per token", "bits_per_byte": "bits per byte"}
 
 
-def parts(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+def parts(results: Mapping[str, Any]) -> Iterator[RenderableType]:
     """All results, in order.
 
     Args:
-        found: From `ot_merge_jax.evaluation.evaluate`.
+        results: From `ot_merge_jax.evaluation.evaluate`.
 
     Yields:
         Tables, and plain sentences, each of which is one line.
     """
-    if any(found["models"].values()):
-        yield _losses(found["models"])
-    if any(pair["metric"] == "bits_per_byte" for pair in found["pairs"]):
+    if any(results["models"].values()):
+        yield _losses(results["models"])
+    if any(pair["metric"] == "bits_per_byte" for pair in results["pairs"]):
         yield (
             "Models with other tokens are compared in bits per byte alone: "
             "their nats per token count other things."
         )
-    for pair in found["pairs"]:
+    for pair in results["pairs"]:
         yield _difference(pair, _UNITS[pair["metric"]])
-    for name, model in found["models"].items():
+    for name, model in results["models"].items():
         if "kl_to_base" in model:
             low, high = model["kl_to_base_interval"]
             yield (
-                f"KL of {name} from {found['base']}: {model['kl_to_base']:.4f} nats per token, "
+                f"KL of {name} from {results['base']}: {model['kl_to_base']:.4f} nats per token, "
                 f"95 % interval [{low:.4f}, {high:.4f}]"
             )
-    for file, questions in found.get("choices", {}).items():
+    for file, questions in results.get("choices", {}).items():
         yield _accuracies(file, questions)
         yield _letters(questions)
         for pair in questions["pairs"]:
             yield _difference(pair, f"accuracy, {pair['scoring']}, {file}")
-    for task, metrics in found.get("tasks", {}).items():
+    for task, metrics in results.get("tasks", {}).items():
         yield _metrics(task, metrics)
         for pair in metrics["pairs"]:
             yield _difference(pair, f"{pair['metric']}, {task}")
-    if "samples" in found:
-        yield tables.samples(found["samples"])
+    if "samples" in results:
+        yield tables.samples(results["samples"])
 
 
 def _difference(pair: Mapping[str, Any], unit: str) -> str:

@@ -143,7 +143,7 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_seen,
+        finalize=_shown,
     )
     environment.filters |= {
         "number": number, "amount": _amount, "reading": _reading, "strengths": _strengths,
@@ -153,7 +153,7 @@ def _template() -> jinja2.Template:
     return environment.from_string(text)
 
 
-def _seen(value: Any) -> Any:
+def _shown(value: Any) -> Any:
     """A text with its control characters, except line ends, written out; floats with 4 digits."""
     if isinstance(value, float):
         return f"{value:.4g}"

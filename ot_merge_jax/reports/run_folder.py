@@ -89,7 +89,7 @@ def details_of(folder: Path) -> Path:
         if (details / "report.json").is_file():
             return details
     raise InputError(
-        f"{folder} is no run: there is no ot_merge/report.json in it; name a folder that "
+        f"{folder} is not a run: there is no ot_merge/report.json in it; name a folder that "
         "`ot-merge run` wrote."
     )
 

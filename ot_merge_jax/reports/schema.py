@@ -358,9 +358,9 @@ def parsed(path: Path) -> Any:
     try:
         return json.loads(text_of(path))
     except json.JSONDecodeError as error:
-        problem = f"it is no JSON at line {error.lineno} ({error.msg})"
+        problem = f"it is not JSON, from line {error.lineno} ({error.msg})"
     except (ValueError, RecursionError):  # a number of too many digits, a nesting too deep
-        problem = "it is no JSON that can be read"
+        problem = "it is not JSON that can be read"
     raise _damaged(path, problem)
 
 

@@ -124,10 +124,10 @@ def _amount(change: Difference | None) -> Text:
     return Text(f"{number(change.difference, '+.4f')} {interval(change)}")
 
 
-def samples(found: Sequence[Mapping[str, Any]]) -> Group:
+def samples(rows: Sequence[Mapping[str, Any]]) -> Group:
     """Prompts with what every model wrote, from `ot_merge_jax.evaluation.samples.summary`."""
     blocks = []
-    for place, sample in enumerate(found, 1):
+    for place, sample in enumerate(rows, 1):
         blocks += [Text(), Text(f"{place}. {visible(sample['prompt'])}", overflow="fold")]
         for model, continuation in sample["continuations"].items():
             end = " [end of text]" if continuation["ended"] else ""

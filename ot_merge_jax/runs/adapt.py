@@ -54,14 +54,14 @@ class Job(NamedTuple):
 
     Attributes:
         run: The folder of its stages.
-        found: Its checked inputs.
+        inputs: Its checked inputs.
         side: For the provenance.
         mesh: Where models live.
         began: ``time.monotonic()`` when this process began.
     """
 
     run: stages.RunFolder
-    found: AdaptInputs
+    inputs: AdaptInputs
     side: dict[str, Any]
     mesh: jax.sharding.Mesh | None
     began: float
@@ -172,7 +172,7 @@ def adapt(
 
 def load(job: Job) -> tuple[Parts, Any]:
     """The model taken apart, and the teacher's parameters; None without a teacher."""
-    inputs, settings = job.found, job.found.settings
+    inputs, settings = job.inputs, job.inputs.settings
     _LOG.info("load %s", inputs.start.folder.where)
     parts = initial.load(inputs.start, strength=settings.strength, mesh=job.mesh)
     source = None
@@ -187,14 +187,14 @@ def scores_before(job: Job, trainable: Any, frozen: Frozen) -> Written:
     return stages.stage(
         job.run,
         "before",
-        lambda folder: _save_scores(folder, job.found, trainable, frozen),
+        lambda folder: _save_scores(folder, job.inputs, trainable, frozen),
         _load_scores,
     )
 
 
 def _adapt(job: Job) -> Report:
     """The stages of one training, up to the folder that is published."""
-    run, problem = job.run, job.found.problem
+    run, problem = job.run, job.inputs.problem
     parts, source = load(job)
     trainable, frozen = step.begin(problem, *parts, source)
     before = scores_before(job, trainable, frozen)
@@ -203,9 +203,9 @@ def _adapt(job: Job) -> Report:
     if history.losses:
         _LOG.info("resume: %d of %d steps are done", len(history.losses), problem.settings.steps)
     history, events = _train(run, problem, history, frozen, events)
-    plan, trained = step.step_config(problem), loop.result(history)
-    parts = parts._replace(base=step.base_of(trained, frozen, plan=plan))
-    folded = step.params_of(trained, frozen, plan=plan)
+    config, trained = step.step_config(problem), loop.result(history)
+    parts = parts._replace(base=step.base_of(trained, frozen, config=config))
+    folded = step.params_of(trained, frozen, config=config)
     return finish(
         job, TrainedModel(parts, folded, history, events), before,
         needs=[adapt_checkpoint.name_of(history)] if history.losses else [],
@@ -232,7 +232,7 @@ def finish(
     Returns:
         The report.
     """
-    run, inputs = job.run, job.found
+    run, inputs = job.run, job.inputs
     parts, folded, history, events = trained
     problem = inputs.problem
     model = stages.stage(
@@ -348,10 +348,10 @@ def _note(history: TrainHistory, rate: float) -> str:
 
 def _save_scores(folder: Path, inputs: AdaptInputs, trainable: Any, frozen: Frozen) -> None:
     """Scores of the start on the held-out text, and of its target if it was merged."""
-    plan = step.step_config(inputs.problem)
-    models = {"before": lambda: step.params_of(trainable, frozen, plan=plan)}
+    config = step.step_config(inputs.problem)
+    models = {"before": lambda: step.params_of(trainable, frozen, config=config)}
     if frozen.residual:
-        models["target"] = lambda: step.base_of(trainable, frozen, plan=plan)
+        models["target"] = lambda: step.base_of(trainable, frozen, config=config)
     scores = (
         {name: score(inputs, make()) for name, make in models.items()} if inputs.held_out else {}
     )
@@ -368,10 +368,10 @@ def _save_written(folder: Path, inputs: AdaptInputs, model: Path) -> None:
     arrays.save_json(folder / "scores.json", {"scores": scores, "dev": dev})
 
 
-def score(found: AdaptInputs, params: Any) -> nll.Scores:
+def score(inputs: AdaptInputs, params: Any) -> nll.Scores:
     """Scores on the held-out text."""
-    cfg = found.problem.objective.cfg
-    cut = nll.windows(found.held_out or [], found.tokenizer, max_positions=cfg.max_positions)
+    cfg = inputs.problem.objective.cfg
+    cut = nll.windows(inputs.held_out or [], inputs.tokenizer, max_positions=cfg.max_positions)
     return nll.score(params, cut, cfg=cfg)
 
 

@@ -117,12 +117,12 @@ def update_of(path: str, added: jax.Array) -> jax.Array:
 
 def _compare(job: adapt.Job) -> Report:
     """The stages, up to the folder that is published."""
-    settings = job.found.settings
+    settings = job.inputs.settings
     parts, source = adapt.load(job)
-    trainable, frozen = step.begin(job.found.problem, *parts, source)
+    trainable, frozen = step.begin(job.inputs.problem, *parts, source)
     before = adapt.scores_before(job, trainable, frozen)
     applicable = {
-        name: inapplicable_reason(job.found.start, name) for name in settings.baselines or ()
+        name: inapplicable_reason(job.inputs.start, name) for name in settings.baselines or ()
     }
     names = ["merge", *_ordered([name for name, why in applicable.items() if why is None])]
     problems = _problems(job)
@@ -142,7 +142,7 @@ def _compare(job: adapt.Job) -> Report:
                 )  # fmt: skip
     best = min(arms, key=lambda objective: arms[objective]["merge"][0].dev[-1][1])
     missing = [name for name in ("shrink", "noise") if name not in applicable]
-    missing = [name for name in missing if inapplicable_reason(job.found.start, name) is None]
+    missing = [name for name in missing if inapplicable_reason(job.inputs.start, name) is None]
     comparison = baseline_summary.summary(
         arms, seed=settings.seed, rates=settings.grid, best=best, missing=missing,
         not_applicable={name: why for name, why in applicable.items() if why is not None},
@@ -150,10 +150,10 @@ def _compare(job: adapt.Job) -> Report:
     chosen = arms[best]["merge"][0]
     stage = _name(best, "merge", settings.seed)
     trained = _trained(job.run.folder / "state" / stage, trainable)
-    plan = step.step_config(job.found.problem)
+    config = step.step_config(job.inputs.problem)
     whole = adapt.TrainedModel(
-        parts._replace(base=step.base_of(trained, frozen, plan=plan)),
-        step.params_of(trained, frozen, plan=plan),
+        parts._replace(base=step.base_of(trained, frozen, config=config)),
+        step.params_of(trained, frozen, config=config),
         TrainHistory(None, chosen.losses, (), chosen.dev),  # pyright: ignore[reportArgumentType]
         _events(arms),
     )
@@ -167,8 +167,8 @@ def _ordered(names: Sequence[str]) -> list[str]:
 
 def _problems(job: adapt.Job) -> dict[int, Problem]:
     """Seed -> training problem, with its own dev split and order and the same settings."""
-    settings = job.found.settings
-    problems = {settings.seed: job.found.problem}
+    settings = job.inputs.settings
+    problems = {settings.seed: job.inputs.problem}
     for seed in range(settings.seed + 1, settings.seed + settings.seeds):
         again = settings.model_copy(update={"seed": seed})
         problems[seed] = adapt_inputs.check(again, job.run.folder / "unused", offline=True).problem
@@ -195,11 +195,11 @@ def _arm(
     """
     seed, objective = problem.settings.seed, problem.objective.kind
     teacher = source if objective == "kd" else None
-    grid = job.found.settings.grid
-    is_published = name == "merge" and seed == job.found.settings.seed
+    grid = job.inputs.settings.grid
+    is_published = name == "merge" and seed == job.inputs.settings.seed
 
     def make(folder: Path) -> None:
-        added = starting(name, job.found.start, parts, seed=seed)
+        added = starting(name, job.inputs.start, parts, seed=seed)
         trainable, frozen = step.begin(problem, parts.base, added, parts.factor, teacher)
         tune = functools.partial(
             tuning.tune, problem, trainable, frozen, name=f"{objective} from {name}"
@@ -214,9 +214,9 @@ def _arm(
                 objective, name, *rates, seed,
             )  # fmt: skip
             arm = tune(grid)
-        params = step.params_of(arm.trained, frozen, plan=step.step_config(problem))
+        params = step.params_of(arm.trained, frozen, config=step.step_config(problem))
         scores = adapt.score(
-            job.found, trial.as_stored(params, hf.stored_dtypes(job.found.start.folder))
+            job.inputs, trial.as_stored(params, hf.stored_dtypes(job.inputs.start.folder))
         )
         if is_published:
             leaves = jax.tree.leaves(arm.trained)

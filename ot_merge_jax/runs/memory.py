@@ -13,7 +13,6 @@ one layer of the coupling take 3.9 s, 3.6 s and 6.5 s to compile on one core.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import psutil
 
 from ot_merge_jax.data.calibration import Calibration
-from ot_merge_jax.errors import RecipeError, ResourceError
+from ot_merge_jax.errors import ResourceError
 from ot_merge_jax.evaluation import kl, nll, token_bias
 from ot_merge_jax.merging import diagnostics, weight_transport
 from ot_merge_jax.models import gather, specs
@@ -35,7 +34,6 @@ PROCESS = 700 << 20
 _FLOAT = 4
 #: Fields of a budget that may be lowered without a change of results.
 _BLOCKS = ("logits", "plan_block", "source_rows", "hidden", "pairs")
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _CGROUP = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -74,22 +72,6 @@ def gib(size: int) -> str:
         '1.5 GiB'
     """
     return f"{size / 2**30:.1f} GiB"
-
-
-def parse(text: str) -> int:
-    """Bytes of a size as people write it; units are powers of 1024.
-
-    Raises:
-        RecipeError: if it is not a size.
-
-    Example:
-        >>> parse("8GiB") == parse("8 G") == 8 << 30
-        True
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise RecipeError(f"--memory-limit {text!r} is not a size; write it as in 8GiB.")
-    return int(float(match[1]) * 2 ** _UNITS[match[2].upper()])
 
 
 def of_machine(files: Iterable[str] = _CGROUP) -> int:

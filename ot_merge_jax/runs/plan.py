@@ -20,7 +20,7 @@ from ot_merge_jax.models import gather, specs
 from ot_merge_jax.models.sites import site_width, sites_of
 from ot_merge_jax.recipes.recipe import Recipe
 from ot_merge_jax.runs import flops, memory
-from ot_merge_jax.runs import inputs as preflight
+from ot_merge_jax.runs import inputs as run_inputs
 from ot_merge_jax.runs.inputs import MergeInputs
 from ot_merge_jax.transport import coupling
 
@@ -121,14 +121,14 @@ def checked(
     Raises:
         OtMergeError: from `preflight.check` and `memory.choose`.
     """
-    inputs = preflight.check(recipe, out, overwrite=overwrite, offline=offline)
+    inputs = run_inputs.check(recipe, out, overwrite=overwrite, offline=offline)
     while True:
         try:
             return inputs, _memory(inputs, limit)
         except ResourceError:
             if inputs.recipe.max_rows <= _FEWEST_ROWS or inputs.data.rows <= _FEWEST_ROWS:
                 raise
-        inputs = preflight.with_rows(inputs, max(_FEWEST_ROWS, inputs.data.rows // 2))
+        inputs = run_inputs.with_rows(inputs, max(_FEWEST_ROWS, inputs.data.rows // 2))
         _LOG.info("memory: max_rows is lowered to %d", inputs.recipe.max_rows)
 
 

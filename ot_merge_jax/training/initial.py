@@ -39,14 +39,14 @@ class Start(NamedTuple):
         target: The target of the merge, for a folder of `ot-merge run`; else None.
         stored: The folder of its residual, for one of `ot-merge adapt`; else None.
         merged: Group -> strength of the merge; None without a residual.
-        held: Group -> factor at which ``folder`` contains the residual, 1 for the merge itself.
+        factors: Group -> factor at which ``folder`` contains the residual, 1 for the merge itself.
     """
 
     folder: ModelFolder
     target: ModelFolder | None
     stored: Path | None
     merged: dict[str, float] | None
-    held: dict[str, float]
+    factors: dict[str, float]
 
 
 class Parts(NamedTuple):
@@ -95,7 +95,7 @@ def open_start(model: str, *, target: str | None = None, offline: bool = False) 
     if "rule" not in settings:
         if target is not None:
             raise RecipeError(
-                f"--target names what a merge was made from, and {model} is no folder of "
+                f"--target names what a merge was made from, and {model} is not a folder of "
                 "`ot-merge run`; leave it out."
             )
         return Start(folder, None, None, None, {})
@@ -173,7 +173,7 @@ def factor_of(start: Start, strength: float | None) -> dict[str, float]:
         RecipeError: if a strength is given and there is no residual.
     """
     if strength is None:
-        return start.held
+        return start.factors
     if start.merged is None:
         raise RecipeError(
             f"--strength is that of a merge, and {start.folder.name} has no residual; leave it out."
@@ -206,7 +206,7 @@ def load(
         _, base = hf.load_folder(start.target, mesh=mesh, dtype=jnp.float32)
         return Parts(base, residual.between(params, base), factor)
     added = _read(start, mesh)
-    return Parts(residual.unfold(params, added, start.held), added, factor)
+    return Parts(residual.unfold(params, added, start.factors), added, factor)
 
 
 def _read(start: Start, mesh: jax.sharding.Mesh | None) -> dict[str, jax.Array]:

@@ -130,7 +130,7 @@ def _factor(strength: Any, path: str, added: jax.Array) -> jax.Array:
     """The strength of one leaf, shaped to multiply it."""
     name = weight_of(path)
     if name is None:
-        raise ValueError(f"{path} is no weight that a merge moves.")
+        raise ValueError(f"{path} is not a weight that a merge moves.")
     return fuse.scaled(fuse.strength_of(strength, name), added)
 
 

@@ -135,25 +135,25 @@ def begin(
     return factors, Frozen(base, residual, factor, source, rates)
 
 
-def base_of(trainable: Any, frozen: Frozen, *, plan: StepConfig) -> Params:
+def base_of(trainable: Any, frozen: Frozen, *, config: StepConfig) -> Params:
     """The trained part as plain weights: adapters folded, the residual not yet."""
     if frozen.base is None:
         return trainable
-    return lora.fold(frozen.base, trainable, plan.lora_scale)
+    return lora.fold(frozen.base, trainable, config.lora_scale)
 
 
-def params_of(trainable: Any, frozen: Frozen, *, plan: StepConfig) -> Params:
+def params_of(trainable: Any, frozen: Frozen, *, config: StepConfig) -> Params:
     """The plain parameters, float32: everything folded."""
-    base = base_of(trainable, frozen, plan=plan)
+    base = base_of(trainable, frozen, config=config)
     return residuals.fold(base, frozen.residual, frozen.factor)
 
 
-def loss_of(plan: StepConfig) -> loop.Loss:
+def loss_of(config: StepConfig) -> loop.Loss:
     """``(what trains, frozen, examples) -> loss``, a pure function."""
 
     def loss(trainable: Any, frozen: Frozen, examples: Examples) -> jax.Array:
-        params = _cast(params_of(trainable, frozen, plan=plan), plan.dtype)
-        return losses.loss(params, frozen.source, examples, objective=plan.objective)
+        params = _cast(params_of(trainable, frozen, config=config), config.dtype)
+        return losses.loss(params, frozen.source, examples, objective=config.objective)
 
     return loss
 
@@ -164,36 +164,36 @@ def optimizer_hparams(problem: Problem) -> OptimizerHParams:
     return OptimizerHParams(s.learning_rate, s.weight_decay, s.max_grad_norm)
 
 
-def transform_of(plan: StepConfig, rates: OptimizerHParams) -> optax.GradientTransformation:
-    """The optimiser of a plan; its state does not depend on the rates."""
+def transform_of(config: StepConfig, rates: OptimizerHParams) -> optax.GradientTransformation:
+    """The optimiser that a config asks for; its state does not depend on the rates."""
     return optimizer.optimizer(
-        steps=plan.steps, warmup=plan.warmup, schedule=plan.schedule, **rates._asdict()
+        steps=config.steps, warmup=config.warmup, schedule=config.schedule, **rates._asdict()
     )
 
 
 def step(
-    state: TrainState, frozen: Frozen, examples: Examples, *, plan: StepConfig
+    state: TrainState, frozen: Frozen, examples: Examples, *, config: StepConfig
 ) -> tuple[TrainState, StepMetrics]:
     """One step of training, a pure function.
 
-    Of its arguments only ``plan`` is static: arms that differ in their start, their teacher's
+    Of its arguments only ``config`` is static: arms that differ in their start, their teacher's
     weights, their data or their rates share one program, and rates sweep under ``vmap``.
 
     Args:
         state: What trains; a jitted step donates it.
         frozen: What does not train.
         examples: From `packing.batch_at`.
-        plan: What fixes the program.
+        config: What fixes the program.
 
     Returns:
         The next state, and the loss and gradient norm of the step.
     """
-    transform = transform_of(plan, frozen.rates)
-    return loop.one_step(loss_of(plan), transform, parts=plan.parts)(state, frozen, examples)
+    transform = transform_of(config, frozen.rates)
+    return loop.one_step(loss_of(config), transform, parts=config.parts)(state, frozen, examples)
 
 
-_step = jax.jit(step, static_argnames="plan", donate_argnums=0)
-_folded = jax.jit(params_of, static_argnames="plan")
+_step = jax.jit(step, static_argnames="config", donate_argnums=0)
+_folded = jax.jit(params_of, static_argnames="config")
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "dtype"))
@@ -214,13 +214,13 @@ def next_token_loss(params: Params, problem: Problem) -> float:
 
     It does not depend on the objective of a problem, so that arms can be compared.
     """
-    plan = step_config(problem)
-    objective = Objective("sft", plan.objective.cfg, remat=plan.objective.remat)
-    size = max(1, problem.settings.batch_size // plan.parts)
+    config = step_config(problem)
+    objective = Objective("sft", config.objective.cfg, remat=config.objective.remat)
+    size = max(1, problem.settings.batch_size // config.parts)
     mesh = sharding.mesh_of(params)
     return sum(
         float(
-            _plain_loss(params, _placed(examples, mesh, 0), objective=objective, dtype=plan.dtype)
+            _plain_loss(params, _placed(examples, mesh, 0), objective=objective, dtype=config.dtype)
         )
         for examples in packing.in_order(problem.dev, batch_size=size)
     )
@@ -228,7 +228,7 @@ def next_token_loss(params: Params, problem: Problem) -> float:
 
 def dev_loss(trainable: Any, frozen: Frozen, problem: Problem) -> float:
     """`next_token_loss` of what trains, folded."""
-    return next_token_loss(_folded(trainable, frozen, plan=step_config(problem)), problem)
+    return next_token_loss(_folded(trainable, frozen, config=step_config(problem)), problem)
 
 
 def batch_of(problem: Problem, index: int, *, mesh: jax.sharding.Mesh | None = None) -> Examples:
@@ -271,14 +271,14 @@ def train(
     Raises:
         DivergedError: naming the step.
     """
-    s, plan = problem.settings, step_config(problem)
+    s, config = problem.settings, step_config(problem)
     mesh = sharding.mesh_of(history.state.params)
     return loop.fit(
         history,
-        functools.partial(_step, plan=plan),
+        functools.partial(_step, config=config),
         frozen,
         lambda index: batch_of(problem, index, mesh=mesh),
-        steps=plan.steps,
+        steps=config.steps,
         dev_loss=lambda trainable: dev_loss(trainable, frozen, problem),
         eval_every=s.eval_every or 1,
         patience=s.patience,

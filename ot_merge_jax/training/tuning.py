@@ -18,7 +18,7 @@ from ot_merge_jax import progress
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.training import loop
-from ot_merge_jax.training import step as training
+from ot_merge_jax.training import step as train_step
 from ot_merge_jax.training.loop import StepMetrics, TrainingDivergedError, TrainState
 from ot_merge_jax.training.losses import Examples
 from ot_merge_jax.training.step import Frozen, OptimizerHParams, Problem, StepConfig
@@ -96,7 +96,7 @@ def tune(
         is_together = (
             len(rates) > 1
             and sharding.mesh_of(trainable) is None
-            and len(rates) * training.lane_bytes(problem, trainable) <= budget()
+            and len(rates) * train_step.lane_bytes(problem, trainable) <= budget()
         )
     train = _together if is_together else _one_by_one
     tried, trained = train(problem, trainable, frozen, rates, name)
@@ -121,10 +121,10 @@ def _one_by_one(
     tried, trained = [], None
     for rate in rates:
         with_rate = frozen._replace(rates=frozen.rates._replace(learning_rate=rate))
-        history = training.new_history(problem, trainable)
+        history = train_step.new_history(problem, trainable)
         loss, result = math.inf, None
         try:
-            history = training.train(
+            history = train_step.train(
                 problem,
                 history,
                 with_rate,
@@ -143,9 +143,10 @@ def _together(
     problem: Problem, trainable: Any, frozen: Frozen, rates: Sequence[float], name: str
 ) -> tuple[list[TriedRate], Any]:
     """All rates in one program, a lane for each."""
-    s, plan, lanes = problem.settings, training.step_config(problem), range(len(rates))
+    s, config, lanes = problem.settings, train_step.step_config(problem), range(len(rates))
     states = jax.tree.map(
-        lambda leaf: jnp.stack([leaf] * len(rates)), training.new_history(problem, trainable).state
+        lambda leaf: jnp.stack([leaf] * len(rates)),
+        train_step.new_history(problem, trainable).state,
     )
     swept = frozen._replace(rates=frozen.rates._replace(learning_rate=jnp.array(rates)))
     losses: list[list[float]] = [[] for _ in lanes]
@@ -154,20 +155,20 @@ def _together(
 
     def evaluate(done: int) -> None:
         for lane in sorted(alive):
-            value = training.dev_loss(_lane(states.params, lane), frozen, problem)
+            value = train_step.dev_loss(_lane(states.params, lane), frozen, problem)
             dev[lane].append((done, value))
 
     evaluate(0)
-    for index in _shown(range(plan.steps), name, rates):
-        batch = training.batch_of(problem, index)
-        states, metrics = _steps(states, swept, batch, plan=plan)
+    for index in _shown(range(config.steps), name, rates):
+        batch = train_step.batch_of(problem, index)
+        states, metrics = _steps(states, swept, batch, config=config)
         for lane, loss, norm in zip(lanes, *(values.tolist() for values in metrics), strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 alive.discard(lane)  # its state has stopped moving
             elif lane in alive:
                 losses[lane].append(loss)
         done = index + 1
-        if done % (s.eval_every or 1) == 0 or done == plan.steps:
+        if done % (s.eval_every or 1) == 0 or done == config.steps:
             evaluate(done)
     tried = [
         TriedRate(
@@ -181,13 +182,13 @@ def _together(
     return tried, _lane(states.params, tried.index(_best(tried)))
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnums=0)
+@functools.partial(jax.jit, static_argnames="config", donate_argnums=0)
 def _steps(
-    states: TrainState, frozen: Frozen, examples: Examples, *, plan: StepConfig
+    states: TrainState, frozen: Frozen, examples: Examples, *, config: StepConfig
 ) -> tuple[TrainState, StepMetrics]:
     """One step of every lane; only states and learning rates have lanes."""
     axes = Frozen(None, None, None, None, OptimizerHParams(0, None, None))  # pyright: ignore[reportArgumentType]
-    step = functools.partial(training.step, plan=plan)
+    step = functools.partial(train_step.step, config=config)
     return jax.vmap(step, in_axes=(0, axes, None))(states, frozen, examples)
 
 

@@ -52,3 +52,23 @@ def moved(merge):
     """Names of the tensors that differ from the target's."""
     before, after = tensors(merge.target), tensors(merge.out)
     return {name for name in before if before[name][1].tobytes() != after[name][1].tobytes()}
+
+
+#: What no two runs share.
+OF_THE_PROCESS = ("wall_seconds", "peak_memory_bytes")
+
+
+def files_of(folder):
+    """Every file of a published folder, but for what belongs to the process alone."""
+    files = {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    record = json.loads(files["ot_merge/provenance.json"])
+    files["ot_merge/provenance.json"] = {
+        key: value for key, value in record.items() if key not in OF_THE_PROCESS
+    }
+    lines = files["ot_merge/report.html"].splitlines()
+    files["ot_merge/report.html"] = [line for line in lines if b'class="process"' not in line]
+    return files

@@ -13,7 +13,7 @@ from published import assert_nothing_is_lost, of_a_later_version, report_of, ten
 
 from ot_merge_jax import load_hf
 from ot_merge_jax.demo import assets
-from ot_merge_jax.io import arrays as checkpoint
+from ot_merge_jax.io import arrays
 from ot_merge_jax.models import specs
 from ot_merge_jax.runs import adapt
 from ot_merge_jax.training import initial, residual
@@ -217,7 +217,7 @@ def test_provenance_hashes_everything_that_was_read(of_a_merge):
 
 
 def test_the_residual_is_the_merge_minus_its_target(of_a_merge, merge):
-    kept = checkpoint.load_arrays(of_a_merge.out / "ot_merge" / "residual")
+    kept = arrays.load_arrays(of_a_merge.out / "ot_merge" / "residual")
     target, merged = (load_hf(one, dtype=jnp.float32)[1] for one in (merge.target, merge.out))
     assert kept.keys() == residual.between(merged, target).keys()
     for path, leaf in kept.items():

@@ -19,7 +19,7 @@ from published import tensors
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.io import arrays
 from ot_merge_jax.runs import adapt, adapt_checkpoint
-from ot_merge_jax.training import step as training
+from ot_merge_jax.training import step as train_step
 
 #: A process that is killed draws them.
 pytestmark = pytest.mark.usefixtures("every_plot")
@@ -48,7 +48,7 @@ ROWS = {
     "block": (("--block", 4096), 2, "--seq-len 4096 is longer than the context of the student"),
     "parts": (("--accumulate", 3), 2, "grad_accum_steps 3 does not divide batch_size 4"),
     "strength": (("--strength", 1), 2, "--strength is that of a merge, and copy has no residual"),
-    "target": (("--target", "x"), 2, "is no folder of `ot-merge run`; leave it out"),
+    "target": (("--target", "x"), 2, "is not a folder of `ot-merge run`; leave it out"),
     "memory": (("--memory-limit", "1MiB"), 4, "use --lora-rank, --grad-accum-steps, --remat"),
     "mesh": (("--mesh", "data=two"), 2, "is not like data=2,model=4"),
     "nowhere": (("--objective", "kd", "--source", "/nowhere"), 3, "There is no directory /nowhere"),
@@ -109,14 +109,14 @@ def test_a_loss_that_is_not_finite_ends_at_its_step_and_keeps_the_good_state(wor
 
 def test_a_gradient_that_is_not_finite_keeps_the_state_before_it(words, desk, cli, monkeypatch):
     """Between checkpoints: the weights give finite losses, so they are saved."""
-    real = training._step
+    real = train_step._step
 
     def step(state, *given, **more):
         place = int(state.step)
         state, seen = real(state, *given, **more)
         return state, seen._replace(norm=np.inf) if place == 2 else seen
 
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(train_step, "_step", step)
     sentence, kept = diverged(cli(*words("--save-every", 100, "-q")), desk)
     assert "The gradient's norm is inf at training step 3;" in sentence
     assert kept == 2

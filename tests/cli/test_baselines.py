@@ -288,7 +288,7 @@ def test_what_is_no_merge_has_no_baselines(both, models, flags, text_files, cli,
         words = ("--text", text_files[0], *COMMON, *flags, "--out", tmp_path / "out", "-q")
         called = cli("adapt", model, *words)
         assert (called.code, called.out) == (2, "")
-        assert "is no folder of `ot-merge run` that moved anything; name one" in called.err
+        assert "is not a folder of `ot-merge run` that moved anything; name one" in called.err
 
 
 def test_a_teacher_of_other_tokens_teaches_every_start(compare, merge, models, text_files):

@@ -19,14 +19,14 @@ ALL = """
 import json, sys
 from ot_merge_jax.cli import main
 calls, heavy = json.load(sys.stdin)
-found = []
+answers = []
 for words in calls:
     sys.argv = ["ot-merge", *words]
     try:
         main.main()
     except SystemExit as end:
-        found.append([end.code, sorted(set(heavy) & set(sys.modules))])
-sys.stderr.write(json.dumps(found))
+        answers.append([end.code, sorted(set(heavy) & set(sys.modules))])
+sys.stderr.write(json.dumps(answers))
 """
 
 
@@ -54,6 +54,10 @@ def test_help_and_mistakes_import_no_jax(tmp_path, text_files):
             ["rnu"], ["run", "--tarrget", "x"], ["run", f"{gone}.yaml", *out],
             ["plan", "--preset", "papier", "--target", gone, "--source", gone],
             ["adapt", gone, "--text", text, *out, "--learning-rate", "0"],
+            ["run", str(recipe), *out, "--mesh", "data"],
+            ["plan", str(recipe), "--memory-limit", "x"],
+            ["adapt", gone, "--text", text, *out, "--memory-limit", "0"],
+            ["eval", gone], ["eval", gone, "--choices", gone, "--base", gone],
         ],
         3: [
             ["run", str(recipe), *out], ["plan", str(recipe)],
@@ -61,12 +65,13 @@ def test_help_and_mistakes_import_no_jax(tmp_path, text_files):
             ["adapt", gone, "--text", text, *out], ["adapt", gone, "--text", gone, *out],
             ["eval", gone, "--text", text], ["eval", str(tmp_path), "--text", gone],
             ["eval", str(tmp_path), "--choices", f"{gone}.jsonl"],
+            ["eval", str(tmp_path), "--tasks", "arc_easy", "--include-path", gone],
             ["inspect", gone], ["report", gone],
         ],
     }  # fmt: skip
     calls = [(words, code) for code, several in expected.items() for words in several]
-    found, shown = lines_of([words for words, _ in calls])
-    for (words, code), (ended, heavy) in zip(calls, found, strict=True):
+    answers, shown = lines_of([words for words, _ in calls])
+    for (words, code), (ended, heavy) in zip(calls, answers, strict=True):
         assert (ended, heavy) == (code, []), words
     assert "ot-merge 0." in shown
     assert not (tmp_path / "out").exists()

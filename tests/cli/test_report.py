@@ -58,8 +58,8 @@ def changed(**parts):
 
 
 DAMAGED = {
-    "cut off": (changed()[:200], "no JSON at line 1"),
-    "empty": ("", "no JSON at line 1"),
+    "cut off": (changed()[:200], "not JSON, from line 1"),
+    "empty": ("", "not JSON, from line 1"),
     "a list": ("[1]", "the whole: "),
     "no verdict": ("{}", "verdict: "),
     "a text for a number": (changed(evaluation={"merge": {"nll_per_token": "much"}}), "evaluation"),
@@ -69,8 +69,8 @@ DAMAGED = {
         changed(sites={"s": {"layer_plan": [[1.0]], "mass_curve": {"k": [1], "share": [[1, 2]]}}}),
         "k and share",
     ),
-    "deep": ("[" * 100_000, "no JSON"),
-    "a long number": ("9" * 5000, "no JSON"),
+    "deep": ("[" * 100_000, "not JSON"),
+    "a long number": ("9" * 5000, "not JSON"),
     "a number without end": (changed(evaluation={"merge": {"tokens": 10**400}}), ""),
     "a hostile key": (changed(sites={"\x1b[31m": 7}), r"\x1b[31m"),
     "not UTF-8": (b"{\xff", "not UTF-8"),
@@ -99,8 +99,8 @@ def test_incomplete_run_is_refused(file, cli, tmp_path):
 
 
 def test_no_run_is_refused(cli, tmp_path):
-    assert_refused(cli("report", tmp_path), "is no run")
-    assert_refused(cli("report", tmp_path / "none"), "is no run")
+    assert_refused(cli("report", tmp_path), "is not a run")
+    assert_refused(cli("report", tmp_path / "none"), "is not a run")
 
 
 def test_a_report_of_a_later_version_is_refused(cli, tmp_path):

@@ -1,6 +1,5 @@
 """Real processes that are killed with SIGKILL, and `ot-merge run --resume` after them."""
 
-import json
 import os
 import random
 import shutil
@@ -11,10 +10,7 @@ import time
 
 import pytest
 from desk import Desk
-from published import of_a_later_version
-
-#: What no two runs share.
-OF_THE_PROCESS = ("wall_seconds", "peak_memory_bytes")
+from published import files_of, of_a_later_version
 
 
 @pytest.fixture
@@ -37,26 +33,12 @@ def started(words, **environment):
     )  # fmt: skip
 
 
-def published(folder):
-    """Every file of a folder, but for what belongs to the process alone."""
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    side = json.loads(found["ot_merge/provenance.json"])
-    found["ot_merge/provenance.json"] = {k: v for k, v in side.items() if k not in OF_THE_PROCESS}
-    lines = found["ot_merge/report.html"].splitlines()
-    found["ot_merge/report.html"] = [one for one in lines if b'class="process"' not in one]
-    return found
-
-
 @pytest.fixture
 def straight(desk, words, cli):
     """What an uninterrupted run in this process publishes, moved out of the way."""
     called = cli(*words)
     assert called.code == 0, called.err
-    found = published(desk.out)
+    found = files_of(desk.out)
     desk.out.rename(desk.folder / "straight")
     return found
 
@@ -75,20 +57,20 @@ def test_killed_process_is_resumed_with_the_same_bytes(desk, words, straight, cl
     assert called.code == 0, called.err
     assert "resume: taken from" in called.err
     assert {path.name for path in desk.folder.iterdir()} == around | {"out"}
-    assert published(desk.out) == straight
+    assert files_of(desk.out) == straight
     again = cli(*words, "--resume", "--json")
     assert again.code == 0, again.err
     assert again.out.encode() == straight["ot_merge/report.json"]
     # a later program wrote the report: it is neither the result nor in the way
     of_a_later_version(desk.out)
-    before = published(desk.out)
+    before = files_of(desk.out)
     refused = cli(*words, "--resume", "--json")
     assert (refused.code, refused.out) == (3, "")
     assert "report.json is a report of version 2" in refused.err.splitlines()[-1]
-    assert published(desk.out) == before
+    assert files_of(desk.out) == before
     called = cli(*words, "--overwrite")
     assert called.code == 0, called.err
-    assert published(desk.out)["ot_merge/report.json"] == straight["ot_merge/report.json"]
+    assert files_of(desk.out)["ot_merge/report.json"] == straight["ot_merge/report.json"]
 
 
 @pytest.mark.catalogue("kill-and-resume")
@@ -107,13 +89,13 @@ def test_kill_at_twenty_random_moments(desk, words, straight):
             running.send_signal(signal.SIGKILL)
             running.communicate(timeout=60)
             kills += 1
-            assert not desk.out.exists() or published(desk.out) == straight
+            assert not desk.out.exists() or files_of(desk.out) == straight
             continue
         assert running.returncode == 0, err
         longest = longest or time.monotonic() - began
-        assert published(desk.out) == straight
+        assert files_of(desk.out) == straight
         shutil.rmtree(desk.out)  # and once more from the start
     ended = started([*words, "--resume"])
     _, err = ended.communicate(timeout=300)
     assert ended.returncode == 0, err
-    assert published(desk.out) == straight
+    assert files_of(desk.out) == straight

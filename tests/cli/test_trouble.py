@@ -20,7 +20,7 @@ from desk import FAST_TO_COMPILE, GATE, SINGLE
 from published import report_of
 
 from ot_merge_jax.io import atomic, hub
-from ot_merge_jax.runs import inputs as preflight
+from ot_merge_jax.runs import inputs as run_inputs
 from ot_merge_jax.runs import merge
 
 
@@ -48,7 +48,7 @@ def test_trouble_with_files_and_memory_is_one_sentence(
     def fail(*a, **k):
         raise problem
 
-    monkeypatch.setattr(preflight, "check", fail)
+    monkeypatch.setattr(run_inputs, "check", fail)
     called = cli(*desk.run("--quiet"))
     assert (called.code, called.out) == (code, "")
     [sentence] = called.err.splitlines()

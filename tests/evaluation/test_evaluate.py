@@ -5,7 +5,7 @@ import pytest
 
 from ot_merge_jax.errors import RecipeError
 from ot_merge_jax.evaluation import evaluate
-from ot_merge_jax.evaluation.evaluate import EvalRequest
+from ot_merge_jax.evaluation.request import EvalRequest
 from ot_merge_jax.recipes import recipe
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ot_merge_jax.data import batching, calibration
-from ot_merge_jax.errors import RecipeError, ResourceError
+from ot_merge_jax.errors import ResourceError
 from ot_merge_jax.io import arrays
 from ot_merge_jax.io.hf import load_hf
 from ot_merge_jax.models import sites as spaces
@@ -170,20 +170,6 @@ def test_weights_of_a_model_are_counted_from_its_shapes(tiny_checkpoint, data):
     held = memory.needed(cfgs, data, spec=SPEC, scored=[10]).stages["choose the strength"]
     streamed = memory.needed(cfgs, data, spec=SPEC, scored=[10], offloaded=frozenset({"source"}))
     assert held - streamed.stages["choose the strength"] == 4 * count
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("1024", 1024), ("8GiB", 8 << 30), ("8g", 8 << 30), ("1.5 MB", 3 << 19), ("2T", 2 << 40)],
-)
-def test_sizes_are_read(text, size):
-    assert memory.parse(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "lots", "-1G", "8 XB", "0", "1e3", "8GiBs", "nan"])
-def test_what_is_not_a_size_is_refused(text):
-    with pytest.raises(RecipeError, match="8GiB"):
-        memory.parse(text)
 
 
 @pytest.mark.catalogue("out-of-memory")

@@ -13,7 +13,7 @@ from published import report_of
 
 from ot_merge_jax import errors
 from ot_merge_jax.data import calibration
-from ot_merge_jax.data import documents as texts
+from ot_merge_jax.data import documents as document_files
 from ot_merge_jax.distributed import sharding
 from ot_merge_jax.evaluation.statistics import MeanDifference
 from ot_merge_jax.experiments import summary, verdict
@@ -21,7 +21,7 @@ from ot_merge_jax.io import hf
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.reports import model_card, schema
 from ot_merge_jax.runs import artifacts, memory, merge, plan
-from ot_merge_jax.runs import inputs as preflight
+from ot_merge_jax.runs import inputs as run_inputs
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 1}
 
@@ -94,7 +94,7 @@ def test_dev_split_gives_no_rows(rows, seed, resolved, out, lines, monkeypatch):
         "align",
         lambda documents, *a, **k: aligned.append(documents) or real(documents, *a, **k),
     )
-    inputs = preflight.check(resolved(rows=rows, seed=seed), out, overwrite=False)
+    inputs = run_inputs.check(resolved(rows=rows, seed=seed), out, overwrite=False)
     assert not set(inputs.texts) & set(inputs.dev)
     assert sorted(inputs.texts + inputs.dev) == sorted(lines)
     assert len(inputs.dev) == 12
@@ -106,7 +106,7 @@ def test_dev_split_gives_no_rows(rows, seed, resolved, out, lines, monkeypatch):
 
 def test_rows_are_the_tokens_of_the_row_documents(resolved, out):
     """What is really in the batches: decoded, they are the row documents and no dev document."""
-    inputs = preflight.check(resolved(rows="sample"), out, overwrite=False)
+    inputs = run_inputs.check(resolved(rows="sample"), out, overwrite=False)
     tokenizer = inputs.tokenizers["target"]
     decoded = [
         tokenizer.decode(tokens[mask], skip_special_tokens=True)
@@ -126,7 +126,7 @@ def test_strength_is_chosen_on_the_dev_split_and_nothing_else(resolved, out, lin
         lambda documents, *a, **k: cut.append(documents) or real(documents, *a, **k),
     )
     result = merge.run(resolved(strength="auto"), out, command="test")
-    assert cut == [texts.split(lines, seed=0)[1]]
+    assert cut == [document_files.split(lines, seed=0)[1]]
     assert len(result.report.strength.tried) == 7  # one group moves: no search over groups
     best = min(result.report.strength.tried, key=lambda point: point.loss)
     assert result.report.strength.chosen == best.strength
@@ -146,17 +146,17 @@ def test_held_out_text_is_only_reported(resolved, out, text_file, tmp_path):
 
 def test_samples_limits_the_documents_that_give_rows(resolved, out, text_file):
     settings = {"calibration": {"path": str(text_file), "samples": 20}}
-    inputs = preflight.check(resolved(**settings), out, overwrite=False)
+    inputs = run_inputs.check(resolved(**settings), out, overwrite=False)
     assert (len(inputs.texts), len(inputs.dev)) == (20, 5)
-    again = preflight.check(resolved(**settings), out, overwrite=False)
+    again = run_inputs.check(resolved(**settings), out, overwrite=False)
     assert (again.texts, again.dev) == (inputs.texts, inputs.dev)
-    other = preflight.check(resolved(seed=1, **settings), out, overwrite=False)
+    other = run_inputs.check(resolved(seed=1, **settings), out, overwrite=False)
     assert set(other.texts) != set(inputs.texts)
 
 
 def test_check_reads_no_weights(resolved, out, monkeypatch):
     monkeypatch.setattr(hf, "load_hf", lambda *a, **k: pytest.fail("read weights"))
-    preflight.check(resolved(), out, overwrite=False)
+    run_inputs.check(resolved(), out, overwrite=False)
     assert left_in(out) == []
 
 

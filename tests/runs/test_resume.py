@@ -1,6 +1,5 @@
 """A merge that dies at any commit point, or whose state is damaged, publishes the same bytes."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -8,16 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from published import files_of
 
 from ot_merge_jax import errors
 from ot_merge_jax.evaluation import nll
 from ot_merge_jax.experiments import sweep
 from ot_merge_jax.io import arrays, hf
-from ot_merge_jax.merging import merge as merge_module
+from ot_merge_jax.merging import merge as merge_params
 from ot_merge_jax.models import gather
 from ot_merge_jax.recipes import loading
 from ot_merge_jax.runs import artifacts, merge, stages
-from ot_merge_jax.runs import inputs as preflight
+from ot_merge_jax.runs import inputs as run_inputs
 from ot_merge_jax.transport import coupling
 
 SIZES = {"hidden": 16, "heads": 2, "kv_heads": 1, "intermediate": 24, "layers": 2}
@@ -27,8 +27,6 @@ STAGES = [
     "unseen-source", "sites", "evaluation", "divergence", "arm-permuted", "samples", "details",
 ]  # fmt: skip
 POINTS = [f"{side} {stage}" for stage in (*STAGES, "publish") for side in ("before", "after")]
-#: What no two runs share.
-OF_THE_PROCESS = ("wall_seconds", "peak_memory_bytes")
 
 
 class Killed(BaseException):
@@ -58,20 +56,6 @@ def resolved(tiny_checkpoint, tmp_path_factory):
     )
 
 
-def published(folder):
-    """Every file of a folder, but for what belongs to the process alone."""
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    side = json.loads(found["ot_merge/provenance.json"])
-    found["ot_merge/provenance.json"] = {k: v for k, v in side.items() if k not in OF_THE_PROCESS}
-    lines = found["ot_merge/report.html"].splitlines()
-    found["ot_merge/report.html"] = [one for one in lines if b'class="process"' not in one]
-    return found
-
-
 class Straight(NamedTuple):
     """An uninterrupted run: its result, its files, and its state just before it was published."""
 
@@ -96,7 +80,7 @@ def uninterrupted(resolved, tmp_path_factory):
         result = merge.run(resolved, folder / "out", command="test")
     assert seen == POINTS
     [state] = (folder / "kept").iterdir()
-    return Straight(result, published(folder / "out"), state)
+    return Straight(result, files_of(folder / "out"), state)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +126,7 @@ def test_kill_at_every_commit_point_in_turn(until, out, straight):
         assert not out.exists()
         until(place)
     until(None)
-    assert published(out) == straight
+    assert files_of(out) == straight
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
@@ -151,15 +135,15 @@ def test_kill_at_every_commit_point_in_turn(until, out, straight):
 def test_kill_at_one_commit_point(place, until, out, straight):
     until(place)
     until(None)
-    assert published(out) == straight
+    assert files_of(out) == straight
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.usefixtures("state")
 def test_finished_stages_compute_nothing(until, out, straight, resolved, monkeypatch):
     for module, name in (
-        (gather, "_step"), (coupling, "couple"), (merge_module, "transport_weights"),
-        (sweep, "sweep"), (nll, "score"), (hf, "write_model"), (merge_module, "gather"),
+        (gather, "_step"), (coupling, "couple"), (merge_params, "transport_weights"),
+        (sweep, "sweep"), (nll, "score"), (hf, "write_model"), (merge_params, "gather"),
         (artifacts, "write"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("it was finished"))
@@ -168,7 +152,7 @@ def test_finished_stages_compute_nothing(until, out, straight, resolved, monkeyp
         hf, "load_folder", lambda folder, **k: loaded.append(folder.path) or load(folder, **k)
     )
     until(None)
-    assert published(out) == straight
+    assert files_of(out) == straight
     assert loaded == [Path(resolved.target)]  # nobody asks for the source, nor for its base
 
 
@@ -215,7 +199,7 @@ def test_flipped_byte_is_redone_and_never_used(file, state, until, out, straight
     content[-2] ^= 4
     (state / file).write_bytes(content)
     until(None)
-    assert published(out) == straight
+    assert files_of(out) == straight
     [line] = [one.getMessage() for one in caplog.records if one.levelno == logging.WARNING]
     assert file in line
 
@@ -261,7 +245,7 @@ def test_other_inputs_never_use_the_state(out, resolved, tmp_path):
 
 
 def test_activations_are_memory_mapped_and_the_same_as_in_memory(resolved, tmp_path):
-    inputs = preflight.check(resolved, tmp_path / "out", overwrite=False)
+    inputs = run_inputs.check(resolved, tmp_path / "out", overwrite=False)
     cfg, params = hf.load_hf(inputs.folders["target"].path)
     settings = {"cfg": cfg, "sites": ["mlp_in", "up_out"]}
     held = gather.gather(params, inputs.data.target, **settings)

@@ -112,7 +112,7 @@ def test_steps_are_those_of_torch_and_transformers(
     task = problem(kind, weight_decay=0.1)
     assert (cfg, source_cfg) == (student[0], teacher[0])  # the programs are those of other tests
     trainable, frozen = step.begin(task, params, {}, {}, source_params)
-    state, plan = step.new_history(task, trainable).state, step.step_config(task)
+    state, config = step.new_history(task, trainable).state, step.step_config(task)
 
     model = theirs.requires_grad_(True)
     start = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -120,7 +120,7 @@ def test_steps_are_those_of_torch_and_transformers(
     try:
         for index, rate in enumerate((0.0, 1e-2, 0.75e-2)):
             batch = packing.batch_at(blocks, index, batch_size=4, seed=0)
-            state, seen = step._step(state, frozen, jax.tree.map(jnp.asarray, batch), plan=plan)
+            state, seen = step._step(state, frozen, jax.tree.map(jnp.asarray, batch), config=config)
             given = torch.tensor(np.asarray(batch.tokens), dtype=torch.long)
             log_q = torch.log_softmax(model(given).logits[:, :-1], -1)
             if kind == "sft":

@@ -119,7 +119,7 @@ def test_after_training_the_fold_runs_as_the_unfolded_model(
     tokens = jnp.asarray(task.dev.tokens)
     none = jnp.full((len(tokens), 1), -1, jnp.int32)
     batch = Batch(tokens, jnp.ones(tokens.shape, bool), none, none)
-    folded = step.params_of(base, frozen, plan=step.step_config(task))
+    folded = step.params_of(base, frozen, config=step.step_config(task))
     run = jax.jit(lambda p: decoder.forward(p, batch, cfg=cfg)[0])
     ours, without = run(folded), run(base)
     with monkeypatch.context() as patch:
@@ -140,7 +140,7 @@ def test_without_decay_it_is_training_of_the_folded_weights(
     task = problem()
     apart, frozen = trained(task, student[1], residual, BOTH)
     whole, _ = trained(task, residuals.fold(student[1], residual, BOTH))
-    folded = step.params_of(loop.result(apart), frozen, plan=step.step_config(task))
+    folded = step.params_of(loop.result(apart), frozen, config=step.step_config(task))
     close(folded, loop.result(whole), 1e-5)
     np.testing.assert_allclose(apart.losses, whole.losses, rtol=0, atol=1e-5)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), loop.result(apart), student[1])
@@ -152,7 +152,7 @@ def test_with_decay_only_the_base_shrinks(student, residual, problem, trained):
     task = problem(weight_decay=5.0)
     apart, frozen = trained(task, student[1], residual, BOTH)
     whole, _ = trained(task, residuals.fold(student[1], residual, BOTH))
-    folded = step.params_of(loop.result(apart), frozen, plan=step.step_config(task))
+    folded = step.params_of(loop.result(apart), frozen, config=step.step_config(task))
     name = "embedding"
     one, other = folded["embed_tokens"][name], loop.result(whole)["embed_tokens"][name]
     assert np.abs(one - other).max() > 1e-3

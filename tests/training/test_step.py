@@ -9,7 +9,7 @@ from ot_merge_jax.distributed import sharding
 from ot_merge_jax.errors import DivergedError
 from ot_merge_jax.models import decoder, specs
 from ot_merge_jax.training import loop, lora, packing
-from ot_merge_jax.training import step as training
+from ot_merge_jax.training import step as train_step
 from ot_merge_jax.types import Batch
 
 KINDS = ["sft", "kd", "mix"]
@@ -24,14 +24,16 @@ def straight(student, teacher, problem, trained):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_what_it_minimises(kind, straight, student, teacher, problem):
     task = problem(kind)
-    _, frozen = training.begin(task, student[1], {}, {}, teacher[1])
+    _, frozen = train_step.begin(task, student[1], {}, {}, teacher[1])
     batch = packing.batch_at(task.train, 3, batch_size=4, seed=0)
     batch = jax.tree.map(jnp.asarray, batch)
     losses = []
     for params in (student[1], straight[kind].state.params):
-        state = training.new_history(task, params).state
+        state = train_step.new_history(task, params).state
         losses.append(
-            float(training._step(state, frozen, batch, plan=training.step_config(task))[1].loss)
+            float(
+                train_step._step(state, frozen, batch, config=train_step.step_config(task))[1].loss
+            )
         )
     assert losses[1] < losses[0]
 
@@ -55,10 +57,10 @@ def test_remat_computes_layers_twice(student, problem):
     texts = []
     for remat in (False, True):
         task = problem(remat=remat)
-        _, frozen = training.begin(task, student[1], {}, {})
+        _, frozen = train_step.begin(task, student[1], {}, {})
         texts.append(
             str(
-                jax.make_jaxpr(jax.grad(training.loss_of(training.step_config(task))))(
+                jax.make_jaxpr(jax.grad(train_step.loss_of(train_step.step_config(task))))(
                     student[1], frozen, batch
                 )
             )
@@ -93,16 +95,16 @@ def test_eight_devices_train_as_one(straight, student, problem, trained, close):
 def test_rates_sweep_under_vmap(straight, student, problem, close):
     """The arms of a comparison: one program, a rate for each."""
     task = problem()
-    _, frozen = training.begin(task, student[1], {}, {})
+    _, frozen = train_step.begin(task, student[1], {}, {})
     batch = jax.tree.map(jnp.asarray, packing.batch_at(task.train, 0, batch_size=4, seed=0))
 
-    plan = training.step_config(task)
+    config = train_step.step_config(task)
 
     def two(rate, batch):
         given = frozen._replace(rates=frozen.rates._replace(learning_rate=rate))
-        first = training.new_history(task, student[1]).state
+        first = train_step.new_history(task, student[1]).state
         return jax.lax.scan(
-            lambda state, _: training.step(state, given, batch, plan=plan), first, length=2
+            lambda state, _: train_step.step(state, given, batch, config=config), first, length=2
         )[0].params
 
     rates = jnp.array([0.0, 0.01])
@@ -110,10 +112,10 @@ def test_rates_sweep_under_vmap(straight, student, problem, close):
     jax.tree.map(
         lambda leaf, start: np.testing.assert_array_equal(leaf[0], start), both, student[1]
     )
-    history = training.new_history(task, student[1])
+    history = train_step.new_history(task, student[1])
     state = history.state
     for _ in range(2):
-        state, _ = training._step(state, frozen, batch, plan=plan)
+        state, _ = train_step._step(state, frozen, batch, config=config)
     close(jax.tree.map(lambda leaf: leaf[1], both), state.params, 1e-5)
 
 
@@ -132,7 +134,7 @@ def test_adapters_begin_at_the_base(adapted, straight):
 
 def test_adapters_alone_train(adapted, student):
     task, history, frozen = adapted
-    folded = training.params_of(loop.result(history), frozen, plan=training.step_config(task))
+    folded = train_step.params_of(loop.result(history), frozen, config=train_step.step_config(task))
     changed = {
         spec.path
         for spec in specs.param_specs(student[0])
@@ -146,7 +148,7 @@ def test_adapters_fold_as_in_the_formula(adapted, student):
     task, history, frozen = adapted
     path = "layers/mlp/down_proj/kernel"
     pair = loop.result(history)[path]
-    folded = training.params_of(loop.result(history), frozen, plan=training.step_config(task))
+    folded = train_step.params_of(loop.result(history), frozen, config=train_step.step_config(task))
     expected = np.asarray(specs.get(student[1], path), np.float64) + 6 / 3 * (
         np.asarray(pair["a"], np.float64) @ np.asarray(pair["b"], np.float64)
     )
@@ -197,7 +199,7 @@ def test_early_stopping_keeps_the_best(student, problem, trained):
     losses = [loss for _, loss in history.dev]
     best = int(np.argmin(losses))
     assert (best, len(history.losses)) == (0, 2)
-    again = training.next_token_loss(loop.result(history), task)
+    again = train_step.next_token_loss(loop.result(history), task)
     assert again == pytest.approx(losses[best], abs=1e-6)
     assert losses[-1] > losses[best]
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from ot_merge_jax.errors import DivergedError
-from ot_merge_jax.training import step as training
+from ot_merge_jax.training import step as train_step
 from ot_merge_jax.training import tuning
 
 #: The last one ends in numbers that are not finite.
@@ -24,7 +24,7 @@ def tuned(student, teacher, residual, problem):
             task = problem(kind, clip=1e30, schedule="constant")
             factor = {"projections": 1.0, "vocabulary": 1.0}
             source = teacher[1] if kind == "kd" else None
-            begun = training.begin(task, student[1], residual, factor, source)
+            begun = train_step.begin(task, student[1], residual, factor, source)
             made[key] = tuning.tune(task, *begun, rates, is_together=is_together)
         return made[key]
 
@@ -59,7 +59,7 @@ def test_the_lowest_dev_loss_at_the_end_is_taken(tuned):
 
 def test_rates_train_together_where_they_fit(student, problem, monkeypatch):
     task, seen = problem(), []
-    need = training.lane_bytes(task, student[1])
+    need = train_step.lane_bytes(task, student[1])
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(student[1]))
     assert need > 6 * weights + 4 * 9 * student[0].vocab_size * 4  # batch, length
     for name in ("_together", "_one_by_one"):
@@ -67,7 +67,7 @@ def test_rates_train_together_where_they_fit(student, problem, monkeypatch):
         monkeypatch.setattr(
             tuning, name, lambda *_, name=name, found=found: seen.append(name) or found
         )
-    begun = training.begin(task, student[1], {}, {})
+    begun = train_step.begin(task, student[1], {}, {})
     for most, rates in ((2 * need, [0.1, 0.2]), (2 * need - 1, [0.1, 0.2]), (2 * need, [0.1])):
         monkeypatch.setattr(tuning, "budget", lambda most=most: most)
         tuning.tune(task, *begun, rates)
