@@ -95,7 +95,7 @@ def check(
         (begun.merged or {}).values()
     )):  # fmt: skip
         raise RecipeError(
-            f"--baselines compares starts of a merge with its target, and {settings.model} is no "
+            f"--baselines compares starts of a merge with its target, and {settings.model} is not a "
             "folder of `ot-merge run` that moved anything; name one."
         )
     source = None

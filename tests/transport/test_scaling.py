@@ -122,7 +122,7 @@ def test_scalings_out_of_range_are_absorbed(rng, monkeypatch):
     build = scaling._kernel
     monkeypatch.setattr(scaling, "_kernel", lambda *args: builds.append(1) or build(*args))
     with jax.disable_jit():
-        run(cost, epsilon, threshold=1e-4, max_iterations=40)
+        run(cost, epsilon, threshold=1e-4, max_iterations=12)
     assert len(builds) > 1
 
 
