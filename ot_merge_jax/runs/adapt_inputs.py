@@ -95,8 +95,8 @@ def check(
         (begun.merged or {}).values()
     )):  # fmt: skip
         raise RecipeError(
-            f"--baselines compares starts of a merge with its target, and {settings.model} is not a "
-            "folder of `ot-merge run` that moved anything; name one."
+            f"--baselines compares starts of a merge with its target, and {settings.model} is not "
+            "a folder of `ot-merge run` that moved anything; name one."
         )
     source = None
     if settings.is_distilled and settings.source is not None:
