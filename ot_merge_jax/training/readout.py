@@ -345,9 +345,11 @@ def _objective(
     def linear(carry: Any, block: Any) -> tuple[Any, None]:
         (states, fixed), weight = block
         logits = states @ kernel.T
-        total = jnp.logaddexp(jax.nn.logsumexp(logits, -1), fixed)
-        likely = jnp.exp(logits - total[:, None]) * weight[:, None]
-        return (carry[0] + jnp.sum(total * weight), carry[1] + likely.T @ states), None
+        largest = jnp.maximum(logits.max(-1), fixed)
+        odds = jnp.exp(logits - largest[:, None])  # the only pass of exponentials
+        total = odds.sum(-1) + jnp.exp(fixed - largest)
+        value = jnp.sum((largest + jnp.log(total)) * weight)
+        return (carry[0] + value, carry[1] + odds.T @ (states * (weight / total)[:, None])), None
 
     def capped(carry: Any, block: Any) -> tuple[Any, None]:
         (states, fixed, mass, place, teacher, content, spread), weight = block
@@ -411,7 +413,7 @@ def _iterate(
     updates, state = solver.update(
         gradient, state, theta, value=value, grad=gradient, value_fn=value_of
     )
-    theta = optax.apply_updates(theta, updates)
+    theta = jnp.asarray(optax.apply_updates(theta, updates))
     return theta, state, optax.tree.get(state, "value")
 
 
