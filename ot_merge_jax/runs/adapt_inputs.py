@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from ot_merge_jax.data import tokenizers
+from ot_merge_jax.data import leaks, tokenizers
 from ot_merge_jax.data.chat import Document
 from ot_merge_jax.data.documents import documents_of, sampled, split
 from ot_merge_jax.data.sources import Source, locate
@@ -21,6 +22,8 @@ from ot_merge_jax.training import initial, packing
 from ot_merge_jax.training.initial import Start
 from ot_merge_jax.training.losses import Objective
 from ot_merge_jax.training.step import Problem
+
+_LOG = logging.getLogger(__name__)
 
 
 class AdaptInputs(NamedTuple):
@@ -110,7 +113,13 @@ def check(
         )
     held_out = None
     if settings.evaluation is not None:
-        held_out = documents_of(settings.evaluation, sources["evaluation"])
+        held_out, leaked = leaks.held_out(
+            settings.evaluation, sources["evaluation"], learned=settings.text,
+            learned_source=sources["text"], role="training",
+        )  # fmt: skip
+        if leaked:
+            total = leaked + len(held_out)
+            _LOG.warning("%s", leaks.sentence(leaked, total, "training"))
     learned, dev = split(documents, seed=settings.seed)
     if not dev:
         raise InputError(

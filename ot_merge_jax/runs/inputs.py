@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ot_merge_jax.data import calibration, chat
+from ot_merge_jax.data import calibration, chat, leaks
 from ot_merge_jax.data.chat import Document
-from ot_merge_jax.data.documents import documents_of, sampled, split
+from ot_merge_jax.data.documents import sampled, split
 from ot_merge_jax.data.sources import Source, locate
 from ot_merge_jax.data.tokenizers import is_same_tokenizer, tokenizer_of
 from ot_merge_jax.data.vocabulary import matched_vocabulary
@@ -40,6 +40,7 @@ class MergeInputs(NamedTuple):
         texts: Documents that give rows.
         dev: Documents that choose the strength.
         held_out: Documents that are reported, or None.
+        leaked: How many held-out documents were left out, as they are calibration documents too.
         sources: Name of a text (``calibration``, ``evaluation``) -> where it comes from.
         data: Row-aligned batches of the calibration texts.
         held_out_data: The same of the dev split, for held-out diagnostics; None if it is too small.
@@ -53,6 +54,7 @@ class MergeInputs(NamedTuple):
     texts: list[Document]
     dev: list[Document]
     held_out: list[Document] | None
+    leaked: int
     sources: dict[str, Source]
     data: calibration.Calibration
     held_out_data: calibration.Calibration | None
@@ -80,10 +82,13 @@ def check(
     if BASE in folders:
         merge.check_base(folders["source"].cfg, folders[BASE].cfg)
     tokenizers = {role: tokenizer_of(folder) for role, folder in folders.items()}
-    held_out = None
+    held_out, leaked = None, 0
     if recipe.evaluation is not None:
-        held_out = documents_of(recipe.evaluation, sources["evaluation"])
-    return _calibrated(recipe, folders, tokenizers, sources, held_out)
+        held_out, leaked = leaks.held_out(
+            recipe.evaluation, sources["evaluation"], learned=recipe.calibration,
+            learned_source=sources["calibration"], role="calibration",
+        )  # fmt: skip
+    return _calibrated(recipe, folders, tokenizers, sources, held_out, leaked)
 
 
 def reseeded(inputs: MergeInputs, seed: int) -> MergeInputs:
@@ -99,7 +104,9 @@ def with_rows(inputs: MergeInputs, max_rows: int) -> MergeInputs:
 def _again(inputs: MergeInputs, **settings: int) -> MergeInputs:
     """The calibration once more with other settings."""
     recipe = inputs.recipe.model_copy(update=settings)
-    return _calibrated(recipe, inputs.folders, inputs.tokenizers, inputs.sources, inputs.held_out)
+    return _calibrated(
+        recipe, inputs.folders, inputs.tokenizers, inputs.sources, inputs.held_out, inputs.leaked
+    )
 
 
 def _calibrated(
@@ -108,6 +115,7 @@ def _calibrated(
     tokenizers: dict[str, Any],
     sources: dict[str, Source],
     held_out: list[Document] | None,
+    leaked: int,
 ) -> MergeInputs:
     """Everything that follows from the calibration text and the seed."""
     documents = sampled(
@@ -159,7 +167,18 @@ def _calibrated(
         if recipe.vocabulary_weights == "frequency":
             matched = _by_frequency(matched, both[0], train, max_length=recipe.max_length)
     return MergeInputs(
-        recipe, folders, tokenizers, train, dev, held_out, sources, data, unseen, is_one, matched
+        recipe,
+        folders,
+        tokenizers,
+        train,
+        dev,
+        held_out,
+        leaked,
+        sources,
+        data,
+        unseen,
+        is_one,
+        matched,
     )
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import yaml
 
-from ot_merge_jax.data import batching, calibration, tokenizers
+from ot_merge_jax.data import batching, calibration, leaks, tokenizers
 from ot_merge_jax.data.documents import DEV_FRACTION
 from ot_merge_jax.errors import StrictError
 from ot_merge_jax.evaluation import nll, samples, saved_scores
@@ -183,6 +183,9 @@ def _merge(
     warnings = [
         *_silent(merged.alignment, spec), *unconverged, *sweep.at_the_edge(points, chosen),
     ]  # fmt: skip
+    if inputs.held_out is not None and inputs.leaked:
+        total = inputs.leaked + len(inputs.held_out)
+        warnings.append(leaks.sentence(inputs.leaked, total, "calibration"))
     if inputs.held_out is not None and (too_few := verdict.few(len(inputs.held_out))):
         warnings.append(f"No interval says anything: {too_few}; add documents.")
     scores, evaluation = _evaluate(stage, inputs, models, model, known, budget)

@@ -274,9 +274,11 @@ def fit(
     if start is not None:
         change = start
     theta = change / given.scale
+    # its leaves share memory, which is donated; and a number of weak type would compile twice
     state = jax.tree.map(
-        jnp.copy, _solver().init(theta)
-    )  # its leaves share memory, and are donated
+        lambda leaf: jnp.copy(leaf) if leaf.ndim else jnp.array(np.asarray(leaf)),
+        _solver().init(theta),
+    )
     for _ in range(iterations):
         theta, state, value = _iterate(theta, state, data, softcap=task.softcap)
         change = theta * given.scale

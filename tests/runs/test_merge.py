@@ -46,6 +46,14 @@ def text_file(tmp_path):
 
 
 @pytest.fixture
+def held_out_file(tmp_path):
+    """Sixty other documents, as long."""
+    path = tmp_path / "held_out.txt"
+    path.write_text("".join(f"the market {number:02d}\n" for number in range(60)))
+    return path
+
+
+@pytest.fixture
 def lines(text_file):
     """The same as a list."""
     return text_file.read_text().splitlines()
@@ -132,12 +140,12 @@ def test_strength_is_chosen_on_the_dev_split_and_nothing_else(resolved, out, lin
     assert result.report.strength.chosen == best.strength
 
 
-def test_held_out_text_is_only_reported(resolved, out, text_file, tmp_path):
+def test_held_out_text_is_only_reported(resolved, out, held_out_file, tmp_path):
     """The same files come out with and without it, and with another one."""
     other = tmp_path / "other.txt"
     other.write_text("".join(f"a market {number:02d}\n" for number in range(60)))
     digests = set()
-    for place, text in enumerate((None, str(text_file), str(other))):
+    for place, text in enumerate((None, str(held_out_file), str(other))):
         folder = out.with_name(f"out-{place}")
         merge.run(resolved(strength="auto", evaluation=text), folder, command="test")
         digests.add((folder / "model.safetensors").read_bytes())
@@ -160,11 +168,32 @@ def test_check_reads_no_weights(resolved, out, monkeypatch):
     assert left_in(out) == []
 
 
+def test_held_out_documents_that_are_calibration_too_are_left_out(
+    resolved, out, lines, held_out_file
+):
+    with held_out_file.open("a") as file:
+        file.write(f"{lines[0]}\n{lines[7].upper()} !\n")
+    result = merge.run(resolved(evaluation=str(held_out_file)), out, command="test")
+    assert result.report.evaluation["merge"].documents == 60
+    [warning] = [one for one in result.warnings if "left out" in one]
+    assert warning.startswith("2 of 62 held-out documents also stand in the calibration text")
+    assert warning in result.report.warnings
+
+
+def test_the_calibration_text_is_no_held_out_text(resolved, out, text_file):
+    with pytest.raises(
+        errors.InputError, match=r"calibration text and the held-out text"
+    ) as caught:
+        merge.run(resolved(evaluation=str(text_file)), out, command="test")
+    assert caught.value.exit_code == 3
+    assert left_in(out) == []
+
+
 # ---- verdicts ----
 
 
-def test_verdict_of_a_run_is_in_report_and_result(resolved, out, text_file):
-    result = merge.run(resolved(evaluation=str(text_file)), out, command="test")
+def test_verdict_of_a_run_is_in_report_and_result(resolved, out, held_out_file):
+    result = merge.run(resolved(evaluation=str(held_out_file)), out, command="test")
     report = report_of(out)
     assert result.report == report
     assert result.out == out
@@ -174,7 +203,7 @@ def test_verdict_of_a_run_is_in_report_and_result(resolved, out, text_file):
 
 
 @pytest.mark.parametrize("is_nothing", [False, True], ids=["moved", "nothing-moved"])
-def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_file, monkeypatch):
+def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, held_out_file, monkeypatch):
     """Also of a merge that only shrinks the target."""
     worse = MeanDifference(0.1, 0.05, 0.2)
     against = verdict.Compared(worse, [worse])
@@ -182,7 +211,7 @@ def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_fil
     found = verdict.judge(against, {}, missing=[]), against, controlled
     monkeypatch.setattr(summary, "outcome", lambda *a, **k: found)
     monkeypatch.setattr(verdict, "is_nothing_transferred", lambda *a: is_nothing)
-    settings = resolved(evaluation=str(text_file))
+    settings = resolved(evaluation=str(held_out_file))
     with pytest.raises(errors.StrictError, match=r"\+0\.1000 nats") as caught:
         merge.run(settings, out, command="test", strict=True)
     assert caught.value.exit_code == 5
@@ -191,9 +220,9 @@ def test_strict_refuses_a_measured_worsening(is_nothing, resolved, out, text_fil
     assert left_in(out) == ["out"]
 
 
-def test_mesh_gives_what_one_device_gives(resolved, out, text_file, monkeypatch):
+def test_mesh_gives_what_one_device_gives(resolved, out, held_out_file, monkeypatch):
     """Models and batches are spread; the merged weights are the same but for rounding."""
-    settings = {"weights": ["up", "embed"], "max_rows": 200, "evaluation": str(text_file)}
+    settings = {"weights": ["up", "embed"], "max_rows": 200, "evaluation": str(held_out_file)}
     merge.run(resolved(**settings), out, command="test")
     split = []
 
@@ -415,10 +444,10 @@ def test_output_parent_that_does_not_exist_is_made(resolved, out):
 
 
 def test_run_within_less_memory_gives_the_same_weights(
-    resolved, out, tmp_path, text_file, monkeypatch
+    resolved, out, tmp_path, held_out_file, monkeypatch
 ):
     """The source is read layer by layer, gathered, moved and scored; to rounding it is the same."""
-    settings = resolved(weights=["up", "embed"], evaluation={"path": str(text_file)})
+    settings = resolved(weights=["up", "embed"], evaluation={"path": str(held_out_file)})
     whole = merge.run(settings, out, command="test")
 
     def choose(cfgs, data, *, limit, **more):

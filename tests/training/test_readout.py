@@ -321,6 +321,14 @@ def test_no_position_is_refused(given):
         readout.problem(given.head, nothing, teacher, content, found, np.arange(3))
 
 
+def test_one_program_makes_every_iteration(given, caplog):
+    task = given.problem()
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        readout.fit(task, given.heldout(task), kappa=1.0, ridge=0.1, iterations=4)
+    assert sum("Finished XLA compilation of jit(_iterate)" in one for one in caplog.messages) == 1
+
+
 def test_another_kappa_compiles_nothing(given, caplog):
     task = given.problem()
     at = given.heldout(task)
