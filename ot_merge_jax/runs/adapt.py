@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from ot_merge_jax import progress
+from ot_merge_jax.data import leaks
 from ot_merge_jax.errors import RecipeError, ResourceError
 from ot_merge_jax.evaluation import nll, statistics
 from ot_merge_jax.io import arrays, atomic, hf
@@ -140,6 +141,9 @@ def adapt(
     began = time.monotonic()
     inputs = adapt_inputs.check(settings, out, overwrite=overwrite or resume, offline=offline)
     _check_memory(inputs, memory_limit)
+    if inputs.leaked:
+        total = inputs.leaked + len(inputs.held_out or [])
+        _LOG.warning("%s", leaks.sentence(inputs.leaked, total, "training"))
     if show is not None:
         show(inputs.settings)
     side = artifacts.inputs(inputs.folders, inputs.sources)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ from ot_merge_jax.training.initial import Start
 from ot_merge_jax.training.losses import Objective
 from ot_merge_jax.training.step import Problem
 
-_LOG = logging.getLogger(__name__)
-
 
 class AdaptInputs(NamedTuple):
     """The checked inputs.
@@ -35,6 +32,7 @@ class AdaptInputs(NamedTuple):
         tokenizer: Of the student.
         problem: Settings with everything decided, the objective, the blocks.
         held_out: Documents that are reported, or None.
+        leaked: How many held-out documents were left out, as something is learned from them.
         sources: ``text`` and ``evaluation`` -> where they come from.
         counts: Documents of both splits.
     """
@@ -44,6 +42,7 @@ class AdaptInputs(NamedTuple):
     tokenizer: Any
     problem: Problem
     held_out: list[Document] | None
+    leaked: int
     sources: dict[str, Source]
     counts: dict[str, int]
 
@@ -111,15 +110,12 @@ def check(
         documents = sampled(
             settings.text, sources["text"], samples=settings.samples, seed=settings.seed
         )
-    held_out = None
+    held_out, leaked = None, 0
     if settings.evaluation is not None:
         held_out, leaked = leaks.held_out(
             settings.evaluation, sources["evaluation"], learned=settings.text,
             learned_source=sources["text"], role="training",
         )  # fmt: skip
-        if leaked:
-            total = leaked + len(held_out)
-            _LOG.warning("%s", leaks.sentence(leaked, total, "training"))
     learned, dev = split(documents, seed=settings.seed)
     if not dev:
         raise InputError(
@@ -151,7 +147,7 @@ def check(
     )
     problem = Problem(_decided(settings, blocks[0], block), objective, *blocks)
     counts = {"documents": len(learned), "dev_documents": len(dev)}
-    return AdaptInputs(begun, source, tokenizer, problem, held_out, sources, counts)
+    return AdaptInputs(begun, source, tokenizer, problem, held_out, leaked, sources, counts)
 
 
 def _blocks(

@@ -187,6 +187,23 @@ def test_held_out_losses_are_those_of_eval(of_a_merge, merge, text_files, cli):
     np.testing.assert_allclose(ours, losses, atol=1e-5)
 
 
+def test_what_is_trained_on_is_not_held_out(models, text_files, cli, tmp_path):
+    trained, held_out = (path.read_text().splitlines() for path in text_files)
+    mixed = tmp_path / "mixed.txt"
+    mixed.write_text("\n".join([*held_out, trained[0].upper()]) + "\n")
+    words = ("adapt", models["llama-target"], "--text", text_files[0], *COMMON, "--out")
+    called = cli(*words, tmp_path / "out", "--eval-text", mixed)
+    assert called.code == 0, called.err
+    total = len(held_out) + 1
+    said = f"1 of {total} held-out documents also stands in the training text and is left out"
+    assert said in " ".join(called.err.split())
+    assert report_of(tmp_path / "out").evaluation["after"].documents == len(held_out)
+    called = cli(*words, tmp_path / "again", "--eval-text", text_files[0])
+    assert (called.code, called.out) == (3, "")
+    assert "training text and the held-out text are the same file" in " ".join(called.err.split())
+    assert not (tmp_path / "again").exists()
+
+
 def test_events_are_one_line_of_json_for_each_step(of_a_merge):
     lines = (of_a_merge.out / "ot_merge" / "events.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
