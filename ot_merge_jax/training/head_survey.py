@@ -47,7 +47,7 @@ class TopTokens(NamedTuple):
 
 
 class FinalStates(NamedTuple):
-    """FinalStates of a text that predict a content token.
+    """Positions of a text that predict a content token.
 
     Attributes:
         states: ``[N, d]`` final states behind the last norm, times the family's logit scale, so
@@ -151,7 +151,7 @@ def capped(logits: jax.Array, softcap: float | None) -> jax.Array:
 
 
 def block_size(count: int, width: int) -> int:
-    """FinalStates of a block; the blocks of a text are nearly equal."""
+    """Positions in a block; the blocks of a text are nearly equal."""
     most = max(1, BLOCK // max(1, width))
     return -(-count // -(-count // most)) if count else 1
 

@@ -235,7 +235,7 @@ def fit(
 
     Args:
         task: From `problem`.
-        dev: FinalStates that end the fit and choose its iteration.
+        dev: Positions that end the fit and choose its iteration, from `heldout`.
         kappa: 1: the teacher alone; 0: the next tokens alone.
         ridge: In the scale of `ridge_of`; infinite: nothing changes.
         start: A change to begin from, e.g. that of a neighbouring ridge; None: 0.
