@@ -29,7 +29,7 @@ from ot_merge_jax.training.head_survey import FinalStates, OutputHead
 
 #: Vocabulary, width, positions, and how many rows move.
 CASES = ((2048, 128, 2_000, 2048), (49_152, 576, 12_000, 49_152), (128_256, 2048, 2_000, 8192))
-_ITERATIONS, _KAPPA, _RIDGE, _NAMED = 16, 0.7, 0.05, 64
+_ITERATIONS, _KAPPA, _RIDGE, _NAMED = 8, 0.7, 0.05, 64
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def drawn(
     moving = np.arange(rows)
     task = readout.problem(head, at, teacher, content, surveyed, moving)
     few = jax.tree.map(lambda leaf: leaf[: max(1, positions // 10)], at)
-    return task, readout.heldout(head, few, content, moving)
+    return task, readout.dev_states(head, few, content, moving)
 
 
 def of_ours(vocabulary: int, width: int, positions: int, rows: int) -> dict[str, Any]:

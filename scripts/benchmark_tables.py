@@ -83,6 +83,7 @@ def tables(results: Path) -> dict[str, str]:
         "memory": _memory(read["memory"]),
         **_of_gather(read["forward"]),
         "adapt": _adapt(read["adapt"]),
+        "readout": _readout(read["readout"]),
     }
 
 
@@ -316,6 +317,31 @@ def _adapt(read: Mapping[str, Any]) -> str:
             ]
         )
     return table(["", "tokens per second", "ours over it", "first step"], rows)
+
+
+def _readout(read: Mapping[str, Any]) -> str:
+    """Fits of the output head beside torch's L-BFGS."""
+    rows = []
+    for case in read["cases"]:
+        ours, theirs = case["ours"], case["torch"]
+        rows.append(
+            [
+                _by([case["vocabulary"], case["width"], case["positions"]]),
+                f"{case['rows']}",
+                f"{ours['seconds']:.1f} s ({ours['passes']})",
+                f"{ours['peak_bytes'] / _GIB:.1f} GiB",
+                f"{ours['share_of_matmul_rate']:.0%}",
+                f"{theirs['seconds']:.1f} s ({theirs['passes']})",
+                f"{theirs['peak_bytes'] / _GIB:.1f} GiB",
+                f"{case['torch_seconds_over_ours']:.2f}",
+            ]
+        )
+    head = [
+        "V x d x N", "rows", "ours (passes)", "peak", "of the matrix rate",
+        "torch (passes)", "peak",
+        "torch / ours",
+    ]  # fmt: skip
+    return table(head, rows)
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -68,7 +68,7 @@ class ReadoutProblem(NamedTuple):
 
 
 class DevStates(NamedTuple):
-    """FinalStates on which a fit is judged, with what stays fixed there.
+    """Positions on which a fit is judged, with what stays fixed there.
 
     Attributes:
         states: ``[n, d]``, as in `FinalStates`.
@@ -88,7 +88,7 @@ class HeadIteration(NamedTuple):
 
     Attributes:
         objective: ``J`` minus its value for the unchanged head.
-        dev: Mean loss of content on the held-out positions, in nats.
+        dev: Mean loss of content on the dev positions, in nats.
         passes: Products with all states so far: a line search makes more than one an iteration.
     """
 
@@ -165,14 +165,14 @@ def problem(
     )  # fmt: skip
 
 
-def heldout(
+def dev_states(
     head: OutputHead, positions: FinalStates, is_content: Bool[Array, " v"], rows: np.ndarray
 ) -> DevStates:
     """Other positions, ready to be scored with any change of the same rows.
 
     Args:
         head: From which the fit starts.
-        positions: Of the held-out text; a label that does not move keeps its logit.
+        positions: Of the dev split; a label that does not move keeps its logit.
         is_content: ``[V]``.
         rows: The rows that move.
     """
@@ -198,7 +198,7 @@ def losses(
 
     Args:
         moving: ``[R, d]`` rows of the head, in the order of the problem's.
-        at: From `heldout`.
+        at: From `dev_states`.
         softcap: As in `OutputHead`.
     """
     blocks, _ = head_survey.blocked(tuple(at), head_survey.block_size(len(at.states), len(moving)))
@@ -235,7 +235,7 @@ def fit(
 
     Args:
         task: From `problem`.
-        dev: Positions that end the fit and choose its iteration, from `heldout`.
+        dev: Positions that end the fit and choose its iteration, from `dev_states`.
         kappa: 1: the teacher alone; 0: the next tokens alone.
         ridge: In the scale of `ridge_of`; infinite: nothing changes.
         start: A change to begin from, e.g. that of a neighbouring ridge; None: 0.

@@ -34,7 +34,7 @@ def drawn(rng, *, is_wrong=False, noise=0.0):
     found = head_survey.survey(head, train, teacher, content)
     rows = head_survey.moving_rows(found, train.label, content, min_probability=0.0)
     task = readout.problem(head, train, teacher, content, found, rows)
-    return task, readout.heldout(head, dev, content, rows)
+    return task, readout.dev_states(head, dev, content, rows)
 
 
 DOCUMENT = np.arange(DEV) % DOCUMENTS

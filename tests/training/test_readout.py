@@ -62,8 +62,10 @@ class Given:
         )
         return readout.problem(self.head, self.positions, teacher, content, found, rows)
 
-    def heldout(self, task):
-        return readout.heldout(self.head, self.positions, jnp.asarray(self.is_content), task.rows)
+    def dev(self, task):
+        return readout.dev_states(
+            self.head, self.positions, jnp.asarray(self.is_content), task.rows
+        )
 
     def objective(self, change, *, kappa=KAPPA, ridge=RIDGE):
         """``J`` of a change ``[V, d]`` in float64, by the definition."""
@@ -146,9 +148,7 @@ def test_the_objective_and_its_gradient_are_the_definition(rng, given, kappa, mi
 @pytest.mark.parametrize("min_probability", [0.0, 0.03], ids=["all rows", "some rows"])
 def test_the_fit_is_the_optimum_of_scipy(given, min_probability):
     task = given.problem(min_probability=min_probability)
-    found = readout.fit(
-        task, given.heldout(task), kappa=KAPPA, ridge=RIDGE, iterations=80, patience=80
-    )
+    found = readout.fit(task, given.dev(task), kappa=KAPPA, ridge=RIDGE, iterations=80, patience=80)
     best = min(found.curve, key=lambda one: one.objective)
     value, _ = given.optimum(task.rows)
     start = given.objective(np.zeros((V, D)))
@@ -158,7 +158,7 @@ def test_the_fit_is_the_optimum_of_scipy(given, min_probability):
 
 def test_a_few_iterations_go_most_of_the_way(given):
     task = given.problem()
-    found = readout.fit(task, given.heldout(task), kappa=KAPPA, ridge=RIDGE)
+    found = readout.fit(task, given.dev(task), kappa=KAPPA, ridge=RIDGE)
     value, _ = given.optimum(task.rows)
     start = given.objective(np.zeros((V, D)))
     assert len(found.curve) <= 17
@@ -172,9 +172,7 @@ def test_the_planted_change_is_found(rng):
     """A teacher that is the target with another head, and enough positions: it is that head."""
     given = Given(rng, count=3000, change=0.5, special=0)
     task = given.problem()
-    found = readout.fit(
-        task, given.heldout(task), kappa=1.0, ridge=1e-4, iterations=100, patience=100
-    )
+    found = readout.fit(task, given.dev(task), kappa=1.0, ridge=1e-4, iterations=100, patience=100)
     planted, nothing = (
         given.objective(change, kappa=1.0, ridge=1e-4)
         for change in (given.change, 0 * given.change)
@@ -203,7 +201,7 @@ def test_special_tokens_keep_their_probability(rng):
         seen = found._replace(special=special)
         task = readout.problem(given.head, given.positions, teacher, content, seen, rows)
         fitted = readout.fit(
-            task, given.heldout(task), kappa=1.0, ridge=1e-3, iterations=60, patience=60
+            task, given.dev(task), kappa=1.0, ridge=1e-3, iterations=60, patience=60
         )
         after = softmax(given.states @ (given.table + spread(task, fitted.change)).T)
         mass[name] = after[:, ~given.is_content].sum(1)
@@ -242,7 +240,7 @@ def test_losses_are_those_of_content_alone(given):
     task = given.problem(min_probability=0.03)
     change = 0.2 * jnp.ones(task.start.shape)
     rows = task.start @ task.basis.T + readout.difference(task, change)
-    ours = readout.losses(rows, given.heldout(task), softcap=given.softcap)
+    ours = readout.losses(rows, given.dev(task), softcap=given.softcap)
     logits = capped(given.states @ (given.table + spread(task, change)).T, given.softcap)
     logs = log_softmax(np.where(given.is_content, logits, -np.inf))
     np.testing.assert_allclose(ours, -logs[np.arange(N), given.label], atol=2e-5)
@@ -252,13 +250,11 @@ def test_fewer_positions_than_features_give_a_change_of_their_rank(rng):
     given = Given(rng, count=4)
     task = given.problem()
     assert task.start.shape == (V - SPECIAL, 4)
-    found = readout.fit(task, given.heldout(task), kappa=1.0, ridge=0.1, patience=16)
+    found = readout.fit(task, given.dev(task), kappa=1.0, ridge=0.1, patience=16)
     assert found.best > 0
     assert np.linalg.matrix_rank(readout.difference(task, found.change), tol=1e-4) <= 4
     value, _ = given.optimum(task.rows)
-    again = readout.fit(
-        task, given.heldout(task), kappa=KAPPA, ridge=RIDGE, iterations=80, patience=80
-    )
+    again = readout.fit(task, given.dev(task), kappa=KAPPA, ridge=RIDGE, iterations=80, patience=80)
     start = given.objective(np.zeros((V, D)))
     best = min(one.objective for one in again.curve)
     np.testing.assert_allclose(start + best, value, atol=1e-4)
@@ -267,7 +263,7 @@ def test_fewer_positions_than_features_give_a_change_of_their_rank(rng):
 def test_blocks_change_nothing_but_rounding(given, monkeypatch):
     def fitted():
         task = given.problem(min_probability=0.01)
-        found = readout.fit(task, given.heldout(task), kappa=0.5, ridge=0.1, iterations=4)
+        found = readout.fit(task, given.dev(task), kappa=0.5, ridge=0.1, iterations=4)
         return readout.difference(task, found.change)
 
     whole = fitted()
@@ -277,7 +273,7 @@ def test_blocks_change_nothing_but_rounding(given, monkeypatch):
 
 def test_a_start_near_the_end_saves_passes(given):
     task = given.problem()
-    at = given.heldout(task)
+    at = given.dev(task)
     there = readout.fit(task, at, kappa=1.0, ridge=0.1, iterations=60, patience=60).change
     cold = readout.fit(task, at, kappa=1.0, ridge=0.05, iterations=3)
     warm = readout.fit(task, at, kappa=1.0, ridge=0.05, iterations=3, start=there)
@@ -286,7 +282,7 @@ def test_a_start_near_the_end_saves_passes(given):
 
 def test_an_infinite_ridge_changes_nothing(given):
     task = given.problem()
-    found = readout.fit(task, given.heldout(task), kappa=1.0, ridge=float("inf"))
+    found = readout.fit(task, given.dev(task), kappa=1.0, ridge=float("inf"))
     assert not np.asarray(found.change).any()
     assert (found.best, len(found.curve)) == (0, 1)
 
@@ -294,7 +290,7 @@ def test_an_infinite_ridge_changes_nothing(given):
 def test_a_teacher_that_is_the_target_moves_nothing(given):
     given.teacher = capped(given.states @ given.table.T, given.softcap)
     task = given.problem()
-    found = readout.fit(task, given.heldout(task), kappa=1.0, ridge=0.1)
+    found = readout.fit(task, given.dev(task), kappa=1.0, ridge=0.1)
     assert np.abs(found.change).max() < 1e-3
 
 
@@ -302,14 +298,14 @@ def test_a_teacher_that_is_the_target_moves_nothing(given):
 def test_kappa_outside_0_to_1_is_refused(given, kappa):
     task = given.problem()
     with pytest.raises(ValueError, match="from 0 to 1"):
-        readout.fit(task, given.heldout(task), kappa=kappa, ridge=0.1)
+        readout.fit(task, given.dev(task), kappa=kappa, ridge=0.1)
 
 
 @pytest.mark.parametrize("ridge", [-1.0, 0.0, float("nan")])
 def test_a_ridge_that_is_not_positive_is_refused(given, ridge):
     task = given.problem()
     with pytest.raises(ValueError, match="above 0"):
-        readout.fit(task, given.heldout(task), kappa=1.0, ridge=ridge)
+        readout.fit(task, given.dev(task), kappa=1.0, ridge=ridge)
 
 
 def test_no_position_is_refused(given):
@@ -325,13 +321,13 @@ def test_one_program_makes_every_iteration(given, caplog):
     task = given.problem()
     jax.clear_caches()
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        readout.fit(task, given.heldout(task), kappa=1.0, ridge=0.1, iterations=4)
+        readout.fit(task, given.dev(task), kappa=1.0, ridge=0.1, iterations=4)
     assert sum("Finished XLA compilation of jit(_iterate)" in one for one in caplog.messages) == 1
 
 
 def test_another_kappa_compiles_nothing(given, caplog):
     task = given.problem()
-    at = given.heldout(task)
+    at = given.dev(task)
     readout.fit(task, at, kappa=1.0, ridge=0.1, iterations=2)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         readout.fit(task, at, kappa=0.3, ridge=0.2, iterations=2)
