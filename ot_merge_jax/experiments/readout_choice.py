@@ -98,12 +98,12 @@ def choose(
             tried += _path(
                 task, dev, document, start, kappa, ridges, iterations=iterations, patience=patience
             )
-    best = {kappa: _best([one for one in tried if one.kappa == kappa]) for kappa in kappas}
+    best = {kappa: _best([fit for fit in tried if fit.kappa == kappa]) for kappa in kappas}
     least = _best(list(best.values()))
     tokens = np.bincount(document)
-    unsure = {kappa: _difference(one, least, tokens) for kappa, one in best.items()}
+    unsure = {kappa: _difference(fit, least, tokens) for kappa, fit in best.items()}
     near = [kappa for kappa, (mean, error) in unsure.items() if mean <= error]
-    passes = sum(one.fitted.curve[-1].passes for one in tried)
+    passes = sum(fit.fitted.curve[-1].passes for fit in tried)
     return ReadoutChoice(best[max(near)], tuple(tried), unsure, passes)
 
 
@@ -152,10 +152,10 @@ def _best(tried: Sequence[TriedFit]) -> TriedFit:
     return min(tried, key=lambda fit: fit.loss if math.isfinite(fit.loss) else math.inf)
 
 
-def _difference(one: TriedFit, other: TriedFit, tokens: np.ndarray) -> tuple[float, float]:
+def _difference(fit: TriedFit, other: TriedFit, tokens: np.ndarray) -> tuple[float, float]:
     """Mean difference of two losses per token, and its standard error over documents."""
-    mean = (one.by_document.sum() - other.by_document.sum()) / tokens.sum()
-    deviation = one.by_document - other.by_document - mean * tokens
+    mean = (fit.by_document.sum() - other.by_document.sum()) / tokens.sum()
+    deviation = fit.by_document - other.by_document - mean * tokens
     count = np.count_nonzero(tokens)
     if count < 2:
         return float(mean), math.inf

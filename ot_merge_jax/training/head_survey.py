@@ -120,7 +120,7 @@ def survey(
 
 
 def moving_rows(
-    found: HeadSurvey,
+    surveyed: HeadSurvey,
     label: Int[Array, " n"],
     is_content: Bool[Array, " v"],
     *,
@@ -129,16 +129,14 @@ def moving_rows(
     """Ids of the tokens whose rows move, ascending: likely enough by either model, or a label.
 
     Args:
-        found: From `survey`.
+        surveyed: From `survey`.
         label: The next tokens.
         is_content: ``[V]``; special tokens never move.
         min_probability: Of the mean over positions; 0: all content moves.
     """
-    likely = np.maximum(np.asarray(found.mean_target), np.asarray(found.mean_teacher))
-    moves = likely > min_probability
+    likely = np.maximum(np.asarray(surveyed.mean_target), np.asarray(surveyed.mean_teacher))
+    moves = likely >= min_probability
     moves[np.asarray(label)] = True
-    if min_probability == 0:
-        moves[:] = True
     return np.flatnonzero(moves & np.asarray(is_content))
 
 
@@ -192,9 +190,17 @@ def dense(
     return own.at[jnp.arange(len(own))[:, None], place].set(teacher.probability, mode="drop")
 
 
+def log_sums(
+    head: OutputHead, states: Float[Array, "n d"], counts: Bool[Array, " v"]
+) -> Float[Array, " n"]:
+    """Log-sum of the logits of the tokens that count, at each position; -1e30 if none does."""
+    blocks, _ = blocked((states,), block_size(len(states), len(counts)))
+    sums = _log_sums(blocks, head.table, counts, softcap=head.softcap)
+    return sums.reshape(-1)[: len(states)]
+
+
 @functools.partial(jax.jit, static_argnames="softcap")
-def log_sums(blocks: Any, table: jax.Array, counts: jax.Array, *, softcap: Any) -> jax.Array:
-    """Log-sums of the logits of the tokens that count."""
+def _log_sums(blocks: Any, table: jax.Array, counts: jax.Array, *, softcap: Any) -> jax.Array:
 
     def log_sum(block: Any) -> jax.Array:
         (states,) = block
@@ -204,13 +210,13 @@ def log_sums(blocks: Any, table: jax.Array, counts: jax.Array, *, softcap: Any) 
     return jax.lax.map(log_sum, blocks)
 
 
-def _unblocked(found: HeadSurvey, count: int) -> HeadSurvey:
-    return found._replace(
-        mean_target=found.mean_target / count,
-        mean_teacher=found.mean_teacher / count,
-        content=found.content.reshape(-1)[:count],
-        special=found.special.reshape(-1)[:count],
-        spread=found.spread.reshape(-1)[:count],
+def _unblocked(surveyed: HeadSurvey, count: int) -> HeadSurvey:
+    return surveyed._replace(
+        mean_target=surveyed.mean_target / count,
+        mean_teacher=surveyed.mean_teacher / count,
+        content=surveyed.content.reshape(-1)[:count],
+        special=surveyed.special.reshape(-1)[:count],
+        spread=surveyed.spread.reshape(-1)[:count],
     )
 
 
@@ -225,14 +231,14 @@ def _survey(
         logits = capped(states @ table.T.astype(jnp.float32), softcap)
         content = jax.nn.logsumexp(jnp.where(is_content, logits, _FAR), -1)
         special = jax.nn.logsumexp(jnp.where(is_content, _FAR, logits), -1)
-        kept = jnp.where(is_content, logits, _FAR)
-        own = jnp.exp(kept - content[:, None])
+        logits = jnp.where(is_content, logits, _FAR)
+        own = jnp.exp(logits - content[:, None])
         named = teacher._replace(token=places[teacher.token])
         nothing = named._replace(probability=jnp.zeros_like(named.probability))
-        free = dense(nothing, kept, content, jnp.ones_like(content)).sum(-1)
+        free = dense(nothing, logits, content, jnp.ones_like(content)).sum(-1)
         rest = jnp.maximum(0.0, 1 - named.probability.sum(-1))
         spread = jnp.where(free > 0, rest / jnp.where(free > 0, free, 1.0), 0.0)
-        probability = dense(named, kept, content, spread)
+        probability = dense(named, logits, content, spread)
         sums = carry[0] + weight @ own, carry[1] + weight @ probability
         return sums, (content, jnp.maximum(special, _FAR), spread)
 

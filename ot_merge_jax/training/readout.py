@@ -116,7 +116,7 @@ def problem(
     positions: FinalStates,
     teacher: TopTokens,
     is_content: Bool[Array, " v"],
-    found: HeadSurvey,
+    surveyed: HeadSurvey,
     rows: np.ndarray,
 ) -> ReadoutProblem:
     """What a fit needs, computed once for all values of kappa and the ridge.
@@ -126,7 +126,7 @@ def problem(
         positions: Of the calibration text; every label is one of ``rows``.
         teacher: At the same positions.
         is_content: ``[V]``.
-        found: From `survey`, with the same head.
+        surveyed: From `survey`, with the same head.
         rows: From `moving_rows`.
 
     Raises:
@@ -142,26 +142,22 @@ def problem(
     variance, basis = _basis(positions.states)
     start = jnp.asarray(head.table[rows], jnp.float32)
     teacher = TopTokens(jnp.asarray(place)[teacher.token], teacher.probability)
-    size = head_survey.block_size(count, len(is_content))
-    blocks, _ = head_survey.blocked((positions.states,), size)
-    stays = jnp.asarray(is_content).at[rows].set(False)
-    content = head_survey.log_sums(blocks, head.table, stays, softcap=head.softcap).reshape(-1)[
-        :count
-    ]
-    mass = jnp.exp(found.content - jnp.logaddexp(found.content, found.special))
+    fixed = _of_staying(head, positions, is_content, rows)
+    mass = jnp.exp(surveyed.content - jnp.logaddexp(surveyed.content, surveyed.special))
     of_label = jnp.asarray(of_label)
     size = head_survey.block_size(count, len(rows))
     rotated = positions.states @ basis
-    parts = (positions.states, rotated, teacher, found.content, found.spread, mass)
+    parts = (positions.states, rotated, teacher, surveyed.content, surveyed.spread, mass)
     blocks, weight = head_survey.blocked(parts, size)
     by_teacher = _means(blocks, weight / count, start, softcap=head.softcap)
     by_label = (
         jnp.zeros((len(rows), rotated.shape[1])).at[of_label].add((mass / count)[:, None] * rotated)
     )
-    usage = jnp.maximum(found.mean_target, found.mean_teacher)[rows]
+    usage = jnp.maximum(surveyed.mean_target, surveyed.mean_teacher)[rows]
     return ReadoutProblem(
-        rotated, jnp.logaddexp(content, found.special), mass, start @ basis, by_teacher, by_label,
-        variance, usage, of_label, teacher, found.content, found.spread, basis, rows, head.softcap,
+        rotated, jnp.logaddexp(fixed, surveyed.special), mass, start @ basis, by_teacher, by_label,
+        variance, usage, of_label, teacher, surveyed.content, surveyed.spread, basis, rows,
+        head.softcap,
     )  # fmt: skip
 
 
@@ -177,18 +173,20 @@ def dev_states(
         rows: The rows that move.
     """
     place = jnp.asarray(head_survey.places_of(rows, len(is_content)))[positions.label]
-    blocks, _ = head_survey.blocked(
-        (positions.states,), head_survey.block_size(len(positions.states), len(is_content))
-    )
-    stays = jnp.asarray(is_content).at[rows].set(False)
-    fixed = head_survey.log_sums(blocks, head.table, stays, softcap=head.softcap)
     own = jnp.einsum("nd,nd->n", positions.states, head.table[positions.label].astype(jnp.float32))
     return DevStates(
         positions.states,
         place,
         head_survey.capped(own, head.softcap),
-        fixed.reshape(-1)[: len(positions.states)],
+        _of_staying(head, positions, is_content, rows),
     )
+
+
+def _of_staying(
+    head: OutputHead, positions: FinalStates, is_content: jax.Array, rows: np.ndarray
+) -> jax.Array:
+    """Log-sum of the logits of content that does not move."""
+    return head_survey.log_sums(head, positions.states, is_content.at[rows].set(False))
 
 
 def losses(
